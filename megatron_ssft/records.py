@@ -1,0 +1,210 @@
+"""Plain records that travel between the layers. No logic beyond sizes and validation.
+
+Shape legend used throughout: Q questions, N forking tokens (tags), M traces of one question, S sequences,
+b micro-batch size, s padded sequence length, T tokens, R data-parallel ranks, K microbatches a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One reasoning trace of a question, as it stands in the JSONL file."""
+
+    text: str
+    """The reasoning."""
+    source: str | None = None
+    """Which teacher wrote it. Used for reports only; the model never sees it."""
+    correct: bool | None = None
+    """Whether its final answer is right, where known."""
+    answer: str | None = None
+    """Final response that follows the reasoning in the completion, where the data keeps it apart."""
+
+
+@dataclass(frozen=True)
+class SetExample:
+    """One validated JSONL row: a question and its set of traces."""
+
+    id: str
+    file: str
+    line: int
+    """1-based line in `file`."""
+    traces: tuple[Trace, ...]
+    prompt: str | None = None
+    """Prompt text to be used verbatim, without the chat template."""
+    messages: tuple[dict[str, str], ...] | None = None
+    """Chat turns (`role`, `content`) to be rendered by the chat template; a `question` becomes one user turn."""
+    answer: str | None = None
+    """Gold answer, for verifiers; never trained on."""
+
+
+@dataclass(frozen=True)
+class TokenizedSet:
+    """One question in token ids. The tag is not part of it: which tag a trace gets is decided every step."""
+
+    id: str
+    file: str
+    line: int
+    prompt_ids: np.ndarray
+    """int32 [P]: up to and including the generation prompt; the tag follows."""
+    completion_ids: tuple[np.ndarray, ...]
+    """M arrays int32 [L_j]: trace, answer where given, end-of-turn token (absent where truncated)."""
+    sources: tuple[str | None, ...]
+    """M teacher names, for reports."""
+
+    @property
+    def num_traces(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def where(self) -> str:
+        """`file:line`, to lead an error message."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class ForkingTokens:
+    """The N tags as token-id sequences. Everything downstream works from `ids` (DESIGN: section 3)."""
+
+    strings: tuple[str, ...]
+    """N texts, e.g. `<think1>`."""
+    ids: tuple[tuple[int, ...], ...]
+    """N id sequences: length 1 each for `special`, any length for `text`."""
+    format: str
+    """`special` (one vocabulary entry each) or `text` (ordinary tokens)."""
+
+    @property
+    def num_tags(self) -> int:
+        return len(self.ids)
+
+    @property
+    def row_ids(self) -> tuple[int, ...]:
+        """The N vocabulary rows owned by the tags; empty for `text`, which shares ordinary tokens."""
+        return tuple(ids[0] for ids in self.ids) if self.format == "special" else ()
+
+
+@dataclass(frozen=True)
+class QuestionVisit:
+    """One use of a question: which one, and in which pass over the data."""
+
+    index: int
+    """Position in the data set."""
+    epoch: int
+    """0-based."""
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """The questions of one optimizer step, in the order the queue gave them out."""
+
+    visits: tuple[QuestionVisit, ...]
+    sets: tuple[TokenizedSet, ...]
+
+    @property
+    def num_traces(self) -> int:
+        return sum(s.num_traces for s in self.sets)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which tag each trace of one question is trained under.
+
+    `tags[j]` is the 0-based tag of trace j. `cost_NM` is float64 [N, M], the mean NLL of trace j's first T_r
+    tokens under tag i (paper, section 2.2), or None where it was not evaluated.
+    """
+
+    tags: tuple[int, ...]
+    cost_NM: np.ndarray | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Total cost in nats, summed over the traces."""
+        if self.cost_NM is None:
+            return None
+        return float(sum(self.cost_NM[i, j] for j, i in enumerate(self.tags)))
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """One sequence `prompt + tag + completion` by reference into a QuestionBatch."""
+
+    question: int
+    """Position in the batch; -1 for a PAD sequence."""
+    trace: int
+    tag: int
+    num_tokens: int
+    """Tokens fed to the model (the last target is not an input): work estimate and padded size."""
+
+    @property
+    def is_pad(self) -> bool:
+        return self.question < 0
+
+
+PAD = SequenceSpec(question=-1, trace=-1, tag=-1, num_tokens=1)
+"""A sequence without loss weight that only fills a microbatch, of the least possible length."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Sequences that go through the pipeline together, padded to the longest of them."""
+
+    sequences: tuple[SequenceSpec, ...]
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.sequences) * max(s.num_tokens for s in self.sequences)
+
+
+@dataclass(frozen=True)
+class MicrobatchPlan:
+    """Who runs what: `ranks[r][k]` is microbatch k of data-parallel rank r.
+
+    A plan is plain data, the same on every rank; an engine executes it without further decisions.
+    """
+
+    ranks: tuple[tuple[Microbatch, ...], ...]
+    pad_sequences: int
+    """PAD sequences in the plan."""
+    pad_lower_bound: int
+    """The least number any plan with equal microbatch counts needs: (-S) mod (R b v)."""
+    makespan: float
+    """Estimated work of the busiest rank (unit: tokens of linear work)."""
+    makespan_lower_bound: float
+    """No plan can have a smaller makespan: max(total work / R, heaviest microbatch)."""
+
+    @property
+    def sequences(self) -> list[SequenceSpec]:
+        """Every non-PAD sequence, rank by rank."""
+        return [s for rank in self.ranks for mb in rank for s in mb.sequences if not s.is_pad]
+
+
+@dataclass(frozen=True)
+class TokenArrays:
+    """One microbatch as arrays, all of shape [b, s]: what a forward pass needs and nothing else.
+
+    Position, target and weight stand explicitly at every token; nothing is inferred from padding.
+    """
+
+    tokens: np.ndarray
+    """int64"""
+    position_ids: np.ndarray
+    """int64"""
+    targets: np.ndarray
+    """int64; 0 where the weight is 0"""
+    weights: np.ndarray
+    """float32: loss weight of the target; 0 for prompt, tag (unless trained) and padding"""
+
+
+@dataclass
+class StepMetrics:
+    """What one optimizer step reports; the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    trained_sequences: int
+    trained_tokens: int
+    extra: dict[str, float] = field(default_factory=dict)
