@@ -1,0 +1,50 @@
+# syntax=docker/dockerfile:1
+# Two images: `gpu` (the default) and `cpu`.
+#   docker build -t megatron-ssft .
+#   docker build -t megatron-ssft:cpu --target cpu .
+# Both work under any user id with a read-only root (Enroot, Apptainer, docker run --user): what they hold is readable
+# by everyone, and they write only where the command line says.
+
+FROM python:3.11-slim-bookworm AS wheel
+WORKDIR /source
+COPY LICENSE setup.py pyproject.toml ./
+COPY megatron_ssft ./megatron_ssft
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+FROM python:3.11-slim-bookworm AS cpu
+# Where the default index's torch carries CUDA, name an index of CPU builds: --build-arg TORCH_INDEX=URL
+ARG TORCH_VERSION=2.13.0
+ARG TORCH_INDEX=
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel umask 022 \
+    && PIP_INDEX_URL="${TORCH_INDEX}" pip install --no-cache-dir "torch==${TORCH_VERSION}" \
+    && pip install --no-cache-dir megatron-core==0.16.1 /tmp/wheel/*.whl
+ENV HF_HUB_OFFLINE=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+WORKDIR /workspace
+COPY --chmod=0755 pretrain_ssft.py ./
+COPY --chmod=0755 tools ./tools
+COPY --chmod=0755 examples ./examples
+CMD ["/bin/bash"]
+
+# torch 2.10, TransformerEngine 2.9 and apex: versions that megatron-core 0.16 is made for.
+FROM nvcr.io/nvidia/pytorch:25.11-py3 AS gpu
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# The compiled stack is pinned to what the image carries; pip fails rather than replace any of it. PIP_CONSTRAINT takes
+# the place of the image's own file, which also pins pure-Python packages that have to be newer here.
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel umask 022 \
+    && python -m pip list --format=freeze \
+        | grep -iE '^(apex|flash[-_]attn|numpy|nvidia[-_]|(pytorch[-_])?triton|torch|transformer[-_]engine)' \
+        > /tmp/compiled-stack.txt \
+    && PIP_CONSTRAINT=/tmp/compiled-stack.txt \
+        python -m pip install --no-cache-dir megatron-core==0.16.1 /tmp/wheel/*.whl \
+    && rm /tmp/compiled-stack.txt
+ENV HF_HUB_OFFLINE=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+# The base image's entry point stays: it only prepares CUDA compatibility and executes its arguments.
+WORKDIR /workspace
+COPY --chmod=0755 pretrain_ssft.py ./
+COPY --chmod=0755 tools ./tools
+COPY --chmod=0755 examples ./examples
+CMD ["/bin/bash"]

@@ -1,0 +1,29 @@
+"""How every program of the project ends: 0 when done, 2 with one clear line when the input is at fault."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from megatron_ssft.errors import UserError
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Run `main`; print a UserError on the first rank, without a traceback. Other exceptions are bugs and pass."""
+    _quiet_libraries()
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+            sys.stdout.flush()
+            print(error, file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Silence import-time notices about optional packages that nobody can act on."""
+    for text in ("Apex is not installed", "Transformer Engine and Apex are not installed", ".*is deprecated"):
+        warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,281 @@
+"""JSONL rows to validated SetExamples; what is wrong with the data is said here, before any GPU time is spent."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+from megatron_ssft.data.trace_filter import TraceFilter
+from megatron_ssft.errors import UserError
+from megatron_ssft.records import SetExample, Trace
+
+_PROMPT_FIELDS = ("prompt", "question", "messages")
+
+
+@dataclass
+class ReadReport:
+    """What was read and what was left out."""
+
+    questions: int = 0
+    """Questions kept."""
+    traces: int = 0
+    """Traces kept."""
+    questions_dropped: int = 0
+    """Questions none of whose traces passed the filter."""
+    traces_filtered: int = 0
+    """Traces that did not pass the filter."""
+    traces_sampled_out: int = 0
+    """Traces beyond --max-traces."""
+    trace_count_histogram: dict[int, int] = field(default_factory=dict)
+    """Number of traces -> number of kept questions that have so many, ascending."""
+
+
+class RowError(UserError):
+    """What is wrong with one row, without its place; WrongRows puts `file:line:` in front."""
+
+
+class WrongRows:
+    """Collects the wrong rows, so that one start of the program reports them all."""
+
+    MAX_LINES = 20
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._count = 0
+
+    def add(self, file: str | PathLike[str], line: int, reason: object) -> None:
+        """Note that `line` (1-based) of `file` is wrong because of `reason`."""
+        self._count += 1
+        if len(self._lines) < self.MAX_LINES:
+            self._lines.append(f"{file}:{line}: {reason}")
+
+    def add_unreadable(self, file: str | PathLike[str], error: OSError) -> None:
+        """Note that `file` could not be read."""
+        self.add(file, 1, f"cannot read the file: {error.strerror or error}")
+
+    def raise_if_any(self) -> None:
+        """Raises UserError with one line a wrong row (the first MAX_LINES, then how many more)."""
+        if self._count > len(self._lines):
+            raise UserError("\n".join([*self._lines, f"... and {self._count - len(self._lines)} more wrong rows"]))
+        if self._lines:
+            raise UserError("\n".join(self._lines))
+
+
+def read_examples(
+    paths: Sequence[str | PathLike[str]],
+    *,
+    num_tags: int | None,
+    max_traces: int | None,
+    trace_filter: TraceFilter | None,
+    seed: int,
+) -> tuple[list[SetExample], ReadReport]:
+    """All questions of the files, in file and line order, filtered first and then sampled to `max_traces`.
+
+    `num_tags` is N, the largest allowed number of kept traces (None: any). The sample of a question depends on
+    `seed` and its id alone. Raises one UserError for all wrong rows of all files, or for a filter that keeps nothing.
+    """
+    wrong = WrongRows()
+    report = ReadReport()
+    examples: list[SetExample] = []
+    first_use: dict[str, str] = {}
+    for path in paths:
+        rows = 0
+        try:
+            for line, raw in _numbered_rows(path):
+                rows += 1
+                try:
+                    example = _parse_row(raw, str(path), line)
+                    if example.id in first_use:
+                        raise RowError(
+                            f"id {example.id!r} is already used at {first_use[example.id]}; ids must be unique"
+                        )
+                    first_use[example.id] = f"{path}:{line}"
+                    kept = _select(example, trace_filter, max_traces, seed, report)
+                    _check_num_traces(kept, num_tags)
+                except RowError as error:
+                    wrong.add(path, line, error)
+                else:
+                    examples += [kept] if kept.traces else []
+        except OSError as error:
+            wrong.add_unreadable(path, error)
+            continue
+        if rows == 0:
+            wrong.add(path, 1, "the file is empty; expected one JSON object a line")
+    wrong.raise_if_any()
+    if not examples:
+        raise UserError(
+            f"--trace-filter {trace_filter}: none of the {report.traces_filtered} traces in "
+            f"{', '.join(map(str, paths))} matches; loosen the filter"
+        )
+    report.questions = len(examples)
+    counts = Counter(len(example.traces) for example in examples)
+    report.traces = sum(m * n for m, n in counts.items())
+    report.trace_count_histogram = dict(sorted(counts.items()))
+    return examples, report
+
+
+def _numbered_rows(path: str | PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank with their 1-based numbers; only a line feed ends a line. Raises OSError."""
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if line == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if raw.strip():
+                yield line, raw
+
+
+def _select(
+    example: SetExample, trace_filter: TraceFilter | None, max_traces: int | None, seed: int, report: ReadReport
+) -> SetExample:
+    """`example` with the traces that stay (maybe none); what goes is counted in `report`."""
+    traces = example.traces
+    if trace_filter is not None:
+        traces = tuple(trace for trace in traces if trace_filter.matches(trace))
+        report.traces_filtered += len(example.traces) - len(traces)
+        report.questions_dropped += not traces
+    if max_traces is not None and len(traces) > max_traces:
+        report.traces_sampled_out += len(traces) - max_traces
+        # Ranking by hash instead of a generator: the same everywhere, and a smaller K is a subset of a larger one.
+        ranked = sorted(
+            range(len(traces)), key=lambda j: hashlib.sha256(f"{seed}\n{j}\n{example.id}".encode()).digest()
+        )
+        traces = tuple(traces[j] for j in sorted(ranked[:max_traces]))
+    return dataclasses.replace(example, traces=traces)
+
+
+def _check_num_traces(example: SetExample, num_tags: int | None) -> None:
+    if num_tags is not None and len(example.traces) > num_tags:
+        raise RowError(
+            f"question {example.id!r} has {len(example.traces)} traces but there are only {num_tags} forking tokens; "
+            "raise --num-forking-tokens or sample with --max-traces"
+        )
+
+
+def _parse_row(raw: bytes, file: str, line: int) -> SetExample:
+    """One line of the file. Raises RowError with the first thing that is wrong with it."""
+    row = _parse_json(raw)
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, found {_kind(row)}")
+    given = [name for name in _PROMPT_FIELDS if row.get(name) is not None]
+    row_id = _parse_id(row)
+    if len(given) != 1:
+        found = " and ".join(map(repr, given)) if given else "none of them"
+        raise RowError(f"give exactly one of 'prompt', 'question' and 'messages'; found {found}")
+    prompt, messages = None, None
+    if given == ["messages"]:
+        messages = _parse_messages(row["messages"])
+    elif given == ["question"]:
+        messages = ({"role": "user", "content": _filled_string(row["question"], "'question'")},)
+    else:
+        prompt = _filled_string(row["prompt"], "'prompt'")
+    return SetExample(
+        id=row_id,
+        file=file,
+        line=line,
+        traces=_parse_traces(row.get("traces")),
+        prompt=prompt,
+        messages=messages,
+        answer=_optional_string(row.get("answer"), "'answer'"),
+    )
+
+
+def _parse_json(raw: bytes) -> object:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not valid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"not valid JSON at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        raise RowError("not usable JSON: a number is too long or brackets are nested too deeply") from error
+
+
+def _parse_id(row: dict[str, object]) -> str:
+    value = row.get("id")
+    if value is None:
+        raise RowError("'id' is missing; give every question its own")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _filled_string(value, "'id'")
+
+
+def _parse_messages(value: object) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise RowError(f"'messages' must be a list of turns, not {_kind(value)}")
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict):
+            raise RowError(f"turn {number} of 'messages' must be an object with role and content, not {_kind(turn)}")
+        role = _filled_string(turn.get("role"), f"'role' of turn {number}")
+        turns.append({"role": role, "content": _string(turn.get("content"), f"'content' of turn {number}")})
+    if turns[-1]["role"] != "user":
+        raise RowError(f"'messages' must end in a user turn, not in one of role {turns[-1]['role']!r}")
+    _filled_string(turns[-1]["content"], f"'content' of turn {len(turns)}")
+    return tuple(turns)
+
+
+def _parse_traces(value: object) -> tuple[Trace, ...]:
+    if value is None:
+        raise RowError("'traces' is missing")
+    if not isinstance(value, list):
+        raise RowError(f"'traces' must be a list, not {_kind(value)}")
+    if not value:
+        raise RowError("'traces' is empty; a question needs at least one trace")
+    traces = []
+    for number, trace in enumerate(value, start=1):
+        if not isinstance(trace, dict):
+            raise RowError(f"trace {number} must be an object with 'text', not {_kind(trace)}")
+        correct = trace.get("correct")
+        if correct is not None and not isinstance(correct, bool):
+            raise RowError(f"'correct' of trace {number} must be true or false, not {_kind(correct)}")
+        traces.append(
+            Trace(
+                text=_filled_string(trace.get("text"), f"'text' of trace {number}"),
+                source=_optional_string(trace.get("source"), f"'source' of trace {number}"),
+                correct=correct,
+                answer=_optional_string(trace.get("answer"), f"'answer' of trace {number}"),
+            )
+        )
+    return tuple(traces)
+
+
+def _string(value: object, what: str) -> str:
+    if value is None:
+        raise RowError(f"{what} is missing")
+    if not isinstance(value, str):
+        raise RowError(f"{what} must be a string, not {_kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, tokenizers cannot read it
+        raise RowError(f"{what} holds half of a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _filled_string(value: object, what: str) -> str:
+    text = _string(value, what)
+    if not text.strip():
+        raise RowError(f"{what} is {'blank' if text else 'empty'}")
+    return text
+
+
+def _optional_string(value: object, what: str) -> str | None:
+    return None if value is None else _string(value, what)
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, for messages."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object"

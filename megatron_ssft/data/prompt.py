@@ -1,0 +1,134 @@
+"""A question and its traces to token ids; the tag is put between them later, at every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_ssft.config import DataConfig
+from megatron_ssft.data.jsonl import RowError, WrongRows
+from megatron_ssft.data.tokenizer import Tokenizer
+from megatron_ssft.errors import UserError
+from megatron_ssft.records import ForkingTokens, SetExample, TokenizedSet, Trace
+
+
+def encode_prompt(example: SetExample, tokenizer: Tokenizer) -> list[int]:
+    """Ids up to and including the generation prompt; the forking token follows.
+
+    A verbatim `prompt` skips the chat template; messages go through it, or through `plain_rendering` where the
+    tokenizer has none. Raises UserError where the template refuses the messages.
+    """
+    if example.prompt is not None:
+        return _with_bos(tokenizer.encode(example.prompt), tokenizer)
+    assert example.messages, f"{example.file}:{example.line} has neither prompt nor messages"
+    rendered = tokenizer.render_chat(list(example.messages))
+    if rendered is not None:
+        return rendered
+    return _with_bos(tokenizer.encode(plain_rendering(example.messages)), tokenizer)
+
+
+def plain_rendering(messages: tuple[dict[str, str], ...]) -> str:
+    """Chat turns as text without a template: a lone turn is its content, several are `role: content` lines."""
+    if len(messages) == 1:
+        return messages[0]["content"] + "\n"
+    return "".join(f"{turn['role']}: {turn['content']}\n" for turn in messages)
+
+
+def encode_completion(trace: Trace, tokenizer: Tokenizer, answer_separator: str) -> list[int]:
+    """Ids that follow the forking token: the reasoning, the answer where the data keeps it apart, end of turn."""
+    text = trace.text + (answer_separator + trace.answer if trace.answer else "")
+    return [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Prepends the begin-of-text token, unless the text spells it itself."""
+    bos = tokenizer.bos_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def tokenize_examples(
+    examples: list[SetExample],
+    tokenizer: Tokenizer,
+    tags: ForkingTokens,
+    data: DataConfig,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[TokenizedSet], dict]:
+    """The sets under the rule len(prompt) + len(longest tag) + len(completion) <= --seq-length, and counters.
+
+    Counters: questions, traces, trace_count_histogram (of what is kept), traces_truncated, traces_dropped_overlong,
+    questions_dropped_overlong, total_tokens (prompts once each, and completions), longest_sequence (prompt + longest
+    tag + completion). `progress(done, total)` is called after every question. Raises one UserError for all rows that
+    cannot be used, or if nothing is left.
+    """
+    wrong, counts, sets = WrongRows(), Counter(), []
+    longest_tag = max(len(ids) for ids in tags.ids)
+    for done, example in enumerate(examples, start=1):
+        try:
+            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, counts)
+        except UserError as error:
+            wrong.add(example.file, example.line, error)
+        else:
+            sets += [tokenized] if tokenized.num_traces else []
+        if progress is not None:
+            progress(done, len(examples))
+    wrong.raise_if_any()
+    if not sets:
+        raise UserError(
+            f"--overlong-traces drop: no trace of {len(examples)} questions fits --seq-length {data.seq_length}; "
+            "raise --seq-length or choose truncate"
+        )
+    trace_counts = Counter(s.num_traces for s in sets)
+    counters = {
+        "questions": len(sets),
+        "traces": sum(s.num_traces for s in sets),
+        "trace_count_histogram": dict(sorted(trace_counts.items())),
+        "traces_truncated": counts["truncated"],
+        "traces_dropped_overlong": counts["dropped"],
+        "questions_dropped_overlong": len(examples) - len(sets),
+        "total_tokens": sum(len(a) for s in sets for a in (s.prompt_ids, *s.completion_ids)),
+        "longest_sequence": max(len(s.prompt_ids) + longest_tag + len(c) for s in sets for c in s.completion_ids),
+    }
+    return sets, counters
+
+
+def _tokenize_set(
+    example: SetExample, tokenizer: Tokenizer, longest_tag: int, data: DataConfig, counts: Counter
+) -> TokenizedSet:
+    """One set under the --seq-length rule, maybe without traces under `drop`. Raises RowError."""
+    prompt = encode_prompt(example, tokenizer)
+    room = data.seq_length - len(prompt) - longest_tag
+    if not prompt:
+        raise RowError(f"the tokenizer makes no token of the prompt of question {example.id!r}")
+    if room < 1:
+        raise RowError(
+            f"prompt of question {example.id!r} is {len(prompt)} tokens, with its tag it leaves no room in "
+            f"--seq-length {data.seq_length}; raise --seq-length or remove the row"
+        )
+    completions, sources = [], []
+    for number, trace in enumerate(example.traces, start=1):
+        completion = encode_completion(trace, tokenizer, data.answer_separator)
+        if len(completion) == 1:
+            raise RowError(f"the tokenizer makes no token of trace {number} of question {example.id!r}")
+        if len(completion) > room:
+            if data.overlong_traces == "refuse":
+                raise RowError(
+                    f"a trace of question {example.id!r} is {len(completion)} tokens, with prompt and tag "
+                    f"{data.seq_length - room + len(completion)}, more than --seq-length {data.seq_length}; raise "
+                    "--seq-length or choose --overlong-traces truncate or drop"
+                )
+            if data.overlong_traces == "drop":
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += 1
+        completions.append(np.array(completion[:room], dtype=np.int32))
+        sources.append(trace.source)
+    return TokenizedSet(
+        id=example.id,
+        file=example.file,
+        line=example.line,
+        prompt_ids=np.array(prompt, dtype=np.int32),
+        completion_ids=tuple(completions),
+        sources=tuple(sources),
+    )

@@ -1,0 +1,168 @@
+"""Checkpoints in megatron-core's distributed format, loadable at any layout, complete or absent.
+
+A run folder holds `iter_0000010/` and so on, and `latest_checkpointed_iteration.txt`. A checkpoint is written under
+a temporary name and renamed when everything is on disk, so a folder `iter_*` is always complete. Our own state is
+JSON; megatron-core's pickles are scanned before they are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.checkpoint_writer import save_strategy
+from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
+from megatron_ssft.parallel.pickle_scan import refuse_foreign_pickles
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = "train_state.json"
+_ROWS = "forking_rows.weight"
+
+
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration stands."""
+    return run / f"iter_{iteration:07d}"
+
+
+def find_latest(run: Path) -> int:
+    """Iteration of the newest complete checkpoint of a run folder.
+
+    The tracker file is believed if it names a checkpoint that is there; a torn or stale one is passed over for the
+    newest complete folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not run.is_dir():
+        raise UserError(f"--load {run}: no such folder")
+    complete = {
+        int(match[1])
+        for folder in run.iterdir()
+        if (match := re.fullmatch(r"iter_(\d{7,})", folder.name)) and (folder / STATE).is_file()
+    }
+    if not complete:
+        raise UserError(f"--load {run}: holds no checkpoint (iter_*); drop --load to start afresh")
+    tracker = run / TRACKER
+    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() and int(text) in complete else max(complete)
+
+
+def read_state(run: Path, iteration: int) -> dict[str, object]:
+    """The JSON state stored with a checkpoint. Raises UserError if it is damaged."""
+    path = checkpoint_folder(run, iteration) / STATE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove this checkpoint to load an older one") from error
+
+
+def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, object]) -> Path:
+    """Write weights, optimizer and `state` (JSON) for this iteration. Collective; returns the folder."""
+    folder = checkpoint_folder(run, iteration)
+    partial = run / f".{folder.name}.partial"
+    topology = engine.topology
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def publish() -> None:
+        _write_durably(partial / STATE, json.dumps(state, indent=1))
+        if folder.exists():  # the same iteration once more, after resuming from before it
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+        _sync(run)
+        _write_durably(run / TRACKER, str(iteration))
+
+    on_first_rank(prepare, topology)
+    fold_forking_rows(engine.chunks)
+    sharded = _sharded_state(engine, is_loading=False)
+    dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
+    barrier(topology)
+    on_first_rank(publish, topology)
+    return folder
+
+
+def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool) -> None:
+    """Fill weights, and unless `weights_only` the optimizer, at whatever layout the engine has. Collective.
+
+    Raises:
+        UserError: the checkpoint is foreign, damaged, or does not fit the model.
+    """
+    folder = checkpoint_folder(run, iteration)
+    on_first_rank(lambda: refuse_foreign_pickles(folder), engine.topology)
+    sharded = _sharded_state(engine, is_loading=True, weights_only=weights_only)
+    try:
+        state = dist_checkpointing.load(sharded, str(folder))
+    except (CheckpointingException, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
+    for key, chunk in zip(_chunk_keys(engine), engine.chunks):
+        missing, unexpected = chunk.load_state_dict(state[key], strict=False)
+        absent = [name for name in missing if not name.endswith((_ROWS, "_extra_state"))]
+        if absent or unexpected:
+            raise UserError(f"{folder}: does not fit this model: missing {absent}, unexpected {list(unexpected)}")
+    take_forking_rows(engine.chunks)
+    damaged = find_damaged_weight(engine.chunks)
+    raise_together(
+        damaged and f"{folder}: weights are damaged: {damaged} holds NaN or infinity; load another checkpoint",
+        engine.topology,
+    )
+    if weights_only:
+        engine.optimizer.reload_model_params()
+    else:
+        engine.optimizer.load_state_dict(state["optimizer"])
+
+
+def _chunk_keys(engine: Engine) -> list[str]:
+    return ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+
+
+def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False) -> dict[str, object]:
+    """What is saved or loaded, as megatron-core's sharded tensors.
+
+    The tags' own rows are folded into the embedding, so the model part leaves them out; the optimizer's state of
+    these rows is stored under their own name.
+    """
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_chunk_keys(engine), engine.chunks)}
+    state: dict[str, object] = {
+        key: {name: entry for name, entry in part.items() if not name.endswith(_ROWS)} for key, part in model.items()
+    }
+    if not weights_only:
+        state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write by temporary file, fsync and rename: the file is the old one or the new one, never torn."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

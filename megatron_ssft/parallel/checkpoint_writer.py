@@ -1,0 +1,46 @@
+"""Writes megatron-core's checkpoint files from this process.
+
+megatron-core 0.16 forks writer processes even for a synchronous save, and starts a manager process for their
+results. Forking a process that runs OpenMP, gloo or NCCL threads can leave the children hanging for ever, and the
+manager costs seconds at the first save. The files are written here by threads instead: same format, same files.
+"""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+WRITER_THREADS = 2
+
+
+def save_strategy() -> TorchDistSaveShardedStrategy:
+    """The torch_dist strategy, its writer replaced by threads of this process."""
+    filesystem_async._results_queue = queue.SimpleQueue()
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+    return TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS)
+
+
+def _write_buckets(
+    transforms: list, use_msc: bool, rank: int, write_buckets: list, global_results_queue: queue.SimpleQueue
+) -> None:
+    """Stands in for FileSystemWriterAsync.write_preloaded_data_multiproc; puts {bucket: results}.
+
+    Raises what a write raised, such as OSError for a full disk.
+    """
+    with ThreadPoolExecutor(WRITER_THREADS) as pool:
+        outcomes = list(pool.map(lambda item: _write_bucket(transforms, *item), enumerate(write_buckets)))
+    global_results_queue.put(dict(outcomes))
+
+
+def _write_bucket(transforms: list, index: int, bucket: object) -> tuple[int, list]:
+    results, count = queue.SimpleQueue(), queue.Queue()
+    count.put(index)
+    FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, count, True)
+    index, outcome = results.get()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return index, outcome

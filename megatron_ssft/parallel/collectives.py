@@ -1,0 +1,80 @@
+"""Small collectives of the training loop, on plain values. None is called on a failure path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.topology import Topology
+
+T = TypeVar("T")
+
+
+def broadcast_json(value: object, topology: Topology) -> object:
+    """The first rank's `value` on every rank. It must survive a JSON round trip."""
+    text = json.dumps(value) if topology.is_first_rank else ""
+    return json.loads(_broadcast_text(text, 0, topology))
+
+
+def _broadcast_text(text: str, source: int, topology: Topology) -> str:
+    """Rank `source`'s text on every rank."""
+    group = topology.control_group
+    payload = text.encode() if topology.rank == source else b""
+    size = torch.tensor([len(payload)], dtype=torch.int64)
+    dist.broadcast(size, src=source, group=group)
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if payload:
+        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    dist.broadcast(buffer, src=source, group=group)
+    return buffer.numpy().tobytes().decode()
+
+
+def on_first_rank(work: Callable[[], object], topology: Topology) -> object:
+    """Run `work` on the first rank only and give its JSON-able result to all.
+
+    A UserError there becomes the same UserError everywhere, so that every rank ends, and none waits.
+    """
+    outcome: dict[str, object] = {}
+    if topology.is_first_rank:
+        try:
+            outcome = {"result": work()}
+        except UserError as error:
+            outcome = {"error": str(error)}
+    outcome = broadcast_json(outcome, topology)
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["result"]
+
+
+def sum_over_ranks(values: np.ndarray, topology: Topology) -> np.ndarray:
+    """float64 sum over all ranks, same shape, in one all-reduce. Ranks without a share pass zeros."""
+    tensor = torch.as_tensor(values, dtype=torch.float64).to(topology.device)
+    dist.all_reduce(tensor)
+    return tensor.cpu().numpy()
+
+
+def any_rank(flag: bool, topology: Topology) -> bool:
+    """Whether the flag is set on at least one rank; the same answer everywhere."""
+    tensor = torch.tensor([int(flag)])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=topology.control_group)
+    return bool(tensor.item())
+
+
+def barrier(topology: Topology) -> None:
+    """Wait for all ranks, for as long as it takes."""
+    dist.barrier(group=topology.control_group)
+
+
+def raise_together(error: str | None, topology: Topology) -> None:
+    """Raise the same UserError on every rank if any rank found an error; called by all, found or not."""
+    first = torch.tensor([topology.world_size if error is None else topology.rank])
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=topology.control_group)
+    finder = int(first)
+    if finder < topology.world_size:
+        raise UserError(_broadcast_text(error or "", finder, topology))

@@ -1,0 +1,219 @@
+"""Executes plans on the model: forward-only for costs, forward and backward for training. Knows no objective.
+
+Every rank holds the same plan and cuts its own microbatches from the memory-mapped data, so nothing but
+activations, gradients and one vector of sums travels between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ssft.config import Config
+from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.collectives import sum_over_ranks
+from megatron_ssft.parallel.model import SetGPTModel, build_model_chunks
+from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
+from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import ForkingTokens, Microbatch, MicrobatchPlan, QuestionBatch, StepMetrics, TokenArrays
+from megatron_ssft.scheduling.collate import collate
+
+
+class Engine:
+    """The model of this rank and everything that runs on it."""
+
+    def __init__(self, config: Config, topology: Topology, tags: ForkingTokens, vocab_size: int) -> None:
+        """Build the model without weights; `start` makes it trainable once they are there.
+
+        Args:
+            vocab_size: vocabulary entries in use, tags included.
+        """
+        self.config = config
+        self.topology = topology
+        self.tags = tags
+        self.vocab_size = vocab_size
+        self.chunks: list[SetGPTModel] = build_model_chunks(config, vocab_size, tags.row_ids)
+        for chunk in self.chunks:
+            chunk.to(topology.device)
+        self.wrapped: list[DistributedDataParallel] = []
+        self.optimizer: MegatronOptimizer | None = None
+
+    def start(self) -> None:
+        """Wrap the model and build the optimizer from the weights it now holds."""
+        self.wrapped = wrap_chunks(self.chunks, self.config)
+        self.optimizer = build_optimizer(self.wrapped, self.config)
+        core = self.chunks[0].config
+        core.grad_scale_func = self.optimizer.scale_loss
+        core.finalize_model_grads_func = finalize_gradients
+        if self.config.parallel.overlap_grad_reduce:
+            hooks = [chunk.no_sync for chunk in self.wrapped]
+            core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters on this rank."""
+        return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+
+    # -- costs ---------------------------------------------------------------------------------------------------
+
+    def costs(self, batch: QuestionBatch, plan: MicrobatchPlan) -> list[np.ndarray]:
+        """Q matrices float64 [N, M]: mean NLL of each trace's first T_r tokens under each tag (paper, section 2.2).
+
+        Per-token float32 NLLs are summed in float64; the pairs of all ranks meet in one all-reduce, so the result
+        is the same everywhere and does not depend on which rank scored a pair.
+        """
+        n = self.tags.num_tags
+        first = np.cumsum([0] + [n * s.num_traces for s in batch.sets])
+        sums = np.zeros(first[-1])
+        counts = np.zeros(first[-1])
+        cut = partial(self._arrays, batch, max_completion_tokens=self.config.matching.matching_tokens)
+        for microbatch, arrays, nll in self._forward_only(plan, cut):
+            weights = np.where(arrays.weights > 0, 1.0, 0.0)
+            for row, spec in enumerate(microbatch.sequences):
+                if not spec.is_pad:
+                    pair = first[spec.question] + spec.tag * batch.sets[spec.question].num_traces + spec.trace
+                    sums[pair] += float(nll[row].sum())
+                    counts[pair] += weights[row].sum()
+        total = sum_over_ranks(np.stack([sums, counts]), self.topology)
+        means = total[0] / total[1]
+        return [
+            means[first[q] : first[q + 1]].reshape(n, tokenized.num_traces) for q, tokenized in enumerate(batch.sets)
+        ]
+
+    def evaluate(self, batch: QuestionBatch, plan: MicrobatchPlan, denominator: float) -> float:
+        """The training loss of the plan without a gradient."""
+        cut = partial(self._arrays, batch)
+        loss = 0.0
+        for _, arrays, nll in self._forward_only(plan, cut):
+            loss += float((nll * arrays.weights.astype(np.float64)).sum())
+        return float(sum_over_ranks(np.array([loss]), self.topology)[0] / denominator)
+
+    def _forward_only(self, plan: MicrobatchPlan, cut: object) -> list[tuple[Microbatch, TokenArrays, np.ndarray]]:
+        """(microbatch, its arrays, float64 [b, s] NLL) for this rank's share; empty on ranks that report no loss."""
+        microbatches = plan.ranks[self.topology.dp_rank]
+        results: list[tuple[Microbatch, TokenArrays, np.ndarray]] = []
+
+        def keep(microbatch: Microbatch, arrays: TokenArrays, output: Tensor, non_loss_data: bool = True) -> None:
+            if self.topology.reports_loss:
+                nll = np.zeros(arrays.weights.shape)
+                nll[arrays.weights > 0] = output.double().cpu().numpy()
+                results.append((microbatch, arrays, nll))
+
+        def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
+            microbatch = next(data)
+            arrays = cut(microbatch)
+            return self._forward(model, arrays), partial(keep, microbatch, arrays)
+
+        for chunk in self.wrapped:
+            chunk.eval()
+        with torch.no_grad():
+            self._schedule(step, microbatches, forward_only=True, collect_non_loss_data=True)
+        return results
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self, batch: QuestionBatch, plan: MicrobatchPlan, denominator: float, lr: float) -> StepMetrics:
+        """One optimizer step over the plan.
+
+        The loss is sum(weight x NLL) / denominator over the whole global batch. Dividing every weight here, rather
+        than gradients later, makes loss and gradient independent of micro-batch size, accumulation and layout.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; the weights are left as they were for a bad loss.
+        """
+        sums = np.zeros(2)
+
+        def loss_of(weights: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+            loss = (output * weights).sum()
+            if self.topology.reports_loss:
+                sums[0] += float(loss.detach())
+                sums[1] += weights.numel()
+            # Zero tokens tell Megatron to leave the gradients as they are: they are normalised already.
+            return loss, torch.zeros([], dtype=torch.int, device=output.device), {}
+
+        def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
+            arrays = self._arrays(batch, next(data))
+            weights = torch.from_numpy(arrays.weights[arrays.weights > 0] / np.float32(denominator))
+            return self._forward(model, arrays), partial(loss_of, weights.to(self.topology.device))
+
+        for chunk in self.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._schedule(step, plan.ranks[self.topology.dp_rank], forward_only=False)
+        loss, tokens = sum_over_ranks(sums, self.topology)
+        if not np.isfinite(loss):
+            raise UserError(f"{batch.sets[0].where}: the loss of the step that starts with this question is {loss}")
+        set_hyperparameters(self.optimizer, self.config, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        if not np.isfinite(grad_norm):
+            raise UserError(
+                f"{batch.sets[0].where}: the gradient of the step that starts with this question is not finite"
+            )
+        return StepMetrics(
+            loss=float(loss),
+            grad_norm=float(grad_norm),
+            trained_sequences=len(plan.sequences),
+            trained_tokens=int(tokens),
+        )
+
+    # -- shared --------------------------------------------------------------------------------------------------
+
+    def _arrays(
+        self, batch: QuestionBatch, microbatch: Microbatch, max_completion_tokens: int | None = None
+    ) -> TokenArrays:
+        """Cut a microbatch from the data; costs look at completions only, whatever the loss covers."""
+        for_costs = max_completion_tokens is not None
+        arrays = collate(
+            batch,
+            microbatch,
+            self.tags,
+            max_completion_tokens=max_completion_tokens,
+            train_forking_token=self.config.data.train_forking_token and not for_costs,
+            loss_normalization="token" if for_costs else self.config.training.loss_normalization,
+            pad_to_multiple=self._pad_to_multiple,
+        )
+        return arrays if self.topology.cp_size == 1 else self._context_parallel_share(arrays)
+
+    def _context_parallel_share(self, arrays: TokenArrays) -> TokenArrays:
+        """This rank's two pieces of every sequence, one from each end, so that causal attention is balanced."""
+        size, rank = self.topology.cp_size, self.topology.cp_rank
+
+        def share(values: np.ndarray) -> np.ndarray:
+            pieces = np.split(values, 2 * size, axis=1)
+            return np.concatenate([pieces[rank], pieces[2 * size - 1 - rank]], axis=1)
+
+        return TokenArrays(*(share(a) for a in (arrays.tokens, arrays.position_ids, arrays.targets, arrays.weights)))
+
+    @property
+    def _pad_to_multiple(self) -> int:
+        """Sequence parallelism splits a sequence over TP ranks, context parallelism into 2 pieces a rank."""
+        multiple = self.topology.tp_size if self.config.parallel.sequence_parallel else 1
+        return multiple * (2 * self.topology.cp_size if self.topology.cp_size > 1 else 1)
+
+    def _forward(self, model: torch.nn.Module, arrays: TokenArrays) -> Tensor:
+        device = self.topology.device
+        tokens, positions, targets = (
+            torch.from_numpy(a).to(device) for a in (arrays.tokens, arrays.position_ids, arrays.targets)
+        )
+        return model(tokens, positions, targets, torch.from_numpy(arrays.weights > 0).to(device))
+
+    def _schedule(self, step: object, microbatches: tuple[Microbatch, ...], **kwargs: object) -> None:
+        """Run Megatron's schedule for this layout; every model chunk draws the microbatches in the same order."""
+        data = [iter(microbatches) for _ in self.wrapped]
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=data if len(data) > 1 else data[0],
+            model=self.wrapped if len(self.wrapped) > 1 else self.wrapped[0],
+            num_microbatches=len(microbatches),
+            seq_length=max((m.padded_tokens // len(m.sequences) for m in microbatches), default=1),
+            micro_batch_size=len(microbatches[0].sequences),
+            **kwargs,
+        )

@@ -1,0 +1,108 @@
+"""Negative log-likelihood per token without ever holding the logits of a whole microbatch.
+
+T scored tokens, V vocabulary rows on this tensor-parallel rank, h hidden, N tags. Logits are formed for a chunk of
+tokens at a time, in float32, and formed again in the backward pass. At 152k vocabulary and 32k tokens full logits
+would take 28 GiB.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_TOKENS = 1024
+
+
+class VocabParallelHead:
+    """What the head needs besides tensors: the vocabulary shard and the tied tag rows' columns in it."""
+
+    def __init__(self, vocab_size: int, shard_size: int, row_ids: tuple[int, ...], tp_group: dist.ProcessGroup) -> None:
+        self.tp_group = tp_group
+        self.start = tp_group.rank() * shard_size
+        self.shard_size = shard_size
+        self.num_valid = min(max(vocab_size - self.start, 0), shard_size)
+        """Rows before the padding of the vocabulary; padding gets no probability."""
+        owned = [(tag, i - self.start) for tag, i in enumerate(row_ids) if 0 <= i - self.start < shard_size]
+        self.tags = [tag for tag, _ in owned]
+        self.tag_columns = [column for _, column in owned]
+
+    def nll(self, hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor, tag_rows_Nh: Tensor | None = None) -> Tensor:
+        """float32 [T]: -log p(target). With `tag_rows_Nh` these rows stand in for the table's rows of the tags.
+
+        hidden's gradient is this rank's share; the caller reduces it over the tensor-parallel group.
+        """
+        return _ChunkedNLL.apply(hidden_Th, weight_Vh, tag_rows_Nh, targets_T, self)
+
+    def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
+        """float32 [t, V] of a chunk."""
+        logits = (hidden @ weight.t()).float()
+        if tag_rows is not None and self.tags:
+            logits[:, self.tag_columns] = (hidden @ tag_rows[self.tags].t()).float()
+        logits[:, self.num_valid :] = -torch.inf
+        return logits
+
+    def local_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(column in this shard, whether the target lies in it)."""
+        local = targets - self.start
+        inside = (local >= 0) & (local < self.shard_size)
+        return local.clamp(0, self.shard_size - 1), inside
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: object,
+        hidden: Tensor,
+        weight: Tensor,
+        tag_rows: Tensor | None,
+        targets: Tensor,
+        head: VocabParallelHead,
+    ) -> Tensor:
+        parts, normalizers = [], []
+        for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS)):
+            logits = head.logits(h, weight, tag_rows)
+            peak = logits.amax(-1)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=head.tp_group)
+            column, inside = head.local_targets(t)
+            target_logit = logits.gather(1, column[:, None]).squeeze(1).masked_fill(~inside, 0.0)
+            sums = torch.stack([logits.sub_(peak[:, None]).exp_().sum(-1), target_logit])
+            dist.all_reduce(sums, group=head.tp_group)
+            normalizer = sums[0].log() + peak
+            parts.append(normalizer - sums[1])
+            normalizers.append(normalizer)
+        empty = hidden.new_empty(0, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, tag_rows, targets, torch.cat([empty, *normalizers]))
+        ctx.head = head
+        return torch.cat([empty, *parts])
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tag_rows, targets, normalizer = ctx.saved_tensors
+        head: VocabParallelHead = ctx.head
+        use_tags = tag_rows is not None and bool(head.tags)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_tags = None if tag_rows is None else torch.zeros_like(tag_rows, dtype=torch.float32)
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            h = hidden[part]
+            d = head.logits(h, weight, tag_rows).sub_(normalizer[part, None]).exp_()  # probabilities
+            column, inside = head.local_targets(targets[part])
+            d.scatter_add_(1, column[:, None], -inside.float()[:, None])
+            d.mul_(grad[part, None])
+            if use_tags:
+                d_tags = d[:, head.tag_columns].to(h.dtype)
+                d[:, head.tag_columns] = 0.0
+                grad_tags[head.tags] += (d_tags.t() @ h).float()
+                grad_hidden[part] += d_tags @ tag_rows[head.tags]
+            d = d.to(h.dtype)
+            grad_hidden[part] += d @ weight
+            grad_weight += d.t() @ h
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype),
+            None if grad_tags is None else grad_tags.to(tag_rows.dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,90 @@
+"""AdamW from megatron-core over DDP-wrapped model chunks, with a learning rate of their own for the tags' rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.transformer.module import Float16Module
+
+from megatron_ssft.config import Config
+from megatron_ssft.parallel.model import SetGPTModel
+
+
+def wrap_chunks(chunks: list[SetGPTModel], config: Config) -> list[DistributedDataParallel]:
+    """Mixed precision and data parallelism around every chunk; gradients are summed in float32."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if config.parallel.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                config=chunk.config,
+                ddp_config=ddp_config,
+                module=module,
+                disable_bucketing=i > 0 or not config.parallel.overlap_grad_reduce,
+            )
+        )
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """AdamW; --forking-token-lr-mult applies to the parameters named forking_rows."""
+    training, parallel = config.training, config.parallel
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=training.min_lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
+        bf16=parallel.bf16,
+        params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    one_dimensional = lambda parameter: parameter.dim() == 1  # noqa: E731
+    from megatron.core.optimizer.optimizer_config import ParamPredicate
+
+    overrides = {
+        ParamKey(name="*.bias", predicate=ParamPredicate("param_len_1", one_dimensional)): {"wd_mult": 0.0},
+        # A group of its own even at multiplier 1, so that a later run may choose another multiplier.
+        ParamKey(name="*forking_rows.weight"): {"max_lr": training.lr * config.forking.forking_token_lr_mult},
+    }
+    return get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
+
+
+def set_hyperparameters(optimizer: MegatronOptimizer, config: Config, lr: float) -> None:
+    """Put this step's learning rate and the configured AdamW constants into every parameter group.
+
+    All of them, every step: groups restored from a checkpoint carry the values of the run that saved it.
+    """
+    training = config.training
+    for group in optimizer.param_groups:
+        own_rate = not group["default_config"]
+        group["lr"] = lr * (config.forking.forking_token_lr_mult if own_rate else 1.0)
+        group["weight_decay"] = training.weight_decay * group["wd_mult"]
+        group["betas"] = (training.adam_beta1, training.adam_beta2)
+        group["eps"] = training.adam_eps
+
+
+def finalize_gradients(
+    wrapped: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: object
+) -> None:
+    """Megatron's reductions over DP, TP and tied embeddings, and ours for tied tag rows on first and last stage."""
+    finalize_model_grads(wrapped, num_tokens, **kwargs)
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    for chunk in wrapped:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("forking_rows.weight") and getattr(parameter, "shared_embedding", False):
+                dist.all_reduce(parameter.main_grad, group=group)

@@ -1,0 +1,117 @@
+"""Process groups and this rank's place in the tensor x pipeline x data grid."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_ssft.config import Config
+from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.cpu_backend import install_cpu_backend
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. Sizes and ranks follow Megatron's names."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    """Data-parallel ranks, not counting context parallelism."""
+    is_first_stage: bool
+    is_last_stage: bool
+    control_group: dist.ProcessGroup
+    """All ranks over gloo with a long timeout: for waiting on one rank's slow work and for stop flags."""
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def reports_loss(self) -> bool:
+        """One rank for each share of the loss: last stage, first of its tensor-parallel group."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def launch_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's variables, SLURM's, or a single process.
+
+    Under SLURM (`srun`, one task a GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise UserError("MASTER_ADDR and MASTER_PORT are not set; see examples/slurm for a job script that does")
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise UserError unless the ranks can be arranged as the configuration asks."""
+    size = config.parallel.model_parallel_size
+    if world_size % size != 0:
+        p = config.parallel
+        raise UserError(
+            f"{world_size} processes cannot be arranged: tensor {p.tensor_model_parallel_size} x pipeline "
+            f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} needs a multiple of {size}"
+        )
+
+
+def initialize_topology(config: Config) -> Topology:
+    """Join the process group and build Megatron's parallel groups: NCCL with CUDA, gloo without."""
+    rank, world_size, local_rank = launch_environment()
+    check_world_size(config, world_size)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        install_cpu_backend()
+        device, backend = torch.device("cpu"), "gloo"
+    options: dict[str, object] = {"rank": rank, "world_size": world_size}
+    if "MASTER_ADDR" not in os.environ:  # a single process started without a launcher
+        options["store"] = dist.HashStore()
+    dist.init_process_group(backend, timeout=timeout, **options)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    torch.manual_seed(config.training.seed)
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        control_group=dist.new_group(backend="gloo", timeout=timedelta(hours=48)),
+    )
+
+
+def destroy_topology() -> None:
+    """Leave all groups; called once at a regular end."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

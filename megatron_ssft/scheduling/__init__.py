@@ -1,0 +1,15 @@
+"""Plans: which sequence runs in which microbatch on which data-parallel rank. Plain data, no execution."""
+
+from megatron_ssft.scheduling.collate import collate, loss_denominator
+from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
+from megatron_ssft.scheduling.train_plan import TrainPlanner, plan_train_microbatches
+from megatron_ssft.scheduling.work import WorkModel
+
+__all__ = [
+    "TrainPlanner",
+    "WorkModel",
+    "collate",
+    "loss_denominator",
+    "plan_cost_microbatches",
+    "plan_train_microbatches",
+]

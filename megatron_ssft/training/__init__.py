@@ -1,0 +1,1 @@
+"""The training loop: asks the pure layers for plans and the parallel layer to execute them."""

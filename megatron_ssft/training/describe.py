@@ -1,0 +1,90 @@
+"""What --dry-run prints: the resolved configuration and everything that follows from it, without building a model."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from megatron_ssft.arguments import to_yaml
+from megatron_ssft.config import Config
+from megatron_ssft.data.cache import SetDataset
+from megatron_ssft.matching.assignment import Matcher
+from megatron_ssft.parallel.topology import check_world_size, launch_environment
+from megatron_ssft.records import QuestionBatch
+from megatron_ssft.scheduling.train_plan import plan_train_microbatches
+from megatron_ssft.scheduling.work import WorkModel
+from megatron_ssft.training.lr_schedule import warmup_iterations
+from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
+
+
+def describe(config: Config) -> str:
+    """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
+    _, world_size, _ = launch_environment()
+    if world_size == 1:  # started without a launcher: describe the smallest job that fits
+        world_size = config.parallel.model_parallel_size
+    check_world_size(config, world_size)
+    vocabulary = build_vocabulary(config)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.data.data_cache_path is None:
+            config.data.data_cache_path = folder
+        dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
+        lines = [to_yaml(config), "# what follows from it"]
+        lines += _data_lines(config, dataset)
+        tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
+        lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
+        lines.append(f"parameters: about {count_parameters(config, vocabulary.size):,}")
+        lines += _step_lines(config, dataset, vocabulary, world_size)
+    return "\n".join(lines)
+
+
+def _data_lines(config: Config, dataset: SetDataset) -> list[str]:
+    counts = dataset.trace_counts.tolist()
+    return [
+        f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} a question "
+        f"(median {statistics.median(counts):g})",
+        "data summary: " + ", ".join(f"{key} {value}" for key, value in dataset.summary.items()),
+    ]
+
+
+def _step_lines(config: Config, dataset: SetDataset, vocabulary: object, world_size: int) -> list[str]:
+    """The number of steps and the plan of the first one, tags drawn at random: lengths do not depend on them."""
+    queue = build_queue(config, dataset)
+    sizes, first = [], None
+    while sum(sizes) < dataset.trace_counts.sum() and (visits := queue.next_batch()) is not None:
+        first = first or visits
+        sizes.append(sum(int(dataset.trace_counts[visit.index]) for visit in visits))
+    batch = QuestionBatch(first, tuple(dataset[visit.index] for visit in first))
+    mode = "single" if config.matching.matching == "single" else "random"
+    matcher = Matcher(mode, vocabulary.tags.num_tags, config.training.seed)
+    ranks = world_size // config.parallel.model_parallel_size
+    virtual = config.virtual_pipeline_size is not None
+    plan = plan_train_microbatches(
+        batch,
+        matcher.assign(batch, [None] * len(batch.sets)),
+        vocabulary.tags,
+        num_ranks=ranks,
+        micro_batch_size=config.training.micro_batch_size,
+        group_size=config.parallel.pipeline_model_parallel_size if virtual else 1,
+        work=WorkModel.for_model(config.model, vocabulary.size),
+    )
+    training = config.training
+    total = training.train_iters or training.train_epochs * len(sizes)
+    about = "" if training.train_iters else "about "
+    return [
+        f"ranks: {world_size}, data-parallel {ranks}",
+        f"steps: about {len(sizes)} an epoch, {about}{total} in all, warm-up {warmup_iterations(training, total)}",
+        f"first step: {len(first)} questions, {sizes[0]} traces, {len(plan.ranks[0])} microbatches a rank, "
+        f"{plan.pad_sequences} PAD sequences (at least {plan.pad_lower_bound}), makespan "
+        f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound",
+    ]
+
+
+def count_parameters(config: Config, vocab_size: int) -> int:
+    """Weights of the matrices (norms and biases left out)."""
+    m = config.model
+    query, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
+    attention = m.hidden_size * (2 * query + 2 * kv)
+    mlp = m.hidden_size * m.ffn_hidden_size * (3 if m.swiglu else 2)
+    tables = 2 if m.untie_embeddings_and_output_weights else 1
+    return m.num_layers * (attention + mlp) + tables * vocab_size * m.hidden_size

@@ -1,0 +1,148 @@
+"""What a run writes beside its checkpoints: JSONL files, TensorBoard, W&B, a progress bar or plain lines.
+
+Only the first rank writes. The JSONL files are cut back to the checkpoint a run resumes from, so that a joined run
+reads like an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_ssft.config import LoggingConfig
+from megatron_ssft.records import Assignment, QuestionBatch
+
+METRICS, ASSIGNMENTS = "metrics.jsonl", "assignments.jsonl"
+
+
+class RunLog:
+    """Open for the length of a run; use as a context manager."""
+
+    def __init__(self, folder: Path | None, logging: LoggingConfig, first_iteration: int, train_iters: int) -> None:
+        """`first_iteration` is the first step that will be logged: lines from it on are dropped from old files."""
+        self.console = Console()
+        self._files = {}
+        self._tensorboard = self._wandb = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS, ASSIGNMENTS):
+                truncate_from(folder / name, first_iteration)
+                self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._open_trackers(folder, logging, first_iteration)
+        self._progress = Progress(
+            TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=train_iters, completed=first_iteration - 1)
+
+    def _open_trackers(self, folder: Path | None, logging: LoggingConfig, first_iteration: int) -> None:
+        target = logging.tensorboard_dir or (folder and str(folder / "tensorboard"))
+        if target:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(target, purge_step=first_iteration)
+        if logging.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=logging.wandb_project, name=logging.wandb_exp_name, resume="allow")
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        """One line on the terminal or in the job's log."""
+        if self.console.is_terminal:
+            self.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, metrics: dict[str, object]) -> None:
+        """Log one optimizer step everywhere."""
+        self._write(METRICS, [metrics])
+        iteration = metrics["iteration"]
+        values = {k: v for k, v in metrics.items() if k != "iteration" and isinstance(v, int | float)}
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(values, step=iteration)
+        self._progress.update(self._task, completed=iteration)
+        self.say(step_line(metrics))
+
+    def assignments(self, iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> None:
+        """One line a question: which tag each trace got and the cost matrix it was chosen by."""
+        self._write(ASSIGNMENTS, assignment_rows(iteration, batch, assignments))
+
+    def _write(self, name: str, rows: Iterable[dict[str, object]]) -> None:
+        if name in self._files:
+            self._files[name].writelines(json.dumps(row) + "\n" for row in rows)
+            self._files[name].flush()
+
+    def sync(self) -> None:
+        """Bring the JSONL files onto the disk; called before a checkpoint is published."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+
+def assignment_rows(iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> Iterable[dict[str, object]]:
+    """Rows of assignments.jsonl. `tags` are 0-based rows of `cost`: tag k is written <think{k+1}>."""
+    for visit, tokenized, assignment in zip(batch.visits, batch.sets, assignments):
+        cost = None if assignment.cost_NM is None else [[round(float(c), 6) for c in row] for row in assignment.cost_NM]
+        yield {
+            "iteration": iteration,
+            "epoch": visit.epoch,
+            "id": tokenized.id,
+            "tags": [int(tag) for tag in assignment.tags],
+            "sources": list(tokenized.sources),
+            "cost": cost,
+        }
+
+
+def step_line(m: dict[str, object]) -> str:
+    """One step for a person."""
+    matching = ""
+    if m["matching_cost"] is not None:
+        matching = f" | matching cost {m['matching_cost']:.4f} gap {m['matching_gap']:.4f}"
+    if m.get("eval_loss") is not None:
+        matching += f" | eval loss {m['eval_loss']:.4f}"
+    share = m["matching_seconds"] / m["seconds"] if m["seconds"] else 0.0
+    return (
+        f"step {m['iteration']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.3e} | grad norm {m['grad_norm']:.3f}{matching}"
+        f" | PAD {m['pad_sequences']}/{m['pad_lower_bound']} | {m['seconds']:.2f} s ({share:.0%} matching)"
+        f" | {m['trained_tokens'] / m['seconds']:.0f} tokens/s"
+    )
+
+
+def truncate_from(path: Path, iteration: int) -> None:
+    """Cut a JSONL file before its first line of step `iteration` or later, and before a torn line."""
+    if not path.is_file():
+        return
+    keep = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or not _is_before(line, iteration):
+                break
+            keep += len(line)
+    os.truncate(path, keep)
+
+
+def _is_before(line: bytes, iteration: int) -> bool:
+    try:
+        return json.loads(line)["iteration"] < iteration
+    except (ValueError, KeyError, TypeError):
+        return False

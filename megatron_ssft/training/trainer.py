@@ -1,0 +1,385 @@
+"""The training loop. `train_step` is the paper's Algorithm 1."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ssft.arguments import to_yaml
+from megatron_ssft.config import Config
+from megatron_ssft.data.cache import SetDataset
+from megatron_ssft.data.sampler import count_batches
+from megatron_ssft.errors import UserError
+from megatron_ssft.matching.assignment import Matcher, assignment_gap
+from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
+from megatron_ssft.parallel.collectives import any_rank, on_first_rank
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
+from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
+from megatron_ssft.scheduling.collate import loss_denominator
+from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
+from megatron_ssft.scheduling.train_plan import plan_train_microbatches
+from megatron_ssft.scheduling.work import WorkModel
+from megatron_ssft.training.lr_schedule import learning_rate
+from megatron_ssft.training.run_log import RunLog
+from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
+from megatron_ssft.training.signals import StopSignal
+
+STATE_FORMAT = 1
+
+
+class Trainer:
+    """One training run on one rank. Everything but the model's shards is the same on every rank."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        """Check and open the data, then build the model. Raises UserError before any of it is slow."""
+        self.config = config
+        self.topology = topology
+        self.iteration = 0
+        """Optimizer steps done."""
+        _refuse_occupied_folder(config)
+        self.vocabulary = build_vocabulary(config)
+        folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
+        self.dataset = SetDataset.open(Path(folders["train"]))
+        self.eval_dataset = SetDataset.open(Path(folders["eval"])) if "eval" in folders else None
+        self.queue = build_queue(config, self.dataset)
+        self.train_iters = config.training.train_iters or self._iterations_of_epochs()
+        self.matcher = Matcher(config.matching.matching, self.vocabulary.tags.num_tags, config.training.seed)
+        self.work = WorkModel.for_model(config.model, self.vocabulary.size)
+        self.engine = Engine(config, topology, self.vocabulary.tags, self.vocabulary.size)
+        self._start_or_resume()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> tuple[QuestionBatch, list[Assignment], dict[str, object]]:
+        """Algorithm 1 of the paper: score every trace under every tag, match, train under the matched tags."""
+        begin = time.perf_counter()
+        batch = self.next_batch()
+        costs = self.costs(batch) if self._wants_costs() else [None] * len(batch.sets)
+        assignments = self.assign(batch, costs)
+        matching_seconds = time.perf_counter() - begin
+        plan = self.train_plan(batch, assignments)
+        denominator = self._denominator(batch, assignments)
+        metrics = self.engine.train(batch, plan, denominator, self._learning_rate())
+        self.iteration += 1
+        seconds = time.perf_counter() - begin
+        return batch, assignments, self._row(batch, assignments, plan, metrics, seconds, matching_seconds)
+
+    def next_batch(self) -> QuestionBatch:
+        """The questions of the next step."""
+        visits = self.queue.next_batch()
+        assert visits is not None, "the run is longer than its data"
+        return self._batch(self.dataset, visits)
+
+    def costs(self, batch: QuestionBatch) -> list[np.ndarray]:
+        """Q matrices float64 [N, M] of matching costs in nats, under the current weights, without a gradient."""
+        plan = plan_cost_microbatches(
+            batch,
+            self.vocabulary.tags,
+            matching_tokens=self.config.matching.matching_tokens,
+            num_ranks=self.topology.dp_size,
+            tokens_per_microbatch=self.config.matching.matching_tokens_per_microbatch,
+            group_size=self._group_size,
+            work=self.work,
+        )
+        return self.engine.costs(batch, plan)
+
+    def assign(self, batch: QuestionBatch, costs: list[np.ndarray] | list[None]) -> list[Assignment]:
+        """Solved once, on the first rank, so that every rank trains by the same assignment."""
+        solved = on_first_rank(lambda: [a.tags for a in self.matcher.assign(batch, costs)], self.topology)
+        return [Assignment(tuple(tags), cost) for tags, cost in zip(solved, costs)]
+
+    def train_plan(self, batch: QuestionBatch, assignments: list[Assignment]) -> MicrobatchPlan:
+        """Which trace under which tag, on which rank, in which microbatch."""
+        return plan_train_microbatches(
+            batch,
+            assignments,
+            self.vocabulary.tags,
+            num_ranks=self.topology.dp_size,
+            micro_batch_size=self.config.training.micro_batch_size,
+            group_size=self._group_size,
+            work=self.work,
+        )
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
+        config = self.config
+        folder = Path(config.checkpoint.save) if config.checkpoint.save and self.topology.is_first_rank else None
+        stop, watch = StopSignal(), _GapWatch()
+        saved_at = self.iteration if config.checkpoint.load == config.checkpoint.save else -1
+        with self._open_log(folder) as log:
+            self._greet(log, folder)
+            while self.iteration < self.train_iters and not any_rank(stop.received, self.topology):
+                batch, assignments, row = self.train_step()
+                if self._evaluation_is_due():
+                    row |= self.evaluate()
+                if log is not None:
+                    log.assignments(self.iteration, batch, assignments)
+                    log.step(row)
+                    watch(log, row)
+                if self._save_is_due():
+                    saved_at = self._save(log)
+            if config.checkpoint.save and saved_at != self.iteration:
+                self._save(log)
+            if log is not None:
+                done = self.iteration == self.train_iters
+                log.say(
+                    f"{'finished' if done else 'stopped by SIGTERM'} at step {self.iteration} of {self.train_iters}"
+                )
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss on the held-out questions, each trace under its matched tag, with the matching's own figures."""
+        loss = denominator = cost = gap = 0.0
+        limit = self.config.logging.eval_questions or len(self.eval_dataset)
+        for visits in _in_batches(self.eval_dataset, limit, self.config.training.global_batch_size):
+            batch = self._batch(self.eval_dataset, visits)
+            with_costs = self.config.matching.matching != "single"
+            costs = self.costs(batch) if with_costs else [None] * len(batch.sets)
+            assignments = self.assign(batch, costs)
+            plan = self.train_plan(batch, assignments)
+            share = self._denominator(batch, assignments)
+            loss += self.engine.evaluate(batch, plan, share) * share
+            denominator += share
+            if with_costs:
+                cost += sum(a.cost for a in assignments)
+                gap += sum(assignment_gap(a.cost_NM) for a in assignments)
+        questions = min(limit, len(self.eval_dataset))
+        result = {"eval_loss": loss / denominator}
+        if self.config.matching.matching != "single":
+            result |= {"eval_matching_cost": cost / questions, "eval_matching_gap": gap / questions}
+        return result
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _start_or_resume(self) -> None:
+        config = self.config
+        if config.checkpoint.load is None:
+            initialize_weights(self.engine.chunks, config)
+            initialize_forking_rows(
+                self.engine.chunks, self.vocabulary.tags, self.vocabulary.size, self.vocabulary.copy_id, config
+            )
+            self.engine.start()
+            return
+        run = Path(config.checkpoint.load)
+        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
+        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
+        self._check_state(run, state)
+        self.engine.start()
+        load_checkpoint(self.engine, run, iteration, weights_only=config.checkpoint.finetune)
+        if not config.checkpoint.finetune:
+            self.queue.load_state_dict(state["queue"])
+            self.iteration = iteration
+
+    def _state(self) -> dict[str, object]:
+        """Everything that decides the future besides weights and optimizer.
+
+        There is no random state: every draw is a function of the seed, the epoch and the question.
+        """
+        return {
+            "format": STATE_FORMAT,
+            "iteration": self.iteration,
+            "queue": self.queue.state_dict(),
+            "data": self.dataset.fingerprint,
+            "model": dataclasses.asdict(self.config.model),
+            "vocab_size": self.vocabulary.size,
+            "forking_tokens": {
+                "format": self.vocabulary.tags.format,
+                "strings": list(self.vocabulary.tags.strings),
+                "ids": [list(ids) for ids in self.vocabulary.tags.ids],
+            },
+            "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
+            "bf16": self.config.parallel.bf16,
+        }
+
+    def _check_state(self, run: Path, state: dict[str, object]) -> None:
+        """Raise UserError where the checkpoint and this run contradict each other."""
+        mine = self._state()
+        for name, value in state["model"].items():
+            if name != "transformer_impl" and mine["model"].get(name) != value:
+                raise UserError(
+                    f"--load {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
+                    f"--config {run}/config.yaml takes the checkpoint's settings"
+                )
+        for name in ("vocab_size", "forking_tokens"):
+            if state[name] != mine[name]:
+                raise UserError(f"--load {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
+        if self.config.checkpoint.finetune:
+            return
+        for name in ("use_distributed_optimizer", "bf16"):
+            if state[name] != mine[name]:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--load {run}: saved {'with' if state[name] else 'without'} --{flag}; resume the same way, "
+                    "or start from the weights alone with --finetune"
+                )
+        if state["data"] != mine["data"]:
+            raise UserError(
+                f"--load {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
+                "data means nothing; resume with the same, or start from the weights alone with --finetune"
+            )
+
+    def _save(self, log: RunLog | None) -> int:
+        begin = time.perf_counter()
+        if log is not None:
+            log.sync()
+        folder = save_checkpoint(self.engine, Path(self.config.checkpoint.save), self.iteration, self._state())
+        if log is not None:
+            log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
+        return self.iteration
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    @property
+    def _group_size(self) -> int:
+        """The interleaved schedule takes microbatches in groups of the pipeline size."""
+        virtual = self.config.virtual_pipeline_size is not None
+        return self.config.parallel.pipeline_model_parallel_size if virtual else 1
+
+    def _iterations_of_epochs(self) -> int:
+        training = self.config.training
+        return count_batches(
+            self.dataset.trace_counts,
+            training.global_batch_size,
+            training.question_lookahead,
+            training.seed,
+            training.train_epochs,
+        )
+
+    def _batch(self, dataset: SetDataset, visits: tuple[QuestionVisit, ...]) -> QuestionBatch:
+        return QuestionBatch(visits=visits, sets=tuple(dataset[visit.index] for visit in visits))
+
+    def _denominator(self, batch: QuestionBatch, assignments: list[Assignment]) -> int:
+        return loss_denominator(
+            batch,
+            assignments,
+            self.vocabulary.tags,
+            train_forking_token=self.config.data.train_forking_token,
+            loss_normalization=self.config.training.loss_normalization,
+        )
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self.config.training, self.iteration + 1, self.train_iters)
+
+    def _wants_costs(self) -> bool:
+        every = self.config.matching.log_matching_interval
+        measures = self.config.matching.matching in ("random", "fixed") and every > 0
+        return self.matcher.needs_costs or (measures and self.iteration % every == 0)
+
+    def _evaluation_is_due(self) -> bool:
+        if self.eval_dataset is None:
+            return False
+        every = self.config.logging.eval_interval
+        return self.iteration == self.train_iters or (every is not None and self.iteration % every == 0)
+
+    def _save_is_due(self) -> bool:
+        every = self.config.checkpoint.save_interval
+        return every is not None and self.iteration % every == 0
+
+    def _row(
+        self,
+        batch: QuestionBatch,
+        assignments: list[Assignment],
+        plan: MicrobatchPlan,
+        metrics: StepMetrics,
+        seconds: float,
+        matching_seconds: float,
+    ) -> dict[str, object]:
+        """A line of metrics.jsonl. Costs are in nats a question: totals over its traces, averaged over questions."""
+        measured = [a for a in assignments if a.cost_NM is not None]
+        return {
+            "iteration": self.iteration,
+            "loss": metrics.loss,
+            "lr": learning_rate(self.config.training, self.iteration, self.train_iters),
+            "grad_norm": metrics.grad_norm,
+            "matching_cost": float(np.mean([a.cost for a in measured])) if measured else None,
+            "matching_gap": float(np.mean([assignment_gap(a.cost_NM) for a in measured])) if measured else None,
+            "pad_sequences": plan.pad_sequences,
+            "pad_lower_bound": plan.pad_lower_bound,
+            "makespan_over_bound": plan.makespan / plan.makespan_lower_bound,
+            "questions": len(batch.sets),
+            "trained_sequences": metrics.trained_sequences,
+            "trained_tokens": metrics.trained_tokens,
+            "epoch": batch.visits[0].epoch,
+            "seconds": seconds,
+            "matching_seconds": matching_seconds,
+        }
+
+    def _open_log(self, folder: Path | None) -> RunLog | _NoLog:
+        if not self.topology.is_first_rank:
+            return _NoLog()
+        return RunLog(folder, self.config.logging, self.iteration + 1, self.train_iters)
+
+    def _greet(self, log: RunLog | None, folder: Path | None) -> None:
+        if log is None:
+            return
+        if folder is not None:
+            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        t, p = self.topology, self.config.parallel
+        log.say(
+            f"{len(self.dataset)} questions, {int(self.dataset.trace_counts.sum())} traces | {self.vocabulary.size} "
+            f"vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | {t.world_size} ranks: tensor "
+            f"{p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} x context "
+            f"{p.context_parallel_size} x data {t.dp_size} on {t.device.type} | {self.engine.num_parameters} "
+            f"parameters on the first rank | steps {self.iteration + 1} to {self.train_iters}"
+        )
+
+
+class _NoLog:
+    """What ranks other than the first open instead of a log."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _GapWatch:
+    """Says so once when the tags stay interchangeable: matching then decides nothing."""
+
+    PATIENCE, LEVEL = 20, 1e-4
+
+    def __init__(self) -> None:
+        self.low = 0
+
+    def __call__(self, log: RunLog, row: dict[str, object]) -> None:
+        if row["matching_gap"] is None:
+            return
+        self.low = self.low + 1 if row["matching_gap"] < self.LEVEL else 0
+        if self.low == self.PATIENCE:
+            log.say(
+                f"warning: for {self.PATIENCE} steps optimal matching has been within {self.LEVEL} nats of a random "
+                "one: the tags are not separating. Does --matching-tokens reach the first token in which traces "
+                "differ? Otherwise spread the tags (--forking-token-noise) or speed them up (--forking-token-lr-mult)"
+            )
+
+
+def _refuse_occupied_folder(config: Config) -> None:
+    """A new run must not write over another one's checkpoints."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None or (load is not None and Path(load).resolve() == Path(save).resolve()):
+        return
+    folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []
+    if folders:
+        raise UserError(
+            f"--save {save}: already holds {folders[-1].name}; continue that run with --load {save}, "
+            "or choose another folder"
+        )
+
+
+def _in_batches(dataset: SetDataset, limit: int, capacity: int) -> list[tuple[QuestionVisit, ...]]:
+    """The first `limit` questions in file order, in runs of at most `capacity` traces."""
+    batches: list[list[QuestionVisit]] = []
+    traces = capacity
+    for index, count in enumerate(dataset.trace_counts[:limit].tolist()):
+        if traces + count > capacity:
+            batches.append([])
+            traces = 0
+        batches[-1].append(QuestionVisit(index=index, epoch=0))
+        traces += count
+    return [tuple(batch) for batch in batches]

