@@ -117,6 +117,22 @@ def _transformer_engine_spec(config: Config) -> tuple[object, type]:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm), TENorm
 
 
+def _mark_sharded_weights(model: torch.nn.Module) -> None:
+    """Tell sharded weights from replicated ones, as megatron-core does only when it initialises them itself.
+
+    Without the marks the gradient norm takes every rank's shard but the first for a replica and leaves it out.
+    """
+    partition_dims = {
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        dim = partition_dims.get(type(module))
+        if dim is not None and module.weight is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
 class SetGPTModel(GPTModel):
     """GPTModel whose forward takes positions, targets and a mask, and answers with the NLL of the masked tokens."""
 
@@ -145,6 +161,7 @@ class SetGPTModel(GPTModel):
             rotary_base=config.model.rotary_base,
             vp_stage=vp_stage,
         )
+        _mark_sharded_weights(self)
         tp_group = self.pg_collection.tp
         self.forking_rows: ForkingRows | None = None
         if row_ids and (pre_process or (post_process and tied)):
@@ -154,6 +171,16 @@ class SetGPTModel(GPTModel):
                 self.forking_rows.weight.shared = True  # the last stage's copy, not counted twice in the grad norm
         if post_process:
             self.head = VocabParallelHead(vocab_size, padded // tp_group.size(), row_ids, tp_group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, object]:
+        """Megatron's, with the tag rows on a last stage of their own declared a copy of the first stage's."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.forking_rows is not None and not self.pre_process:
+            entry = state[f"{prefix}forking_rows.weight"]
+            entry.replica_id = (1, *entry.replica_id[1:])
+        return state
 
     def vocab_tables(self) -> list[Tensor]:
         """This rank's shards of the vocabulary tables: input embedding, output head, or the one tied table."""

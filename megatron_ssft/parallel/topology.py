@@ -74,6 +74,7 @@ def initialize_topology(config: Config) -> Topology:
     """Join the process group and build Megatron's parallel groups: NCCL with CUDA, gloo without."""
     rank, world_size, local_rank = launch_environment()
     check_world_size(config, world_size)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication overlap with computation
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
