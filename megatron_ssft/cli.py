@@ -9,6 +9,13 @@ from collections.abc import Callable
 
 from megatron_ssft.errors import UserError
 
+_NOTICES = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "The .grad attribute of a Tensor that is not a leaf",  # megatron-core's distributed optimizer on the CPU
+    "Please use DTensor instead",  # torch's own checkpoint format
+)
+
 
 def run_command(main: Callable[[], None]) -> int:
     """Run `main`; print a UserError on the first rank, without a traceback. Other exceptions are bugs and pass."""
@@ -25,5 +32,5 @@ def run_command(main: Callable[[], None]) -> int:
 
 def _quiet_libraries() -> None:
     """Silence import-time notices about optional packages that nobody can act on."""
-    for text in ("Apex is not installed", "Transformer Engine and Apex are not installed", ".*is deprecated"):
+    for text in _NOTICES:
         warnings.filterwarnings("ignore", message=text)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import Float16Module
 
 from megatron_ssft.config import Config
@@ -53,13 +53,12 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> M
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    one_dimensional = lambda parameter: parameter.dim() == 1  # noqa: E731
-    from megatron.core.optimizer.optimizer_config import ParamPredicate
-
+    norms_and_biases = ParamKey(predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.dim() == 1))
     overrides = {
-        ParamKey(name="*.bias", predicate=ParamPredicate("param_len_1", one_dimensional)): {"wd_mult": 0.0},
-        # A group of its own even at multiplier 1, so that a later run may choose another multiplier.
-        ParamKey(name="*forking_rows.weight"): {"max_lr": training.lr * config.forking.forking_token_lr_mult},
+        norms_and_biases: {"wd_mult": 0.0},
+        # A group of its own even at multiplier 1, so that a later run may choose another multiplier. The mark is
+        # part of what megatron-core knows a stored group by.
+        ParamKey(name="*forking_rows.weight"): {"max_lr": training.lr, "is_decoupled_lr": True},
     }
     return get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
 
@@ -71,8 +70,7 @@ def set_hyperparameters(optimizer: MegatronOptimizer, config: Config, lr: float)
     """
     training = config.training
     for group in optimizer.param_groups:
-        own_rate = not group["default_config"]
-        group["lr"] = lr * (config.forking.forking_token_lr_mult if own_rate else 1.0)
+        group["lr"] = lr * (config.forking.forking_token_lr_mult if group["is_decoupled_lr"] else 1.0)
         group["weight_decay"] = training.weight_decay * group["wd_mult"]
         group["betas"] = (training.adam_beta1, training.adam_beta2)
         group["eps"] = training.adam_eps

@@ -31,6 +31,7 @@ _ALLOWED = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
 }
 
