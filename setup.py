@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.4.3",
     "sentencepiece>=0.2.0",
     "PyYAML>=6.0",
+    "psutil>=5.9",  # megatron-core's checkpoint writer asks for it without requiring it
     "rich>=13.0",
     "matplotlib>=3.8",
     "tensorboard>=2.16",

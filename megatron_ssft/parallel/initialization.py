@@ -20,10 +20,11 @@ from megatron_ssft.parallel.model import SetGPTModel
 from megatron_ssft.records import ForkingTokens
 
 
+@torch.no_grad()
 def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
     """Draw every weight matrix: N(0, std), the projections back into the residual stream N(0, std / sqrt(2 layers)).
 
-    Norms keep ones and biases zeros, as their modules are built.
+    Biases are zero; norms keep the ones their modules are built with.
     """
     std = config.model.init_method_std
     back = std / math.sqrt(2.0 * config.model.num_layers)
@@ -33,6 +34,8 @@ def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
                 _draw(entry, back, config.training.seed)
             elif len(entry.global_shape) - entry.prepend_axis_num == 2:
                 _draw(entry, std, config.training.seed)
+            elif entry.key.endswith("bias"):
+                entry.data.zero_()  # megatron-core leaves them unwritten when it does not initialise
 
 
 def _sharded_tensors(state: dict[str, object]) -> list[ShardedTensor]:

@@ -213,17 +213,21 @@ class SetGPTModel(GPTModel):
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
     def _nll(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """The scored tokens' NLL [T], from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=tp_group
             )
+            scored = hidden.transpose(0, 1)[mask]
         else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=tp_group)
+            # Selected first: the region's backward all-reduces a copy, and loses it, if the gradient is a strided view.
+            scored = hidden.transpose(0, 1)[mask]
+            scored = tensor_parallel.copy_to_tensor_model_parallel_region(scored, group=tp_group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
-        return self.head.nll(hidden.transpose(0, 1)[mask], weight, targets[mask], rows)
+        return self.head.nll(scored, weight, targets[mask], rows)
 
 
 def build_model_chunks(config: Config, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:
