@@ -13,7 +13,10 @@ _NOTICES = (
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",
     "The .grad attribute of a Tensor that is not a leaf",  # megatron-core's distributed optimizer on the CPU
-    "Please use DTensor instead",  # torch's own checkpoint format
+    "Please use DTensor instead",  # torch's own checkpoint format, which megatron-core builds on
+    "`load_state_dict` is deprecated",
+    "`torch.distributed.(reduce_scatter|all_gather)",
+    "full scope is deprecated",
 )
 
 

@@ -109,7 +109,9 @@ def assert_same_training(expected, got):
         for cost_a, cost_b, tags_a, tags_b in zip(a["costs"], b["costs"], a["tags"], b["tags"], strict=True):
             np.testing.assert_allclose(cost_b, cost_a, rtol=1e-5)
             if tags_a != tags_b:  # only where rounding decides
-                regret = sum(cost_a[t, j] for j, t in enumerate(tags_b)) - sum(cost_a[t, j] for j, t in enumerate(tags_a))
+                regret = sum(cost_a[t, j] for j, t in enumerate(tags_b)) - sum(
+                    cost_a[t, j] for j, t in enumerate(tags_a)
+                )
                 assert abs(regret) < 1e-4, f"step {step}: tags {tags_b} instead of {tags_a}"
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)

@@ -111,5 +111,3 @@ def assemble(results):
     for name, full in whole.items():
         assert not np.isnan(full).any(), f"{name} has holes"
     return whole
-
-

@@ -21,6 +21,7 @@ from megatron_ssft.parallel.checkpoint_writer import save_strategy
 from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
+from megatron_ssft.parallel.optimizer import allocate_state, load_optimizer_state
 from megatron_ssft.parallel.pickle_scan import refuse_foreign_pickles
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -120,7 +121,7 @@ def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: boo
     if weights_only:
         engine.optimizer.reload_model_params()
     else:
-        engine.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(engine.optimizer, state["optimizer"])
 
 
 def _chunk_keys(engine: Engine) -> list[str]:
@@ -145,6 +146,8 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
         key: {name: entry for name, entry in part.items() if not name.endswith(_ROWS)} for key, part in model.items()
     }
     if not weights_only:
+        if is_loading:
+            allocate_state(engine.optimizer)
         state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
 

@@ -76,6 +76,48 @@ def set_hyperparameters(optimizer: MegatronOptimizer, config: Config, lr: float)
         group["eps"] = training.adam_eps
 
 
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its AdamW state, as a first step would, so that a checkpoint has a place to load into.
+
+    megatron-core's distributed optimizer asks torch's AdamW for its step count before it has one; apex's and
+    TransformerEngine's keep the count elsewhere and need nothing.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, object]) -> None:
+    """Restore the optimizer from a loaded checkpoint.
+
+    With torch's AdamW megatron-core's distributed optimizer cannot place its shards while a step count stands beside
+    them, and lets all parameters share one count, which each step would then advance once a parameter. So the count
+    is taken out meanwhile, and every parameter gets its own.
+    """
+    shards = state.pop("param_state", None)
+    optimizer.load_state_dict(state)
+    if shards is None:
+        return
+    (distributed,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    inners = _torch_optimizers(optimizer)
+    counts = [{p: float(s.pop("step")) for p, s in inner.state.items()} for inner in inners]
+    distributed.load_parameter_state_from_fully_reshardable(shards)
+    for inner, count in zip(inners, counts):
+        for parameter, step in count.items():
+            inner.state[parameter]["step"] = torch.tensor(step)
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """The torch AdamWs inside; none where apex or TransformerEngine provide the optimizer."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(getattr(part, "optimizer", None), torch.optim.AdamW)]
+
+
 def finalize_gradients(
     wrapped: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: object
 ) -> None:

@@ -1,0 +1,177 @@
+"""Killed anywhere and resumed, a run ends as if nothing had happened: the logs agree byte for byte apart from times."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training_runs import BASE, make_rows, write_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("seconds", "matching_seconds")
+STEPS = 12
+
+
+def flags(values):
+    """Configuration values as command-line flags."""
+    out = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        out += [flag] if value is True else [flag, str(value)]
+    return out
+
+
+def start(arguments, ranks=1):
+    """A real run in processes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "pretrain_ssft.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout=120):
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def wait_for_steps(process, run, steps, timeout=90):
+    """Until metrics.jsonl has that many lines; the run must not end before."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        path = run / "metrics.jsonl"
+        if path.is_file() and path.read_bytes().count(b"\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError("the run did not get that far")
+
+
+def logs(run):
+    """metrics.jsonl without the times, and assignments.jsonl, as text."""
+    metrics = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        metrics.append(json.dumps({k: v for k, v in row.items() if k not in TIMES}))
+    return "\n".join(metrics), (run / "assignments.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return {
+        "data_path": write_rows(folder / "train.jsonl", make_rows()),
+        "data_cache_path": str(folder / "cache"),
+    }
+
+
+LAYOUTS = {
+    "one-process": (1, {}),
+    "tp2-distributed-bf16": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True, "bf16": True},
+    ),
+    "pp2-random": (2, {"pipeline_model_parallel_size": 2, "matching": "random", "log_matching_interval": 2}),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, data, tmp_path_factory):
+    """(ranks, flags, logs of the uninterrupted run)."""
+    ranks, overrides = LAYOUTS[request.param]
+    values = BASE | data | {"train_iters": STEPS, "save_interval": 4} | overrides
+    run = tmp_path_factory.mktemp("whole") / "run"
+    status, output = finish(start(flags(values | {"save": run}), ranks))
+    assert status == 0, output
+    return ranks, values, logs(run)
+
+
+@pytest.mark.slow
+def test_sigkill_after_a_checkpoint(layout, tmp_path):
+    ranks, values, expected = layout
+    run = tmp_path / "run"
+    process = start(flags(values | {"save": run}), ranks)
+    wait_for_steps(process, run, 6)
+    for pid in [*ranks_of(process, ranks), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) < STEPS
+    assert (run / "iter_0000004").is_dir()
+    status, output = finish(start(["--config", str(run / "config.yaml"), "--load", str(run)], ranks))
+    assert status == 0, output
+    assert "steps 5 to 12" in output or "steps 9 to 12" in output
+    assert logs(run) == expected
+
+
+@pytest.mark.slow
+def test_sigterm_stops_cleanly(layout, tmp_path):
+    ranks, values, expected = layout
+    run = tmp_path / "run"
+    process = start(flags(values | {"save": run}), ranks)
+    wait_for_steps(process, run, 5)
+    for pid in ranks_of(process, ranks):  # as SLURM does: to every task, which need not all be at the same step
+        os.kill(pid, signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 0, output
+    assert "stopped by SIGTERM at step" in output
+    done = len((run / "metrics.jsonl").read_text().splitlines())
+    assert 5 <= done < STEPS
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == str(done)
+    status, output = finish(start(["--config", str(run / "config.yaml"), "--load", str(run)], ranks))
+    assert status == 0, output
+    assert logs(run) == expected
+
+
+@pytest.mark.slow
+def test_torn_files_do_not_stop_a_resume(data, tmp_path):
+    """A torn tracker, a torn last log line and a half-written checkpoint, as a crash of the machine leaves them."""
+    values = BASE | data | {"train_iters": 8, "save_interval": 4}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert finish(start(flags(values | {"save": whole})))[0] == 0
+    assert finish(start(flags(values | {"save": run})))[0] == 0
+    (run / "latest_checkpointed_iteration.txt").write_text("")
+    partial = run / "iter_0000008"
+    partial.rename(run / ".iter_0000008.partial")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 9, "lo')
+    status, output = finish(start(["--config", str(run / "config.yaml"), "--load", str(run)]))
+    assert status == 0, output
+    assert logs(run) == logs(whole)
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "8"
+    assert not (run / ".iter_0000008.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone(data, tmp_path):
+    values = BASE | data | {"train_iters": 3, "save": tmp_path / "run"}
+    assert finish(start(flags(values)))[0] == 0
+    before = logs(tmp_path / "run")
+    status, output = finish(start([*flags(values), "--load", str(tmp_path / "run")]))
+    assert status == 0, output
+    assert logs(tmp_path / "run") == before
+
+
+def ranks_of(process, ranks):
+    """Process ids of the ranks; torchrun starts each in a session of its own."""
+    if ranks == 1:
+        return [process.pid]
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    pids = [int(p) for p in text.split() if b"pretrain_ssft.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(pids) == ranks
+    return pids

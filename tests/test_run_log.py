@@ -1,0 +1,227 @@
+"""What a run writes: files that a resumed run can go on with, and lines a person can read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_ssft.config import LoggingConfig
+from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.training.run_log import RunLog, assignment_rows, step_line, truncate_from
+
+
+def line(iteration, **more):
+    return json.dumps({"iteration": iteration} | more).encode() + b"\n"
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """cut(content, iteration) -> what truncate_from leaves of a file."""
+
+    def call(content, iteration):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(content)
+        truncate_from(path, iteration)
+        return path.read_bytes()
+
+    return call
+
+
+LINES = b"".join(line(i, loss=1 / i) for i in range(1, 6))
+
+
+@pytest.mark.parametrize("first", range(1, 8))
+def test_lines_from_a_step_on_are_cut(cut, first):
+    assert cut(LINES, first) == b"".join(line(i, loss=1 / i) for i in range(1, 6) if i < first)
+
+
+def test_all_lines_of_a_step_go_together(cut):
+    """assignments.jsonl holds a line a question."""
+    content = line(1, id="a") + line(1, id="b") + line(2, id="c") + line(2, id="d") + line(3, id="e")
+    assert cut(content, 2) == line(1, id="a") + line(1, id="b")
+    assert cut(content, 3) == content[: -len(line(3, id="e"))]
+
+
+@pytest.mark.parametrize("length", range(1, len(line(6, loss=0.5))))
+def test_torn_last_line_is_cut(cut, length):
+    assert cut(LINES + line(6, loss=0.5)[:length], 99) == LINES
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\n", b"\0\0\0\0\0\0\n", b"{}\n", b"[]\n", b"3\n", b'{"iteration": "1"}\n', b"\xff\xfe\n", b"null\n"]
+)
+def test_everything_from_a_damaged_line_on_is_cut(cut, garbage):
+    assert cut(LINES + garbage + line(6), 99) == LINES
+    assert cut(garbage + LINES, 99) == b""
+
+
+def test_empty_file_stays_empty(cut):
+    assert cut(b"", 5) == b""
+
+
+def test_absent_file_stays_absent(tmp_path):
+    truncate_from(tmp_path / "metrics.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_intact_file_is_not_rewritten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(LINES)
+    inode = path.stat().st_ino
+    truncate_from(path, 6)
+    assert (path.read_bytes(), path.stat().st_ino) == (LINES, inode)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def question(name, sources):
+    return TokenizedSet(
+        id=name,
+        file="train.jsonl",
+        line=1,
+        prompt_ids=np.array([1, 2], dtype=np.int32),
+        completion_ids=tuple(np.array([3], dtype=np.int32) for _ in sources),
+        sources=sources,
+    )
+
+
+BATCH = QuestionBatch(
+    visits=(QuestionVisit(index=4, epoch=0), QuestionVisit(index=0, epoch=1)),
+    sets=(question("q-4", ("human", None)), question("Fräge", ("tora",))),
+)
+COST = np.array([[1.5, 2.0], [1 / 3, 0.25], [1e-9, 1234.5678901]])
+
+
+def test_assignment_rows():
+    assignments = [Assignment((np.int64(2), 0), COST), Assignment((1,))]
+    first, second = assignment_rows(7, BATCH, assignments)
+    assert first == {
+        "iteration": 7,
+        "epoch": 0,
+        "id": "q-4",
+        "tags": [2, 0],
+        "sources": ["human", None],
+        "cost": [[1.5, 2.0], [0.333333, 0.25], [0.0, 1234.56789]],
+    }
+    assert second == {"iteration": 7, "epoch": 1, "id": "Fräge", "tags": [1], "sources": ["tora"], "cost": None}
+
+
+def test_assignment_rows_survive_json():
+    rows = list(assignment_rows(7, BATCH, [Assignment((np.int64(2), 0), COST.astype(np.float32)), Assignment((1,))]))
+    assert json.loads(json.dumps(rows)) == rows
+    assert np.array(rows[0]["cost"]).shape == COST.shape
+
+
+METRICS = {
+    "iteration": 12,
+    "loss": 1.23456,
+    "lr": 3e-4,
+    "grad_norm": 0.98765,
+    "matching_cost": 4.5,
+    "matching_gap": 0.125,
+    "pad_sequences": 3,
+    "pad_lower_bound": 2,
+    "trained_sequences": 16,
+    "trained_tokens": 1000,
+    "seconds": 2.0,
+    "matching_seconds": 0.5,
+}
+
+
+def test_step_line_says_what_a_person_needs():
+    text = step_line(METRICS)
+    assert "\n" not in text
+    for part in (
+        "step     12",
+        "loss 1.2346",
+        "lr 3.000e-04",
+        "grad norm 0.988",
+        "matching cost 4.5000 gap 0.1250",
+        "PAD 3/2",
+        "2.00 s (25% matching)",
+        "500 tokens/s",
+    ):
+        assert part in text
+    assert "eval" not in text
+
+
+def test_step_line_without_costs_and_with_evaluation():
+    text = step_line(METRICS | {"matching_cost": None, "matching_gap": None, "eval_loss": 0.5})
+    assert "matching cost" not in text and "gap" not in text
+    assert "eval loss 0.5000" in text
+
+
+def test_step_line_at_clock_resolution():
+    """A clock may tick more coarsely than a tiny step takes."""
+    assert "step     12" in step_line(METRICS | {"seconds": 0.0, "matching_seconds": 0.0})
+
+
+# -- the log ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_colour_settings(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with RunLog(None, LoggingConfig(), 12, 20) as log:
+        log.say("[bold]not markup[/bold] :smile:")
+        log.step(METRICS)
+        log.say("x" * 300)
+    assert capsys.readouterr().out.splitlines() == ["[bold]not markup[/bold] :smile:", step_line(METRICS), "x" * 300]
+
+
+def test_terminal_gets_a_progress_bar_and_the_same_text(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with RunLog(None, LoggingConfig(), 12, 20) as log:
+        log.step(METRICS)
+        log.say("[bold]not markup[/bold]")
+    out = capsys.readouterr().out
+    assert step_line(METRICS) in out and "[bold]not markup[/bold]" in out
+    assert "12/20" in out and "\x1b[" in out
+
+
+def test_files_go_on_where_the_checkpoint_was_taken(tmp_path, capsys):
+    """A run that resumes after step 2 leaves the files of a run that was never interrupted."""
+
+    def run(folder, first, last):
+        with RunLog(folder, LoggingConfig(), first, 6) as log:
+            for iteration in range(first, last + 1):
+                log.assignments(iteration, BATCH, [Assignment((2, 0), COST), Assignment((1,))])
+                log.step(METRICS | {"iteration": iteration})
+            log.sync()
+
+    run(tmp_path / "whole", 1, 6)
+    run(tmp_path / "joined", 1, 4)
+    with open(tmp_path / "joined" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"iteration": 5, "lo')
+    run(tmp_path / "joined", 3, 6)
+    for name in ("metrics.jsonl", "assignments.jsonl"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "joined" / name).read_bytes() == whole
+        rows = [json.loads(text) for text in whole.splitlines()]
+        assert [row["iteration"] for row in rows] == sorted([1, 2, 3, 4, 5, 6] * (1 if name == "metrics.jsonl" else 2))
+    assert json.loads(whole.splitlines()[1])["id"] == "Fräge"
+    assert any((tmp_path / "whole" / "tensorboard").iterdir())
+
+
+def test_rows_are_on_disk_before_the_log_is_closed(tmp_path):
+    """What was logged survives a kill that comes right after."""
+    with RunLog(tmp_path, LoggingConfig(), 1, 2) as log:
+        log.step(METRICS | {"iteration": 1})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text())["iteration"] == 1
+
+
+def test_run_without_a_folder_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with RunLog(None, LoggingConfig(), 1, 2) as log:
+        log.step(METRICS | {"iteration": 1})
+        log.assignments(1, BATCH, [Assignment((2, 0), COST), Assignment((1,))])
+        log.sync()
+    assert list(tmp_path.iterdir()) == []
