@@ -17,11 +17,13 @@ def main() -> None:
         print(describe(config))
         return
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+    from megatron_ssft.training.signals import StopSignal
     from megatron_ssft.training.trainer import Trainer
 
+    stop = StopSignal()
     topology = initialize_topology(config)
     trainer = Trainer(config, topology)
-    trainer.run()
+    trainer.run(stop)
     destroy_topology()
 
 

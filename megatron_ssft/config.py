@@ -119,7 +119,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one virtual pipeline chunk (interleaved schedule); unset: no virtual pipeline."""
+    """Layers of one virtual pipeline chunk (interleaved schedule); unset or 0: no virtual pipeline."""
     context_parallel_size: int = 1
     """Ranks that share each sequence; more than 1 needs --transformer-impl transformer_engine."""
     sequence_parallel: bool = False
@@ -140,6 +140,8 @@ class ParallelConfig:
     """A collective that takes longer than this ends the job."""
 
     def __post_init__(self) -> None:
+        if self.num_layers_per_virtual_pipeline_stage == 0:  # overrides a configuration file that has one
+            self.num_layers_per_virtual_pipeline_stage = None
         _positive(
             self,
             "tensor_model_parallel_size",

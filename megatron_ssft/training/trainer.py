@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.data.sampler import count_batches
-from megatron_ssft.errors import UserError
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
 from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
@@ -25,11 +23,10 @@ from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
 from megatron_ssft.scheduling.train_plan import plan_train_microbatches
 from megatron_ssft.scheduling.work import WorkModel
 from megatron_ssft.training.lr_schedule import learning_rate
-from megatron_ssft.training.run_log import RunLog
+from megatron_ssft.training.resume import continues_in_place, refuse_contradictions, refuse_occupied_folder, run_state
+from megatron_ssft.training.run_log import GapWatch, NoLog, RunLog
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 from megatron_ssft.training.signals import StopSignal
-
-STATE_FORMAT = 1
 
 
 class Trainer:
@@ -41,7 +38,7 @@ class Trainer:
         self.topology = topology
         self.iteration = 0
         """Optimizer steps done."""
-        _refuse_occupied_folder(config)
+        refuse_occupied_folder(config)
         self.vocabulary = build_vocabulary(config)
         folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
         self.dataset = SetDataset.open(Path(folders["train"]))
@@ -107,12 +104,12 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, stop: StopSignal) -> None:
         """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
         config = self.config
         folder = Path(config.checkpoint.save) if config.checkpoint.save and self.topology.is_first_rank else None
-        stop, watch = StopSignal(), _GapWatch()
-        saved_at = self.iteration if config.checkpoint.load == config.checkpoint.save else -1
+        watch = GapWatch()
+        saved_at = self.iteration if continues_in_place(config) else -1
         with self._open_log(folder) as log:
             self._greet(log, folder)
             while self.iteration < self.train_iters and not any_rank(stop.received, self.topology):
@@ -169,7 +166,7 @@ class Trainer:
         run = Path(config.checkpoint.load)
         iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
         state = on_first_rank(lambda: read_state(run, iteration), self.topology)
-        self._check_state(run, state)
+        refuse_contradictions(run, state, self._state(), config.checkpoint.finetune)
         self.engine.start()
         load_checkpoint(self.engine, run, iteration, weights_only=config.checkpoint.finetune)
         if not config.checkpoint.finetune:
@@ -177,52 +174,7 @@ class Trainer:
             self.iteration = iteration
 
     def _state(self) -> dict[str, object]:
-        """Everything that decides the future besides weights and optimizer.
-
-        There is no random state: every draw is a function of the seed, the epoch and the question.
-        """
-        return {
-            "format": STATE_FORMAT,
-            "iteration": self.iteration,
-            "queue": self.queue.state_dict(),
-            "data": self.dataset.fingerprint,
-            "model": dataclasses.asdict(self.config.model),
-            "vocab_size": self.vocabulary.size,
-            "forking_tokens": {
-                "format": self.vocabulary.tags.format,
-                "strings": list(self.vocabulary.tags.strings),
-                "ids": [list(ids) for ids in self.vocabulary.tags.ids],
-            },
-            "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
-            "bf16": self.config.parallel.bf16,
-        }
-
-    def _check_state(self, run: Path, state: dict[str, object]) -> None:
-        """Raise UserError where the checkpoint and this run contradict each other."""
-        mine = self._state()
-        for name, value in state["model"].items():
-            if name != "transformer_impl" and mine["model"].get(name) != value:
-                raise UserError(
-                    f"--load {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
-                    f"--config {run}/config.yaml takes the checkpoint's settings"
-                )
-        for name in ("vocab_size", "forking_tokens"):
-            if state[name] != mine[name]:
-                raise UserError(f"--load {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
-        if self.config.checkpoint.finetune:
-            return
-        for name in ("use_distributed_optimizer", "bf16"):
-            if state[name] != mine[name]:
-                flag = name.replace("_", "-")
-                raise UserError(
-                    f"--load {run}: saved {'with' if state[name] else 'without'} --{flag}; resume the same way, "
-                    "or start from the weights alone with --finetune"
-                )
-        if state["data"] != mine["data"]:
-            raise UserError(
-                f"--load {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
-                "data means nothing; resume with the same, or start from the weights alone with --finetune"
-            )
+        return run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
 
     def _save(self, log: RunLog | None) -> int:
         begin = time.perf_counter()
@@ -310,9 +262,9 @@ class Trainer:
             "matching_seconds": matching_seconds,
         }
 
-    def _open_log(self, folder: Path | None) -> RunLog | _NoLog:
+    def _open_log(self, folder: Path | None) -> RunLog | NoLog:
         if not self.topology.is_first_rank:
-            return _NoLog()
+            return NoLog()
         return RunLog(folder, self.config.logging, self.iteration + 1, self.train_iters)
 
     def _greet(self, log: RunLog | None, folder: Path | None) -> None:
@@ -327,48 +279,6 @@ class Trainer:
             f"{p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} x context "
             f"{p.context_parallel_size} x data {t.dp_size} on {t.device.type} | {self.engine.num_parameters} "
             f"parameters on the first rank | steps {self.iteration + 1} to {self.train_iters}"
-        )
-
-
-class _NoLog:
-    """What ranks other than the first open instead of a log."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class _GapWatch:
-    """Says so once when the tags stay interchangeable: matching then decides nothing."""
-
-    PATIENCE, LEVEL = 20, 1e-4
-
-    def __init__(self) -> None:
-        self.low = 0
-
-    def __call__(self, log: RunLog, row: dict[str, object]) -> None:
-        if row["matching_gap"] is None:
-            return
-        self.low = self.low + 1 if row["matching_gap"] < self.LEVEL else 0
-        if self.low == self.PATIENCE:
-            log.say(
-                f"warning: for {self.PATIENCE} steps optimal matching has been within {self.LEVEL} nats of a random "
-                "one: the tags are not separating. Does --matching-tokens reach the first token in which traces "
-                "differ? Otherwise spread the tags (--forking-token-noise) or speed them up (--forking-token-lr-mult)"
-            )
-
-
-def _refuse_occupied_folder(config: Config) -> None:
-    """A new run must not write over another one's checkpoints."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save is None or (load is not None and Path(load).resolve() == Path(save).resolve()):
-        return
-    folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []
-    if folders:
-        raise UserError(
-            f"--save {save}: already holds {folders[-1].name}; continue that run with --load {save}, "
-            "or choose another folder"
         )
 
 

@@ -1,0 +1,92 @@
+"""What a checkpoint stores besides weights and optimizer, and when a run may go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from megatron_ssft.config import Config
+from megatron_ssft.data.cache import SetDataset
+from megatron_ssft.data.sampler import QuestionQueue
+from megatron_ssft.errors import UserError
+from megatron_ssft.training.setup import Vocabulary
+
+STATE_FORMAT = 1
+
+
+def run_state(
+    config: Config, vocabulary: Vocabulary, dataset: SetDataset, queue: QuestionQueue, iteration: int
+) -> dict[str, object]:
+    """Everything that decides the future of a run besides weights and optimizer, as JSON.
+
+    There is no random state: every draw is a function of the seed, the epoch and the question. Nor is there one of
+    the learning rate, a function of the step.
+    """
+    return {
+        "format": STATE_FORMAT,
+        "iteration": iteration,
+        "queue": queue.state_dict(),
+        "data": dataset.fingerprint,
+        "model": dataclasses.asdict(config.model),
+        "vocab_size": vocabulary.size,
+        "forking_tokens": {
+            "format": vocabulary.tags.format,
+            "strings": list(vocabulary.tags.strings),
+            "ids": [list(ids) for ids in vocabulary.tags.ids],
+        },
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
+        "bf16": config.parallel.bf16,
+    }
+
+
+def refuse_contradictions(run: Path, stored: dict[str, object], mine: dict[str, object], finetune: bool) -> None:
+    """Raise UserError where a checkpoint and this run contradict each other.
+
+    Args:
+        run: the folder given as --load.
+        stored, mine: `run_state` of the checkpoint and of this run.
+        finetune: only the weights are taken over, so only they have to fit.
+    """
+    if stored["format"] != STATE_FORMAT:
+        raise UserError(f"--load {run}: checkpoint format {stored['format']}, this version reads {STATE_FORMAT}")
+    for name, value in stored["model"].items():
+        if name != "transformer_impl" and mine["model"].get(name) != value:
+            raise UserError(
+                f"--load {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
+                f"--config {run}/config.yaml takes the checkpoint's settings"
+            )
+    for name in ("vocab_size", "forking_tokens"):
+        if stored[name] != mine[name]:
+            raise UserError(f"--load {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
+    if finetune:
+        return
+    for name in ("use_distributed_optimizer", "bf16"):
+        if stored[name] != mine[name]:
+            raise UserError(
+                f"--load {run}: saved {'with' if stored[name] else 'without'} --{name.replace('_', '-')}; "
+                "resume the same way, or start from the weights alone with --finetune"
+            )
+    if stored["data"] != mine["data"]:
+        raise UserError(
+            f"--load {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
+            "data means nothing; resume with the same, or start from the weights alone with --finetune"
+        )
+
+
+def continues_in_place(config: Config) -> bool:
+    """Whether --load and --save name the same folder."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    return save is not None and load is not None and Path(load).resolve() == Path(save).resolve()
+
+
+def refuse_occupied_folder(config: Config) -> None:
+    """A new run must not write over another one's checkpoints. Raises UserError."""
+    save = config.checkpoint.save
+    if save is None or (continues_in_place(config) and not config.checkpoint.finetune):
+        return
+    folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []
+    if folders:
+        raise UserError(
+            f"--save {save}: already holds {folders[-1].name}; continue that run with --load {save}, "
+            "or choose another folder"
+        )
