@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
 from megatron_ssft.errors import UserError
+
+GRACE_SECONDS = 3.0
 
 _NOTICES = (
     "Apex is not installed",
@@ -21,16 +25,30 @@ _NOTICES = (
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run `main`; print a UserError on the first rank, without a traceback. Other exceptions are bugs and pass."""
+    """Run `main`; print a UserError as one line, without a traceback. Other exceptions are bugs and pass."""
     _quiet_libraries()
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
-            sys.stdout.flush()
-            print(error, file=sys.stderr, flush=True)
+        _report(error)
         return 2
     return 0
+
+
+def _report(error: UserError) -> None:
+    """Print on the first rank; on another only if it seems to be alone with its error.
+
+    Most errors meet all ranks, and the launcher ends the others as soon as the first has spoken. A rank that is still
+    there after a while (say, the one node without the tokenizer's folder) must say itself what is wrong.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    if rank == 0:
+        sys.stdout.flush()
+        print(error, file=sys.stderr, flush=True)
+    elif not error.shared:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_SECONDS)
+        print(f"[rank {rank}] {error}", file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -7,3 +7,13 @@ class UserError(ValueError):
     Its text is one line that says what is wrong and what to do, led by `file:line:` where a file is to blame.
     Entry points print it without a traceback and exit with status 2.
     """
+
+    shared: bool = False
+    """Set where every rank of a job raises the same error at the same time; the first rank then speaks for all."""
+
+
+def shared_error(text: str) -> UserError:
+    """A UserError that every rank raises together."""
+    error = UserError(text)
+    error.shared = True
+    return error

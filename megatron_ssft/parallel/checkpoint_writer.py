@@ -1,8 +1,8 @@
 """Writes megatron-core's checkpoint files from this process.
 
-megatron-core 0.16 forks writer processes even for a synchronous save, and starts a manager process for their
-results. Forking a process that runs OpenMP, gloo or NCCL threads can leave the children hanging for ever, and the
-manager costs seconds at the first save. The files are written here by threads instead: same format, same files.
+megatron-core 0.16 forks writer processes even for a synchronous save, and spawns a manager process for their
+results. A writer that dies leaves the trainer waiting for ever, a fork of a process full of OpenMP, gloo or NCCL
+threads may well die, and the manager costs seconds at the first save. Threads of this process write the files here.
 """
 
 from __future__ import annotations

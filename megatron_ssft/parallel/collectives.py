@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, shared_error
 from megatron_ssft.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def on_first_rank(work: Callable[[], object], topology: Topology) -> object:
             outcome = {"error": str(error)}
     outcome = broadcast_json(outcome, topology)
     if "error" in outcome:
-        raise UserError(outcome["error"])
+        raise shared_error(outcome["error"])
     return outcome["result"]
 
 
@@ -77,4 +77,4 @@ def raise_together(error: str | None, topology: Topology) -> None:
     dist.all_reduce(first, op=dist.ReduceOp.MIN, group=topology.control_group)
     finder = int(first)
     if finder < topology.world_size:
-        raise UserError(_broadcast_text(error or "", finder, topology))
+        raise shared_error(_broadcast_text(error or "", finder, topology))

@@ -98,13 +98,11 @@ class Engine:
     def _forward_only(self, plan: MicrobatchPlan, cut: object) -> list[tuple[Microbatch, TokenArrays, np.ndarray]]:
         """(microbatch, its arrays, float64 [b, s] NLL) for this rank's share; empty on ranks that report no loss."""
         microbatches = plan.ranks[self.topology.dp_rank]
-        results: list[tuple[Microbatch, TokenArrays, np.ndarray]] = []
+        outputs: list[tuple[Microbatch, TokenArrays, Tensor]] = []
 
         def keep(microbatch: Microbatch, arrays: TokenArrays, output: Tensor, non_loss_data: bool = True) -> None:
             if self.topology.reports_loss:
-                nll = np.zeros(arrays.weights.shape)
-                nll[arrays.weights > 0] = output.double().cpu().numpy()
-                results.append((microbatch, arrays, nll))
+                outputs.append((microbatch, arrays, output.detach()))
 
         def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
             microbatch = next(data)
@@ -115,6 +113,11 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             self._schedule(step, microbatches, forward_only=True, collect_non_loss_data=True)
+        results = []
+        for microbatch, arrays, output in outputs:  # copied off the device after the last one is under way
+            nll = np.zeros(arrays.weights.shape)
+            nll[arrays.weights > 0] = output.double().cpu().numpy()
+            results.append((microbatch, arrays, nll))
         return results
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -128,27 +131,28 @@ class Engine:
         Raises:
             UserError: the loss or the gradient is not finite; the weights are left as they were for a bad loss.
         """
-        sums = np.zeros(2)
+        device = self.topology.device
+        loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=device)  # no host sync within the step
 
         def loss_of(weights: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict]:
             loss = (output * weights).sum()
             if self.topology.reports_loss:
-                sums[0] += float(loss.detach())
-                sums[1] += weights.numel()
+                loss_and_tokens[0] += loss.detach()
+                loss_and_tokens[1] += weights.numel()
             # Zero tokens tell Megatron to leave the gradients as they are: they are normalised already.
-            return loss, torch.zeros([], dtype=torch.int, device=output.device), {}
+            return loss, torch.zeros([], dtype=torch.int, device=device), {}
 
         def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
             arrays = self._arrays(batch, next(data))
             weights = torch.from_numpy(arrays.weights[arrays.weights > 0] / np.float32(denominator))
-            return self._forward(model, arrays), partial(loss_of, weights.to(self.topology.device))
+            return self._forward(model, arrays), partial(loss_of, weights.to(device))
 
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._schedule(step, plan.ranks[self.topology.dp_rank], forward_only=False)
-        loss, tokens = sum_over_ranks(sums, self.topology)
+        loss, tokens = sum_over_ranks(loss_and_tokens.cpu().numpy(), self.topology)
         if not np.isfinite(loss):
             raise UserError(f"{batch.sets[0].where}: the loss of the step that starts with this question is {loss}")
         set_hyperparameters(self.optimizer, self.config, lr)
@@ -199,11 +203,15 @@ class Engine:
         return multiple * (2 * self.topology.cp_size if self.topology.cp_size > 1 else 1)
 
     def _forward(self, model: torch.nn.Module, arrays: TokenArrays) -> Tensor:
-        device = self.topology.device
-        tokens, positions, targets = (
-            torch.from_numpy(a).to(device) for a in (arrays.tokens, arrays.position_ids, arrays.targets)
+        """Run a microbatch. Scored places are found here, on the CPU: on a GPU that would stall the stream."""
+        rows, columns = np.nonzero(arrays.weights)
+        inputs = (
+            arrays.tokens,
+            arrays.position_ids,
+            columns * arrays.tokens.shape[0] + rows,
+            arrays.targets[rows, columns],
         )
-        return model(tokens, positions, targets, torch.from_numpy(arrays.weights > 0).to(device))
+        return model(*(torch.from_numpy(a).to(self.topology.device, non_blocking=True) for a in inputs))
 
     def _schedule(self, step: object, microbatches: tuple[Microbatch, ...], **kwargs: object) -> None:
         """Run Megatron's schedule for this layout; every model chunk draws the microbatches in the same order."""

@@ -134,7 +134,7 @@ def _mark_sharded_weights(model: torch.nn.Module) -> None:
 
 
 class SetGPTModel(GPTModel):
-    """GPTModel whose forward takes positions, targets and a mask, and answers with the NLL of the masked tokens."""
+    """GPTModel whose forward takes positions and targets, and answers with the NLL of the scored tokens."""
 
     def __init__(
         self,
@@ -189,10 +189,13 @@ class SetGPTModel(GPTModel):
             tables.append(self.output_layer.weight)
         return tables
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """int64 [b, s] x 3 and bool [b, s] -> hidden states, or on the last stage float32 [T] NLL.
+    def forward(self, tokens: Tensor, position_ids: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
+        """Hidden states, or on the last stage float32 [T]: -log p(target) of the scored tokens.
 
-        T counts the true entries of `mask`, in row-major order.
+        Args:
+            tokens, position_ids: int64 [b, s].
+            scored: int64 [T], where the scored tokens stand in sequence-major order: s index * b + b index.
+            targets: int64 [T], their targets.
         """
         hidden = None
         if self.pre_process:
@@ -204,7 +207,7 @@ class SetGPTModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        return self._nll(hidden, targets, mask)
+        return self._nll(hidden, scored, targets)
 
     def _rotary_angles(self, position_ids: Tensor) -> Tensor:
         """float32 [s, b, 1, d]: the rotation angle of each channel at each token's own position."""
@@ -212,22 +215,23 @@ class SetGPTModel(GPTModel):
         angles = position_ids.t().unsqueeze(-1).float() * frequencies
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
-    def _nll(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """The scored tokens' NLL [T], from hidden states [s (or s / tp), b, h]."""
+    def _nll(self, hidden: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
+        """NLL [T] from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=tp_group
             )
-            scored = hidden.transpose(0, 1)[mask]
+            chosen = hidden.flatten(0, 1).index_select(0, scored)
         else:
-            # Selected first: the region's backward all-reduces a copy, and loses it, if the gradient is a strided view.
-            scored = hidden.transpose(0, 1)[mask]
-            scored = tensor_parallel.copy_to_tensor_model_parallel_region(scored, group=tp_group)
+            # Selected first: less to reduce in the backward, and what is reduced there is contiguous. megatron-core
+            # all-reduces a copy of a strided gradient, and drops it.
+            chosen = hidden.flatten(0, 1).index_select(0, scored)
+            chosen = tensor_parallel.copy_to_tensor_model_parallel_region(chosen, group=tp_group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
-        return self.head.nll(scored, weight, targets[mask], rows)
+        return self.head.nll(chosen, weight, targets, rows)
 
 
 def build_model_chunks(config: Config, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:

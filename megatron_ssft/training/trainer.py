@@ -11,9 +11,10 @@ from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.data.sampler import count_batches
+from megatron_ssft.errors import UserError
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
 from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
-from megatron_ssft.parallel.collectives import any_rank, on_first_rank
+from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology
@@ -41,8 +42,8 @@ class Trainer:
         refuse_occupied_folder(config)
         self.vocabulary = build_vocabulary(config)
         folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
-        self.dataset = SetDataset.open(Path(folders["train"]))
-        self.eval_dataset = SetDataset.open(Path(folders["eval"])) if "eval" in folders else None
+        self.dataset = open_everywhere(folders["train"], topology)
+        self.eval_dataset = open_everywhere(folders["eval"], topology) if "eval" in folders else None
         self.queue = build_queue(config, self.dataset)
         self.train_iters = config.training.train_iters or self._iterations_of_epochs()
         self.matcher = Matcher(config.matching.matching, self.vocabulary.tags.num_tags, config.training.seed)
@@ -280,6 +281,17 @@ class Trainer:
             f"{p.context_parallel_size} x data {t.dp_size} on {t.device.type} | {self.engine.num_parameters} "
             f"parameters on the first rank | steps {self.iteration + 1} to {self.train_iters}"
         )
+
+
+def open_everywhere(folder: str, topology: Topology) -> SetDataset:
+    """The data set, or the same UserError on all ranks if one cannot see what the first has written."""
+    dataset, error = None, None
+    try:
+        dataset = SetDataset.open(folder)
+    except UserError as failure:
+        error = f"{failure} (on rank {topology.rank}; all nodes must see the folder, see --data-cache-path)"
+    raise_together(error, topology)
+    return dataset
 
 
 def _in_batches(dataset: SetDataset, limit: int, capacity: int) -> list[tuple[QuestionVisit, ...]]:
