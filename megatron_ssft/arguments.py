@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import types
@@ -19,6 +20,7 @@ from megatron_ssft.errors import UserError
 _SECTIONS = typing.get_type_hints(Config)
 
 
+@functools.cache
 def field_docstrings(cls: type) -> dict[str, str]:
     """The string that follows each field in the source of dataclass `cls`, white space folded."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
@@ -44,7 +46,7 @@ def _fields() -> dict[str, tuple[str, dataclasses.Field, object]]:
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """A parser with one flag for every configuration field; flags that are not given leave no attribute."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print everything resolved and stop")
     fields = _fields()
@@ -78,9 +80,12 @@ def read_config_file(path: str) -> dict[str, object]:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise UserError(f"{path}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}:{line}: not valid YAML: {problem}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}:1: expected `key: value` lines")
     fields = _fields()
@@ -103,10 +108,10 @@ def _coerce(path: str, name: str, value: object, kind: object) -> object:
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
+        if isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float) and value != int(value)):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         wanted = getattr(kind, "__name__", str(kind))
         raise UserError(f"{path}: {name}: {value!r} is not of type {wanted}") from error
 

@@ -7,6 +7,7 @@ unique over all sections, so a YAML file holds them flat. `arguments.py` turns t
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from megatron_ssft.errors import UserError
@@ -24,7 +25,8 @@ def _choice(value: str | None, flag: str, *choices: str) -> None:
 def _positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be greater than 0")
+        ok = value is None or 0 < value < math.inf
+        _require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number greater than 0")
 
 
 @dataclass

@@ -78,7 +78,7 @@ def start(words, before_run=None):
 
     if before_run is not None:
         run = Trainer.run
-        Trainer.run = lambda trainer: (before_run(trainer), run(trainer))
+        Trainer.run = lambda trainer, *args: (before_run(trainer), run(trainer, *args))
     sys.argv = ["pretrain_ssft.py", *words]
     kept = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

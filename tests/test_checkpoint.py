@@ -313,7 +313,7 @@ def test_weights_only_takes_other_data_and_optimizer(saved, values, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moment", "latest"), [("while writing", 2), ("before rename", 2), ("after rename", 4), ("while removing", 2)]
+    ("moment", "latest"), [("while writing", 2), ("before rename", 2), ("after rename", 4), ("while removing", 4)]
 )
 def test_killed_while_saving(saved, values, tmp_path, moment, latest):
     """A checkpoint that was complete stays so; the next run overwrites what was left behind."""

@@ -15,18 +15,20 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.checkpoint_writer import save_strategy
 from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
-from megatron_ssft.parallel.optimizer import allocate_state, load_optimizer_state
-from megatron_ssft.parallel.pickle_scan import refuse_foreign_pickles
+from megatron_ssft.parallel.optimizer import allocate_state, load_optimizer_state, unpadded_buffers
+from megatron_ssft.parallel.pickle_scan import refuse_unusable
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "train_state.json"
 _ROWS = "forking_rows.weight"
+_EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -53,7 +55,7 @@ def find_latest(run: Path) -> int:
     if not complete:
         raise UserError(f"--load {run}: holds no checkpoint (iter_*); drop --load to start afresh")
     tracker = run / TRACKER
-    text = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
+    text = tracker.read_bytes().strip() if tracker.is_file() else b""
     return int(text) if text.isdigit() and int(text) in complete else max(complete)
 
 
@@ -61,9 +63,12 @@ def read_state(run: Path, iteration: int) -> dict[str, object]:
     """The JSON state stored with a checkpoint. Raises UserError if it is damaged."""
     path = checkpoint_folder(run, iteration) / STATE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove this checkpoint to load an older one") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path}: holds no state of a run; remove this checkpoint to load an older one")
+    return state
 
 
 def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, object]) -> Path:
@@ -78,11 +83,14 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
 
     def publish() -> None:
         _write_durably(partial / STATE, json.dumps(state, indent=1))
+        replaced = run / f".{folder.name}.old"
         if folder.exists():  # the same iteration once more, after resuming from before it
-            shutil.rmtree(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
         os.rename(partial, folder)
         _sync(run)
         _write_durably(run / TRACKER, str(iteration))
+        shutil.rmtree(replaced, ignore_errors=True)
 
     on_first_rank(prepare, topology)
     fold_forking_rows(engine.chunks)
@@ -100,16 +108,20 @@ def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: boo
         UserError: the checkpoint is foreign, damaged, or does not fit the model.
     """
     folder = checkpoint_folder(run, iteration)
-    on_first_rank(lambda: refuse_foreign_pickles(folder), engine.topology)
+    on_first_rank(lambda: refuse_unusable(folder), engine.topology)
     sharded = _sharded_state(engine, is_loading=True, weights_only=weights_only)
     try:
-        state = dist_checkpointing.load(sharded, str(folder))
+        state = dist_checkpointing.load(sharded, folder)
     except (CheckpointingException, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
+    except CheckpointException as error:  # torch's, of ranks that failed to read their shards
+        reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
+        reason = min(reasons).strip().split("\n")[0]
+        raise UserError(f"{folder}: damaged ({reason}); remove this checkpoint to load an older one") from error
     for key, chunk in zip(_chunk_keys(engine), engine.chunks):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
-        absent = [name for name in missing if not name.endswith((_ROWS, "_extra_state"))]
+        absent = [name for name in missing if not name.endswith((_ROWS, _EXTRA))]
         if absent or unexpected:
             raise UserError(f"{folder}: does not fit this model: missing {absent}, unexpected {list(unexpected)}")
     take_forking_rows(engine.chunks)
@@ -143,12 +155,14 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
     }
     model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_chunk_keys(engine), engine.chunks)}
     state: dict[str, object] = {
-        key: {name: entry for name, entry in part.items() if not name.endswith(_ROWS)} for key, part in model.items()
+        key: {name: entry for name, entry in part.items() if not name.endswith((_ROWS, _EXTRA))}
+        for key, part in model.items()
     }
     if not weights_only:
         if is_loading:
             allocate_state(engine.optimizer)
-        state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        with unpadded_buffers(engine.optimizer):
+            state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -90,6 +93,33 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+@contextlib.contextmanager
+def unpadded_buffers(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Within this, the distributed optimizer knows where parameters lie in its state once padding is taken out.
+
+    megatron-core gathers the state bucket by bucket without the padding between buckets, and then cuts it by
+    positions that count the padding. Wherever there is more than one bucket (tied embeddings over pipeline stages,
+    overlapped gradient reduction) all that follows the first is shifted.
+    """
+    buffers = [
+        b for part in getattr(optimizer, "chained_optimizers", [optimizer]) for b in getattr(part, "buffers", [])
+    ]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        shift = [0]
+        for bucket in buffer.buckets:
+            shift.append(shift[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+        buffer.param_index_map = {
+            parameter: (start - shift[i], end - shift[i], i)
+            for parameter, (start, end, i) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded):
+            buffer.param_index_map = index_map
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, object]) -> None:

@@ -1,17 +1,19 @@
-"""Refuses checkpoints whose metadata pickle would import anything but the classes such metadata is made of.
+"""Looks at a checkpoint before megatron-core opens it: whole, and nothing in it that would be executed.
 
 megatron-core opens `.metadata` with a plain `pickle.load`, so a checkpoint from elsewhere could run code. It is read
-here first by an unpickler that knows only the classes below. (`common.pt` goes through torch.load, which has a
-safe unpickler of its own.)
+here first by an unpickler that knows only the classes such metadata is made of. `common.pt` goes through torch.load,
+which has a safe unpickler of its own. Everything else must be tensors.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ssft.errors import UserError
 
@@ -22,7 +24,7 @@ _ALLOWED = {
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
+        "BytesStorageMetadata",  # may be named, is refused as an entry
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -34,6 +36,22 @@ _ALLOWED = {
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
 }
+
+
+_ADVICE = "remove this checkpoint to load an older one"
+# What unpickling damaged bytes was seen to raise, and what pickle's documentation says it may.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class _ForeignGlobal(Exception):
@@ -49,13 +67,49 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise _ForeignGlobal(f"{module}.{name}")
 
 
-def refuse_foreign_pickles(folder: Path) -> None:
-    """Raise UserError if the metadata of a checkpoint folder is damaged or names a class it does not need."""
+def refuse_unusable(folder: Path) -> None:
+    """Raise UserError, one line, if a checkpoint folder is damaged or would run code when it is read."""
+    metadata = refuse_foreign_pickles(folder)
+    _refuse_missing_bytes(folder, metadata)
+    try:
+        json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+    except (OSError, *_DAMAGE) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: damaged or foreign: {reason or type(error).__name__}; {_ADVICE}") from error
+
+
+def refuse_foreign_pickles(folder: Path) -> Metadata:
+    """The metadata of a checkpoint folder, read safely.
+
+    Entries that are objects instead of tensors are refused as well: torch would unpickle them without a check.
+
+    Raises:
+        UserError: the metadata is damaged, or names a class or an object that no checkpoint of ours has.
+    """
     path = folder / ".metadata"
     try:
         with open(path, "rb") as file:
-            _MetadataUnpickler(file).load()
+            metadata = _MetadataUnpickler(file).load()
     except _ForeignGlobal as error:
         raise UserError(f"{path}: refused: it would import {error}, which no checkpoint needs") from error
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged or missing ({error}); remove this checkpoint to load an older one") from error
+    except (OSError, *_DAMAGE) as error:
+        raise UserError(f"{path}: damaged or missing ({type(error).__name__}); {_ADVICE}") from error
+    entries = getattr(metadata, "state_dict_metadata", None)
+    if not isinstance(metadata, Metadata) or not isinstance(entries, dict):
+        raise UserError(f"{path}: damaged: it holds no metadata; {_ADVICE}")
+    for name, entry in entries.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{path}: refused: {name} is an object, not a tensor, and reading it could run code")
+    return metadata
+
+
+def _refuse_missing_bytes(folder: Path, metadata: Metadata) -> None:
+    """Raise UserError if a shard file is absent or shorter than the metadata says."""
+    needed: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for name, size in needed.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < size:
+            raise UserError(f"{path}: missing or cut short, {size} bytes are needed; {_ADVICE}")

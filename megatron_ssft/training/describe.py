@@ -25,11 +25,11 @@ def describe(config: Config) -> str:
         world_size = config.parallel.model_parallel_size
     check_world_size(config, world_size)
     vocabulary = build_vocabulary(config)
+    lines = [to_yaml(config), "# what follows from it"]
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
         dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
-        lines = [to_yaml(config), "# what follows from it"]
         lines += _data_lines(config, dataset)
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))

@@ -47,8 +47,8 @@ def refuse_contradictions(run: Path, stored: dict[str, object], mine: dict[str, 
         stored, mine: `run_state` of the checkpoint and of this run.
         finetune: only the weights are taken over, so only they have to fit.
     """
-    if stored["format"] != STATE_FORMAT:
-        raise UserError(f"--load {run}: checkpoint format {stored['format']}, this version reads {STATE_FORMAT}")
+    if stored.get("format") != STATE_FORMAT:
+        raise UserError(f"--load {run}: checkpoint format {stored.get('format')}, this version reads {STATE_FORMAT}")
     for name, value in stored["model"].items():
         if name != "transformer_impl" and mine["model"].get(name) != value:
             raise UserError(
@@ -82,6 +82,8 @@ def continues_in_place(config: Config) -> bool:
 def refuse_occupied_folder(config: Config) -> None:
     """A new run must not write over another one's checkpoints. Raises UserError."""
     save = config.checkpoint.save
+    if save is not None and Path(save).exists() and not Path(save).is_dir():
+        raise UserError(f"--save {save}: is a file; name a folder")
     if save is None or (continues_in_place(config) and not config.checkpoint.finetune):
         return
     folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []

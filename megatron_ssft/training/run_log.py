@@ -153,7 +153,7 @@ def step_line(m: dict[str, object]) -> str:
     return (
         f"step {m['iteration']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.3e} | grad norm {m['grad_norm']:.3f}{matching}"
         f" | PAD {m['pad_sequences']}/{m['pad_lower_bound']} | {m['seconds']:.2f} s ({share:.0%} matching)"
-        f" | {m['trained_tokens'] / m['seconds']:.0f} tokens/s"
+        f" | {m['trained_tokens'] / max(m['seconds'], 1e-9):.0f} tokens/s"
     )
 
 
