@@ -12,9 +12,9 @@ def main() -> None:
     """Parse, build, train, close."""
     config, dry_run = parse_arguments(__doc__)
     if dry_run:
-        from megatron_ssft.training.describe import describe
+        from megatron_ssft.training.describe import print_description
 
-        print(describe(config))
+        print_description(config)
         return
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
     from megatron_ssft.training.signals import StopSignal

@@ -398,7 +398,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks that span sections."""
-        model, parallel, training = self.model, self.parallel, self.training
+        model, parallel = self.model, self.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         _require(
             parallel.context_parallel_size == 1 or model.transformer_impl == "transformer_engine",
@@ -427,8 +427,12 @@ class Config:
             self.logging.eval_interval is None or bool(self.data.eval_data_path),
             "--eval-interval needs --eval-data-path",
         )
-        if self.matching.matching_tokens_per_microbatch is None:
-            self.matching.matching_tokens_per_microbatch = training.micro_batch_size * self.data.seq_length
+
+    @property
+    def cost_tokens_per_microbatch(self) -> int:
+        """--matching-tokens-per-microbatch, by default what a training microbatch may hold."""
+        default = self.training.micro_batch_size * self.data.seq_length
+        return self.matching.matching_tokens_per_microbatch or default
 
     @property
     def virtual_pipeline_size(self) -> int | None:

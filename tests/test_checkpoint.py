@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_ssft.arguments import build_config
 from megatron_ssft.errors import UserError
@@ -463,6 +464,25 @@ def test_names_outside_the_list_are_refused(tmp_path, module, name):
     encoded = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + encoded[0] + encoded[1] + b"\x93.")
     assert refusal(refuse_foreign_pickles, tmp_path).startswith(f"{tmp_path}/.metadata: ")
+
+
+class Attribute:
+    """Pickled as getattr(owner, name), as some Python versions write the member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_getattr_reaches_members_of_enumerations_only(tmp_path):
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(Metadata({}, planner_data=Attribute(WriteItemType, "TENSOR"))))
+    assert refuse_foreign_pickles(tmp_path).planner_data is WriteItemType.TENSOR
+    for owner, name in [(WriteItemType, "__subclasses__"), (torch.Size, "count"), (Metadata, "__init__")]:
+        path.write_bytes(pickle.dumps(Metadata({}, planner_data=Attribute(owner, name))))
+        assert "builtins.getattr" in refusal(refuse_foreign_pickles, tmp_path)
 
 
 def test_own_metadata_passes(saved):

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ssft.arguments import build_config
+from megatron_ssft.parallel.checkpoint import save_checkpoint
+from megatron_ssft.parallel.topology import initialize_topology
+from megatron_ssft.training.trainer import Trainer
+from tests.distributed import run_ranks
 from tests.training_runs import BASE, make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,3 +180,48 @@ def ranks_of(process, ranks):
     pids = [int(p) for p in text.split() if b"pretrain_ssft.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert len(pids) == ranks
     return pids
+
+
+def final_state(values, steps_until, overrides):
+    """Train to a step, save, and count what a resumed trainer with other settings plans to do."""
+    trainer = Trainer(build_config(values), initialize_topology(build_config(values)))
+    for _ in range(steps_until):
+        trainer.train_step()
+    run = Path(values["save"])
+    save_checkpoint(trainer.engine, run, trainer.iteration, trainer._state())
+    resumed = Trainer(build_config(values | {"load": str(run)} | overrides), trainer.topology)
+    steps, visits = resumed.train_iters - resumed.iteration, []
+    for _ in range(steps):
+        visits += [visit.index for visit in resumed.next_batch().visits]
+    return resumed.iteration, steps, visits, resumed.queue.next_batch()
+
+
+@pytest.mark.parametrize("size", [6, 12, 24])
+def test_epochs_end_where_they_should_with_another_batch_size(data, tmp_path, size):
+    """The steps of a resumed run are counted from what is left of the data, not from what its beginning took."""
+    values = BASE | data | {"train_iters": None, "train_epochs": 1, "save": str(tmp_path / "run")}
+    values = {k: [v] if k == "data_path" else v for k, v in values.items() if v is not None}
+    ((iteration, steps, visits, after),) = run_ranks(1, final_state, values, 3, {"global_batch_size": size})
+    assert iteration == 3
+    assert after is None
+    assert len(visits) == len(set(visits))
+    traces = [len(row["traces"]) for row in make_rows()]
+    left = sum(traces) - 3 * BASE["global_batch_size"]
+    assert sum(traces[i] for i in visits) == left
+    assert left / size <= steps <= left / size + 2
+
+
+@pytest.mark.slow
+def test_a_finetuned_run_resumes(data, tmp_path):
+    """config.yaml tells what the run is, not how it was started."""
+    base, run, whole = tmp_path / "base", tmp_path / "run", tmp_path / "whole"
+    assert finish(start(flags(BASE | data | {"train_iters": 2, "save": base})))[0] == 0
+    tuned = flags(BASE | data | {"train_iters": 6, "load": base, "finetune": True, "save_interval": 2})
+    assert finish(start([*tuned, "--save", str(whole)]))[0] == 0
+    status, output = finish(start([*tuned, "--save", str(run), "--train-iters", "4", "--lr-decay-iters", "6"]))
+    assert status == 0, output
+    again = ["--config", str(run / "config.yaml"), "--load", str(run), "--train-iters", "6"]
+    status, output = finish(start(again))
+    assert status == 0, output
+    assert "steps 5 to 6" in output
+    assert logs(run) == logs(whole)

@@ -216,7 +216,8 @@ def test_restart_loads_the_same_folder_once_it_holds_a_checkpoint(start):
     (job.run_dir / "latest_checkpointed_iteration.txt").write_text("20")
     again = start(STUB_EXIT="0")
     assert again.finish() == 0
-    assert again.trainer_flags() == [*first, "--load", str(job.run_dir)]
+    # what a job was fine-tuned from is not what it goes on from
+    assert again.trainer_flags() == [*first, "--load", str(job.run_dir), "--no-finetune"]
 
 
 def test_container_mounts_what_the_trainer_needs(start, tmp_path):

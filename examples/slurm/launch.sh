@@ -42,7 +42,7 @@ fi
 trainer=("${PYTHON:-python}" "$home/pretrain_ssft.py" "$@"
     --data-path "$data" --tokenizer-model "$tokenizer" --save "$run")
 if [[ -e $run/latest_checkpointed_iteration.txt ]]; then
-    trainer+=(--load "$run")
+    trainer+=(--load "$run" --no-finetune)  # whatever it started from, it goes on from its own checkpoint
 fi
 
 interrupted=

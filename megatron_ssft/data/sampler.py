@@ -6,6 +6,7 @@ looks ahead for a set of questions that fills the batch exactly.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -146,6 +147,16 @@ class QuestionQueue:
         self._cursor += 1
         return visit
 
+    def remaining_batches(self) -> int:
+        """Batches until the stream ends, found by running a copy to its end. Needs `num_epochs`."""
+        assert self._num_epochs is not None, "an endless stream"
+        ahead = copy.copy(self)
+        ahead._waiting = list(self._waiting)
+        batches = 0
+        while ahead.next_batch() is not None:
+            batches += 1
+        return batches
+
     def state_dict(self) -> dict[str, object]:
         """Everything that decides the future of the stream, as JSON values; a few visits, whatever the data's size."""
         return {
@@ -179,8 +190,4 @@ def count_batches(
     trace_counts: Sequence[int], global_batch_size: int, lookahead: int, seed: int, num_epochs: int
 ) -> int:
     """Optimizer steps that `num_epochs` passes give, by running a fresh queue to its end. Raises UserError."""
-    queue = QuestionQueue(trace_counts, global_batch_size, lookahead, seed, num_epochs)
-    batches = 0
-    while queue.next_batch() is not None:
-        batches += 1
-    return batches
+    return QuestionQueue(trace_counts, global_batch_size, lookahead, seed, num_epochs).remaining_batches()

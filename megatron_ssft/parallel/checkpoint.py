@@ -82,20 +82,23 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
         partial.mkdir(parents=True)
 
     def publish() -> None:
-        _write_durably(partial / STATE, json.dumps(state, indent=1))
+        write_durably(partial / STATE, json.dumps(state, indent=1))
         replaced = run / f".{folder.name}.old"
         if folder.exists():  # the same iteration once more, after resuming from before it
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(folder, replaced)
         os.rename(partial, folder)
         _sync(run)
-        _write_durably(run / TRACKER, str(iteration))
+        write_durably(run / TRACKER, str(iteration))
         shutil.rmtree(replaced, ignore_errors=True)
 
     on_first_rank(prepare, topology)
     fold_forking_rows(engine.chunks)
     sharded = _sharded_state(engine, is_loading=False)
-    dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
+    try:
+        dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
+    except CheckpointException as error:
+        raise UserError(f"{partial}: cannot write the checkpoint: {_first_reason(error)}") from error
     barrier(topology)
     on_first_rank(publish, topology)
     return folder
@@ -116,9 +119,9 @@ def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: boo
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
     except CheckpointException as error:  # torch's, of ranks that failed to read their shards
-        reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
-        reason = min(reasons).strip().split("\n")[0]
-        raise UserError(f"{folder}: damaged ({reason}); remove this checkpoint to load an older one") from error
+        raise UserError(
+            f"{folder}: damaged ({_first_reason(error)}); remove this checkpoint to load an older one"
+        ) from error
     for key, chunk in zip(_chunk_keys(engine), engine.chunks):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
         absent = [name for name in missing if not name.endswith((_ROWS, _EXTRA))]
@@ -134,6 +137,12 @@ def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: boo
         engine.optimizer.reload_model_params()
     else:
         load_optimizer_state(engine.optimizer, state["optimizer"])
+
+
+def _first_reason(error: CheckpointException) -> str:
+    """What the first rank that failed says, in one line."""
+    reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
+    return min(reasons).strip().split("\n")[0]
 
 
 def _chunk_keys(engine: Engine) -> list[str]:
@@ -166,7 +175,7 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
     return state
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     """Write by temporary file, fsync and rename: the file is the old one or the new one, never torn."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:

@@ -10,18 +10,23 @@ from __future__ import annotations
 import queue
 from concurrent.futures import ThreadPoolExecutor
 
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 WRITER_THREADS = 2
 
 
-def save_strategy() -> TorchDistSaveShardedStrategy:
-    """The torch_dist strategy, its writer replaced by threads of this process."""
+def save_strategy() -> FullyParallelSaveStrategyWrapper:
+    """The torch_dist strategy, its writer replaced by threads; data-parallel replicas share the writing."""
     filesystem_async._results_queue = queue.SimpleQueue()
     FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_buckets)
-    return TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS)
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS)
+    return FullyParallelSaveStrategyWrapper(
+        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 def _write_buckets(
@@ -29,18 +34,16 @@ def _write_buckets(
 ) -> None:
     """Stands in for FileSystemWriterAsync.write_preloaded_data_multiproc; puts {bucket: results}.
 
-    Raises what a write raised, such as OSError for a full disk.
+    What a write raised (a full disk, say) is put instead: megatron-core then tells all ranks, so that none waits.
     """
     with ThreadPoolExecutor(WRITER_THREADS) as pool:
-        outcomes = list(pool.map(lambda item: _write_bucket(transforms, *item), enumerate(write_buckets)))
-    global_results_queue.put(dict(outcomes))
+        outcomes = dict(pool.map(lambda item: _write_bucket(transforms, *item), enumerate(write_buckets)))
+    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+    global_results_queue.put(failures[0] if failures else outcomes)
 
 
-def _write_bucket(transforms: list, index: int, bucket: object) -> tuple[int, list]:
+def _write_bucket(transforms: list, index: int, bucket: object) -> tuple[int, list | Exception]:
     results, count = queue.SimpleQueue(), queue.Queue()
     count.put(index)
     FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, count, True)
-    index, outcome = results.get()
-    if isinstance(outcome, Exception):
-        raise outcome
-    return index, outcome
+    return results.get()

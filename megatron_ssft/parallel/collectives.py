@@ -38,7 +38,7 @@ def _broadcast_text(text: str, source: int, topology: Topology) -> str:
 def on_first_rank(work: Callable[[], object], topology: Topology) -> object:
     """Run `work` on the first rank only and give its JSON-able result to all.
 
-    A UserError there becomes the same UserError everywhere, so that every rank ends, and none waits.
+    A UserError or OSError there becomes the same UserError everywhere, so that every rank ends, and none waits.
     """
     outcome: dict[str, object] = {}
     if topology.is_first_rank:
@@ -46,6 +46,8 @@ def on_first_rank(work: Callable[[], object], topology: Topology) -> object:
             outcome = {"result": work()}
         except UserError as error:
             outcome = {"error": str(error)}
+        except OSError as error:  # a full or read-only disk, mostly
+            outcome = {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
     outcome = broadcast_json(outcome, topology)
     if "error" in outcome:
         raise shared_error(outcome["error"])

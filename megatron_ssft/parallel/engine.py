@@ -145,7 +145,8 @@ class Engine:
         def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
             arrays = self._arrays(batch, next(data))
             weights = torch.from_numpy(arrays.weights[arrays.weights > 0] / np.float32(denominator))
-            return self._forward(model, arrays), partial(loss_of, weights.to(device))
+            weights = weights.to(device, non_blocking=True)  # before the forward pass, which a copy would wait for
+            return self._forward(model, arrays), partial(loss_of, weights)
 
         for chunk in self.wrapped:
             chunk.train()

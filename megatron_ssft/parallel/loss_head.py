@@ -1,8 +1,8 @@
 """Negative log-likelihood per token without ever holding the logits of a whole microbatch.
 
 T scored tokens, V vocabulary rows on this tensor-parallel rank, h hidden, N tags. Logits are formed for a chunk of
-tokens at a time, in float32, and formed again in the backward pass. At 152k vocabulary and 32k tokens full logits
-would take 28 GiB.
+tokens at a time (a product in the model's precision, then float32) and formed again in the backward pass. At 152k
+vocabulary and 32k tokens full logits would take 28 GiB.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ class VocabParallelHead:
         self.num_valid = min(max(vocab_size - self.start, 0), shard_size)
         """Rows before the padding of the vocabulary; padding gets no probability."""
         owned = [(tag, i - self.start) for tag, i in enumerate(row_ids) if 0 <= i - self.start < shard_size]
-        self.tags = [tag for tag, _ in owned]
-        self.tag_columns = [column for _, column in owned]
+        self.has_tags = bool(owned)
+        self.tags = torch.tensor([tag for tag, _ in owned], dtype=torch.long)
+        self.tag_columns = torch.tensor([column for _, column in owned], dtype=torch.long)
 
     def nll(self, hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor, tag_rows_Nh: Tensor | None = None) -> Tensor:
         """float32 [T]: -log p(target). With `tag_rows_Nh` these rows stand in for the table's rows of the tags.
 
         hidden's gradient is this rank's share; the caller reduces it over the tensor-parallel group.
         """
+        if self.tags.device != hidden_Th.device:  # once: an index that comes from the host stalls the stream
+            self.tags, self.tag_columns = self.tags.to(hidden_Th.device), self.tag_columns.to(hidden_Th.device)
         return _ChunkedNLL.apply(hidden_Th, weight_Vh, tag_rows_Nh, targets_T, self)
 
     def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
         """float32 [t, V] of a chunk."""
         logits = (hidden @ weight.t()).float()
-        if tag_rows is not None and self.tags:
-            logits[:, self.tag_columns] = (hidden @ tag_rows[self.tags].t()).float()
+        if tag_rows is not None and self.has_tags:
+            logits.index_copy_(1, self.tag_columns, (hidden @ tag_rows[self.tags].t()).float())
         logits[:, self.num_valid :] = -torch.inf
         return logits
 
@@ -80,7 +83,7 @@ class _ChunkedNLL(torch.autograd.Function):
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tag_rows, targets, normalizer = ctx.saved_tensors
         head: VocabParallelHead = ctx.head
-        use_tags = tag_rows is not None and bool(head.tags)
+        use_tags = tag_rows is not None and head.has_tags
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_tags = None if tag_rows is None else torch.zeros_like(tag_rows, dtype=torch.float32)
@@ -92,9 +95,9 @@ class _ChunkedNLL(torch.autograd.Function):
             d.scatter_add_(1, column[:, None], -inside.float()[:, None])
             d.mul_(grad[part, None])
             if use_tags:
-                d_tags = d[:, head.tag_columns].to(h.dtype)
-                d[:, head.tag_columns] = 0.0
-                grad_tags[head.tags] += (d_tags.t() @ h).float()
+                d_tags = d.index_select(1, head.tag_columns).to(h.dtype)
+                d.index_fill_(1, head.tag_columns, 0.0)
+                grad_tags.index_add_(0, head.tags, (d_tags.t() @ h).float())
                 grad_hidden[part] += d_tags @ tag_rows[head.tags]
             d = d.to(h.dtype)
             grad_hidden[part] += d @ weight

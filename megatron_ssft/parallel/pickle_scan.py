@@ -7,6 +7,7 @@ which has a safe unpickler of its own. Everything else must be tensors.
 
 from __future__ import annotations
 
+import enum
 import importlib
 import json
 import pickle
@@ -58,8 +59,17 @@ class _ForeignGlobal(Exception):
     """A name outside the list; its text says which."""
 
 
+def _enum_member(cls: object, name: str) -> object:
+    """The one use of `getattr`: some Python versions pickle an enumeration's member as getattr(cls, name)."""
+    if not (isinstance(cls, type) and issubclass(cls, enum.Enum)) or name not in cls.__members__:
+        raise _ForeignGlobal("builtins.getattr")
+    return cls.__members__[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name in _ALLOWED.get(module, ()):
             return getattr(importlib.import_module(module), name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

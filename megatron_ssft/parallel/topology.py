@@ -70,19 +70,30 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+def _choose_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU where there is none. Raises UserError where there is one that does not work."""
+    if torch.cuda.is_available():
+        visible = torch.cuda.device_count()
+        if visible > 1 and local_rank >= visible:
+            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process a GPU")
+        device = torch.device("cuda", local_rank if visible > 1 else 0)  # SLURM may show each task its own GPU only
+        torch.cuda.set_device(device)
+        return device
+    promised = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
+    if torch.backends.cuda.is_built() and promised:
+        raise UserError("this machine has GPUs, but CUDA does not work: check driver, container and torch build")
+    install_cpu_backend()
+    return torch.device("cpu")
+
+
 def initialize_topology(config: Config) -> Topology:
     """Join the process group and build Megatron's parallel groups: NCCL with CUDA, gloo without."""
     rank, world_size, local_rank = launch_environment()
     check_world_size(config, world_size)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication overlap with computation
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "nccl"
-    else:
-        install_cpu_backend()
-        device, backend = torch.device("cpu"), "gloo"
+    device = _choose_device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     options: dict[str, object] = {"rank": rank, "world_size": world_size}
     if "MASTER_ADDR" not in os.environ:  # a single process started without a launcher
         options["store"] = dist.HashStore()

@@ -18,6 +18,13 @@ from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 
 
+def print_description(config: Config) -> None:
+    """Print `describe` on the first rank. Raises UserError on all."""
+    text = describe(config)
+    if launch_environment()[0] == 0:
+        print(text)
+
+
 def describe(config: Config) -> str:
     """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
     _, world_size, _ = launch_environment()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from megatron_ssft.config import Config
@@ -73,6 +74,22 @@ def refuse_contradictions(run: Path, stored: dict[str, object], mine: dict[str, 
         )
 
 
+def resumable(config: Config) -> Config:
+    """The configuration as a later run needs it: how this one was started (--load, --finetune) is left out."""
+    start = dataclasses.replace(config.checkpoint, load=None, finetune=False)
+    return dataclasses.replace(config, checkpoint=start)
+
+
+def check_writable(config: Config) -> None:
+    """Write where the --save folder is or will be, before anything expensive, and leave nothing. Raises OSError."""
+    if config.checkpoint.save is not None:
+        folder = Path(config.checkpoint.save).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+
+
 def continues_in_place(config: Config) -> bool:
     """Whether --load and --save name the same folder."""
     save, load = config.checkpoint.save, config.checkpoint.load
@@ -89,6 +106,7 @@ def refuse_occupied_folder(config: Config) -> None:
     folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []
     if folders:
         raise UserError(
-            f"--save {save}: already holds {folders[-1].name}; continue that run with --load {save}, "
-            "or choose another folder"
+            f"--save {save}: already holds {folders[-1].name}; continue that run with --load {save} "
+            f"{'--no-finetune' if config.checkpoint.finetune else ''}".rstrip()
+            + ", or choose another folder"
         )

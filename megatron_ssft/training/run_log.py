@@ -6,6 +6,7 @@ reads like an uninterrupted one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -49,7 +50,11 @@ class RunLog:
         if logging.wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=logging.wandb_project, name=logging.wandb_exp_name, resume="allow")
+            # The run folder decides the id, so that a resumed job goes on in the same W&B run.
+            run_id = folder and hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            self._wandb = wandb.init(
+                project=logging.wandb_project, name=logging.wandb_exp_name, id=run_id, resume="allow"
+            )
 
     def __enter__(self) -> RunLog:
         self._progress.start()

@@ -10,10 +10,9 @@ import numpy as np
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset
-from megatron_ssft.data.sampler import count_batches
 from megatron_ssft.errors import UserError
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
-from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
+from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint, write_durably
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
@@ -24,7 +23,14 @@ from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
 from megatron_ssft.scheduling.train_plan import plan_train_microbatches
 from megatron_ssft.scheduling.work import WorkModel
 from megatron_ssft.training.lr_schedule import learning_rate
-from megatron_ssft.training.resume import continues_in_place, refuse_contradictions, refuse_occupied_folder, run_state
+from megatron_ssft.training.resume import (
+    check_writable,
+    continues_in_place,
+    refuse_contradictions,
+    refuse_occupied_folder,
+    resumable,
+    run_state,
+)
 from megatron_ssft.training.run_log import GapWatch, NoLog, RunLog
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 from megatron_ssft.training.signals import StopSignal
@@ -40,12 +46,13 @@ class Trainer:
         self.iteration = 0
         """Optimizer steps done."""
         refuse_occupied_folder(config)
+        on_first_rank(lambda: check_writable(config), topology)
         self.vocabulary = build_vocabulary(config)
         folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
         self.dataset = open_everywhere(folders["train"], topology)
         self.eval_dataset = open_everywhere(folders["eval"], topology) if "eval" in folders else None
         self.queue = build_queue(config, self.dataset)
-        self.train_iters = config.training.train_iters or self._iterations_of_epochs()
+        self.train_iters = config.training.train_iters or self.queue.remaining_batches()
         self.matcher = Matcher(config.matching.matching, self.vocabulary.tags.num_tags, config.training.seed)
         self.work = WorkModel.for_model(config.model, self.vocabulary.size)
         self.engine = Engine(config, topology, self.vocabulary.tags, self.vocabulary.size)
@@ -80,7 +87,7 @@ class Trainer:
             self.vocabulary.tags,
             matching_tokens=self.config.matching.matching_tokens,
             num_ranks=self.topology.dp_size,
-            tokens_per_microbatch=self.config.matching.matching_tokens_per_microbatch,
+            tokens_per_microbatch=self.config.cost_tokens_per_microbatch,
             group_size=self._group_size,
             work=self.work,
         )
@@ -126,7 +133,7 @@ class Trainer:
             if config.checkpoint.save and saved_at != self.iteration:
                 self._save(log)
             if log is not None:
-                done = self.iteration == self.train_iters
+                done = self.iteration >= self.train_iters
                 log.say(
                     f"{'finished' if done else 'stopped by SIGTERM'} at step {self.iteration} of {self.train_iters}"
                 )
@@ -173,6 +180,8 @@ class Trainer:
         if not config.checkpoint.finetune:
             self.queue.load_state_dict(state["queue"])
             self.iteration = iteration
+            if config.training.train_iters is None:  # the batch size may have changed since
+                self.train_iters = iteration + self.queue.remaining_batches()
 
     def _state(self) -> dict[str, object]:
         return run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
@@ -193,16 +202,6 @@ class Trainer:
         """The interleaved schedule takes microbatches in groups of the pipeline size."""
         virtual = self.config.virtual_pipeline_size is not None
         return self.config.parallel.pipeline_model_parallel_size if virtual else 1
-
-    def _iterations_of_epochs(self) -> int:
-        training = self.config.training
-        return count_batches(
-            self.dataset.trace_counts,
-            training.global_batch_size,
-            training.question_lookahead,
-            training.seed,
-            training.train_epochs,
-        )
 
     def _batch(self, dataset: SetDataset, visits: tuple[QuestionVisit, ...]) -> QuestionBatch:
         return QuestionBatch(visits=visits, sets=tuple(dataset[visit.index] for visit in visits))
@@ -272,7 +271,7 @@ class Trainer:
         if log is None:
             return
         if folder is not None:
-            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
         t, p = self.topology, self.config.parallel
         log.say(
             f"{len(self.dataset)} questions, {int(self.dataset.trace_counts.sum())} traces | {self.vocabulary.size} "
