@@ -20,7 +20,7 @@ FOLDER_LAYERS = {
     "conversion": 1,
     "inference": 1,
 }
-MODULES_OF_LAYER_0 = {"__init__", "config", "records", "errors", "arguments", "cli"}
+MODULES_OF_LAYER_0 = {"__init__", "config", "records", "errors", "files", "arguments", "cli"}
 HEAVY = ("megatron", "torch.distributed")
 """For layer 2 only. `megatron` is the namespace of megatron-core; the project's own package is megatron_ssft."""
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")

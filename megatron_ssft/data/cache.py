@@ -30,6 +30,7 @@ from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.tokenizer import Tokenizer
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
 from megatron_ssft.errors import UserError
+from megatron_ssft.files import sync_folder
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 
 _FORMAT_VERSION = 1
@@ -172,9 +173,9 @@ def _write_folder(folder: Path, sets: list[TokenizedSet], fingerprint: str, summ
     temporary.mkdir()
     try:
         _write_files(temporary, sets, fingerprint, summary)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         _publish(temporary, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where it became the cache
 
@@ -233,15 +234,7 @@ def _publish(temporary: Path, folder: Path) -> None:
         # Same key, same bytes: replacing file by file is right even if another process does so at the same time.
         for name in (*(f"{name}.npy" for name in _DTYPES), _INDEX):
             os.replace(temporary / name, folder / name)
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(folder)
 
 
 def _open_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.files import sync_folder, write_durably
 from megatron_ssft.parallel.checkpoint_writer import save_strategy
 from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
@@ -88,7 +89,7 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(folder, replaced)
         os.rename(partial, folder)
-        _sync(run)
+        sync_folder(run)
         write_durably(run / TRACKER, str(iteration))
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -173,22 +174,3 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
         with unpadded_buffers(engine.optimizer):
             state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write by temporary file, fsync and rename: the file is the old one or the new one, never torn."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,8 +11,9 @@ from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
-from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint, write_durably
+from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
