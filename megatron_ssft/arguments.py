@@ -10,6 +10,7 @@ import inspect
 import textwrap
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -125,15 +126,23 @@ def build_config(values: dict[str, object]) -> Config:
     return Config(**{section: cls(**sections[section]) for section, cls in _SECTIONS.items()})
 
 
-def parse_arguments(description: str, argv: list[str] | None = None) -> tuple[Config, bool]:
-    """The resolved configuration and whether --dry-run was given. Raises UserError."""
+def parse_arguments(
+    description: str,
+    argv: list[str] | None = None,
+    complete: Callable[[dict[str, object]], dict[str, object]] = lambda values: values,
+) -> tuple[Config, bool]:
+    """The resolved configuration and whether --dry-run was given.
+
+    `complete` may add values to those given by flags and file, such as the shape of the model that is loaded.
+    Raises UserError.
+    """
     given = vars(build_parser(description).parse_args(argv))
     dry_run = bool(given.pop("dry_run", False))
     config_file = given.pop("config", None)
     values = read_config_file(config_file) if config_file is not None else {}
     if {"train_iters", "train_epochs"} & given.keys():  # a flag for one replaces the file's other
         values = {k: v for k, v in values.items() if k not in ("train_iters", "train_epochs")}
-    return build_config(values | given), dry_run
+    return build_config(complete(values | given)), dry_run
 
 
 def to_yaml(config: Config) -> str:

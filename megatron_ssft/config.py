@@ -65,6 +65,9 @@ class ModelConfig:
     """Share of each head's channels that is rotated."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights; output projections get it / sqrt(2 x layers)."""
+    vocab_size: int | None = None
+    """Rows of the embedding in use, where a loaded model has more than its tokenizer knows; default: as many as
+    tokenizer and forking tokens need."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this (and of the tensor-parallel size); padding rows get no
     probability."""
@@ -82,6 +85,7 @@ class ModelConfig:
             "num_query_groups",
             "kv_channels",
             "ffn_hidden_size",
+            "vocab_size",
             "make_vocab_size_divisible_by",
             "rotary_base",
             "norm_epsilon",
@@ -220,7 +224,7 @@ class ForkingTokenConfig:
     """The global forking tokens (tags) that start the reasoning."""
 
     num_forking_tokens: int = 6
-    """N, the number of tags."""
+    """N, the number of tags; 0 only for converting a model without any."""
     forking_token_format: str = "special"
     """special (one added vocabulary entry each) or text (ordinary tokens, the published checkpoint's form)."""
     forking_token_template: str | None = None
@@ -234,7 +238,8 @@ class ForkingTokenConfig:
     """Learning rate of the tags' own input rows, as a multiple of --lr (special only)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_forking_tokens", "forking_token_lr_mult")
+        _require(self.num_forking_tokens >= 0, "--num-forking-tokens must not be negative")
+        _positive(self, "forking_token_lr_mult")
         _choice(self.forking_token_format, "forking-token-format", "special", "text")
         _require(
             self.forking_token_init in ("mean", "noise") or self.forking_token_init.startswith("copy:"),
@@ -352,11 +357,17 @@ class CheckpointConfig:
     save: str | None = None
     """Folder of the run: checkpoints, metrics, assignments, resolved configuration."""
     load: str | None = None
-    """Folder of a run to continue; with the same --save its logs go on where the checkpoint was taken."""
+    """Folder of a run to continue (with the same --save its logs go on where the checkpoint was taken), or a Hugging
+    Face folder to start from."""
     save_interval: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     finetune: bool = False
     """Load only the weights: start at step 0 with a fresh optimizer."""
+    export_hf_at_save: bool = False
+    """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder); needs a run that
+    started from one."""
+    verify_hf: bool = True
+    """Compare logits with transformers, in float32, after loading from or exporting to a Hugging Face folder."""
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval")

@@ -11,7 +11,10 @@ import traceback
 
 _context = multiprocessing.get_context("forkserver")
 # Children are forked from a process that has done the slow imports once.
-_context.set_forkserver_preload(["megatron_ssft.training.trainer", "tests.distributed"])
+_context.set_forkserver_preload(
+    ["megatron_ssft.training.trainer", "tests.distributed"]
+    + [f"transformers.models.{family}.modeling_{family}" for family in ("llama", "mistral", "qwen2", "qwen3")]
+)
 
 
 class RankFailure(AssertionError):

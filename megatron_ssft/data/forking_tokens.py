@@ -17,7 +17,7 @@ def build_forking_tokens(tokenizer: Tokenizer, num_tags: int, format: str, templ
     `tokenizer.vocab_size`, `vocab_size + 1`, ... in order. `text`: each string encoded as ordinary text. Raises
     UserError where a tag is empty, or is the same as or the beginning of another: such tags could not be told apart.
     """
-    assert format in ("special", "text") and num_tags > 0, (format, num_tags)
+    assert format in ("special", "text") and num_tags >= 0, (format, num_tags)
     if template is None:
         starts_turn = format == "text" and tokenizer.token_to_id(_TURN_START) is not None
         template = (_TURN_START if starts_turn else "") + _SPECIAL_TEMPLATE + ("\n" if format == "text" else "")
@@ -33,7 +33,7 @@ def build_forking_tokens(tokenizer: Tokenizer, num_tags: int, format: str, templ
 
 def vocab_size_with_tags(tokenizer: Tokenizer, tags: ForkingTokens) -> int:
     """Vocabulary entries including the ids that the tags add."""
-    return max(tokenizer.vocab_size, 1 + max(max(ids) for ids in tags.ids))
+    return max([tokenizer.vocab_size, *(1 + max(ids) for ids in tags.ids)])
 
 
 def _special_ids(tokenizer: Tokenizer, strings: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -73,7 +73,7 @@ def read_state(run: Path, iteration: int) -> dict[str, object]:
 
 
 def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, object]) -> Path:
-    """Write weights, optimizer and `state` (JSON) for this iteration. Collective; returns the folder."""
+    """Write weights, optimizer (where there is one) and `state` (JSON). Collective; returns the folder."""
     folder = checkpoint_folder(run, iteration)
     partial = run / f".{folder.name}.partial"
     topology = engine.topology
@@ -95,7 +95,7 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
 
     on_first_rank(prepare, topology)
     fold_forking_rows(engine.chunks)
-    sharded = _sharded_state(engine, is_loading=False)
+    sharded = _sharded_state(engine, is_loading=False, weights_only=engine.optimizer is None)
     try:
         dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
     except CheckpointException as error:
@@ -106,12 +106,16 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
 
 
 def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool) -> None:
+    """`load_folder` of a run's checkpoint."""
+    load_folder(engine, checkpoint_folder(run, iteration), weights_only)
+
+
+def load_folder(engine: Engine, folder: Path, weights_only: bool = True) -> None:
     """Fill weights, and unless `weights_only` the optimizer, at whatever layout the engine has. Collective.
 
     Raises:
         UserError: the checkpoint is foreign, damaged, or does not fit the model.
     """
-    folder = checkpoint_folder(run, iteration)
     on_first_rank(lambda: refuse_unusable(folder), engine.topology)
     sharded = _sharded_state(engine, is_loading=True, weights_only=weights_only)
     try:
@@ -134,6 +138,8 @@ def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: boo
         damaged and f"{folder}: weights are damaged: {damaged} holds NaN or infinity; load another checkpoint",
         engine.topology,
     )
+    if engine.optimizer is None:
+        return
     if weights_only:
         engine.optimizer.reload_model_params()
     else:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_ssft.errors import UserError, shared_error
 from megatron_ssft.parallel.topology import Topology
@@ -33,6 +34,40 @@ def _broadcast_text(text: str, source: int, topology: Topology) -> str:
         buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(buffer, src=source, group=group)
     return buffer.numpy().tobytes().decode()
+
+
+def gather_json(value: object, topology: Topology) -> list[object]:
+    """Every rank's `value`, by rank, on every rank."""
+    group = topology.control_group
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(topology.world_size)]
+    dist.all_gather(sizes, torch.tensor([len(payload)]), group=group)
+    longest = int(max(sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(payload)] = payload
+    gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(gathered, padded, group=group)
+    return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(gathered, sizes)]
+
+
+def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, vocab_size: int) -> torch.Tensor | None:
+    """float32 [T, vocab_size] on the first rank from the last stage's shares [T, V / tp]; None on the others."""
+    if share is not None:
+        group = parallel_state.get_tensor_model_parallel_group()
+        shares = [torch.empty_like(share) for _ in range(group.size())]
+        dist.all_gather(shares, share.contiguous(), group=group)
+        share = torch.cat(shares, dim=-1)[:, :vocab_size].cpu().contiguous()
+    source = parallel_state.get_pipeline_model_parallel_last_rank()  # of the first rank's own pipeline, there
+    source = int(broadcast_json(source, topology))
+    if source == 0:
+        return share if topology.is_first_rank else None
+    if topology.rank == source:
+        dist.send(share, dst=0, group=topology.control_group)
+    elif topology.is_first_rank:
+        share = torch.empty(tokens, vocab_size)
+        dist.recv(share, src=source, group=topology.control_group)
+        return share
+    return None
 
 
 def on_first_rank(work: Callable[[], object], topology: Topology) -> object:

@@ -58,6 +58,8 @@ class _CudaToCpu(TorchFunctionMode):
 class _Stream:
     """Stands in for a CUDA stream: on the CPU everything is in order already."""
 
+    def __init__(self, *_: object, **__: object) -> None: ...
+
     def wait_stream(self, other: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
@@ -71,7 +73,7 @@ def _patch_torch_cuda() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
-    cuda.Stream = lambda *args, **kwargs: _Stream()
+    cuda.Stream = _Stream  # a class: libraries name it in annotations
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.manual_seed = lambda seed: None  # the CPU generator is seeded by its own call

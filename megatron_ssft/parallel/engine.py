@@ -6,7 +6,7 @@ activations, gradients and one vector of sums travels between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.collectives import sum_over_ranks
+from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
 from megatron_ssft.parallel.model import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
 from megatron_ssft.parallel.topology import Topology
@@ -169,6 +169,31 @@ class Engine:
             trained_tokens=int(tokens),
         )
 
+    # -- verification --------------------------------------------------------------------------------------------
+
+    def logits(self, ids: list[int]) -> Tensor | None:
+        """float32 [T, vocabulary in use] of one sequence, on the first rank; None elsewhere. Collective.
+
+        Holds the whole logits: for verification on short sequences only.
+        """
+        assert self.topology.cp_size == 1, "each rank must see the whole sequence"
+        device, multiple = self.topology.device, self._pad_to_multiple
+        padded = ids + [0] * (-len(ids) % multiple)
+        tokens = torch.tensor([padded], device=device)
+        positions = torch.arange(len(padded), device=device)[None]
+        kept: list[Tensor] = []
+
+        def step(data: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, object]:
+            next(data)
+            scored = torch.arange(len(ids), device=device)
+            return model(tokens, positions, scored, None), lambda output, non_loss_data=True: kept.append(output)
+
+        with torch.no_grad():
+            copies = range(self.config.parallel.pipeline_model_parallel_size)  # the interleaved schedule needs a group
+            self._run_schedule(step, copies, len(padded), 1, forward_only=True, collect_non_loss_data=True)
+        share = kept[0] if kept else None
+        return collect_logits(share, self.topology, len(ids), self.vocab_size)
+
     # -- shared --------------------------------------------------------------------------------------------------
 
     def _arrays(
@@ -216,13 +241,20 @@ class Engine:
 
     def _schedule(self, step: object, microbatches: tuple[Microbatch, ...], **kwargs: object) -> None:
         """Run Megatron's schedule for this layout; every model chunk draws the microbatches in the same order."""
-        data = [iter(microbatches) for _ in self.wrapped]
+        longest = max(m.padded_tokens // len(m.sequences) for m in microbatches)
+        self._run_schedule(step, microbatches, longest, len(microbatches[0].sequences), **kwargs)
+
+    def _run_schedule(
+        self, step: object, microbatches: Sequence[object], seq_length: int, micro_batch_size: int, **kwargs: object
+    ) -> None:
+        modules = self.wrapped or self.chunks
+        data = [iter(microbatches) for _ in modules]
         get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=data if len(data) > 1 else data[0],
-            model=self.wrapped if len(self.wrapped) > 1 else self.wrapped[0],
+            model=modules if len(modules) > 1 else modules[0],
             num_microbatches=len(microbatches),
-            seq_length=max((m.padded_tokens // len(m.sequences) for m in microbatches), default=1),
-            micro_batch_size=len(microbatches[0].sequences),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
             **kwargs,
         )

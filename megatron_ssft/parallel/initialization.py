@@ -29,7 +29,7 @@ def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
     std = config.model.init_method_std
     back = std / math.sqrt(2.0 * config.model.num_layers)
     for chunk in chunks:
-        for entry in _sharded_tensors(chunk.sharded_state_dict()):
+        for entry in sharded_tensors(chunk.sharded_state_dict()):
             if entry.key.endswith(("linear_proj.weight", "linear_fc2.weight")):
                 _draw(entry, back, config.training.seed)
             elif len(entry.global_shape) - entry.prepend_axis_num == 2:
@@ -38,7 +38,7 @@ def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
                 entry.data.zero_()  # megatron-core leaves them unwritten when it does not initialise
 
 
-def _sharded_tensors(state: dict[str, object]) -> list[ShardedTensor]:
+def sharded_tensors(state: dict[str, object]) -> list[ShardedTensor]:
     """All tensor entries; factories (gate and up of SwiGLU) give theirs, which are views of the parameter."""
     entries = []
     for value in state.values():
@@ -68,21 +68,23 @@ def named_generator(seed: int, *names: object) -> torch.Generator:
 
 @torch.no_grad()
 def initialize_forking_rows(
-    chunks: list[SetGPTModel], tags: ForkingTokens, vocab_size: int, copy_id: int | None, config: Config
+    chunks: list[SetGPTModel], tags: ForkingTokens, known_size: int, copy_id: int | None, config: Config
 ) -> None:
-    """Give the tags' rows of every vocabulary table their start, as --forking-token-init says.
+    """Give the new tags' rows of every vocabulary table their start, as --forking-token-init says.
 
     Args:
-        vocab_size: rows in use, tags included; the statistics are over the rows in use that are not tags.
+        known_size: entries of the tokenizer before tags are added: mean and RMS are over these rows (a model may have
+            spare rows that were never trained). Tags it knows already keep the rows they have.
         copy_id: row to start from with `copy:<token>`; None: the mean row.
     """
-    if not tags.row_ids:
+    new_ids = tuple(i for i in tags.row_ids if i >= known_size)
+    if not new_ids:
         return
     for chunk in chunks:
         for table in chunk.vocab_tables():
-            rows = _starting_rows(table, chunk.pg_collection.tp, tags, vocab_size, copy_id, config)
+            rows = _starting_rows(table, chunk.pg_collection.tp, len(new_ids), known_size, copy_id, config)
             start = chunk.pg_collection.tp.rank() * table.size(0)
-            for row, i in zip(rows, tags.row_ids):
+            for row, i in zip(rows, new_ids):
                 if 0 <= i - start < table.size(0):
                     table[i - start] = row.to(table.dtype)
     take_forking_rows(chunks)
@@ -91,15 +93,15 @@ def initialize_forking_rows(
 def _starting_rows(
     table: Tensor,
     tp_group: dist.ProcessGroup,
-    tags: ForkingTokens,
-    vocab_size: int,
+    num_rows: int,
+    known_size: int,
     copy_id: int | None,
     config: Config,
 ) -> Tensor:
-    """float32 [N, h], equal on all ranks."""
+    """float32 [num_rows, h], equal on all ranks."""
     start = tp_group.rank() * table.size(0)
     ids = torch.arange(start, start + table.size(0), device=table.device)
-    in_use = (ids < vocab_size) & ~torch.isin(ids, torch.tensor(tags.row_ids, device=table.device))
+    in_use = ids < known_size
     used = table[in_use].double()
     base = table[ids == copy_id].double().sum(0) if copy_id is not None else used.sum(0)
     totals = torch.cat([base, used.square().sum().view(1), in_use.sum().double().view(1)])
@@ -107,7 +109,7 @@ def _starting_rows(
     base, squares, count = totals[:-2], totals[-2], totals[-1]
     if copy_id is None:
         base = base / count
-    rows = base.float().repeat(tags.num_tags, 1)
+    rows = base.float().repeat(num_rows, 1)
     if config.forking.forking_token_init != "mean":
         rms = (squares / (count * table.size(1))).sqrt().float()
         noise = torch.randn(rows.shape, generator=named_generator(config.training.seed, "forking rows"))

@@ -189,13 +189,15 @@ class SetGPTModel(GPTModel):
             tables.append(self.output_layer.weight)
         return tables
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, position_ids: Tensor, scored: Tensor, targets: Tensor | None) -> Tensor:
         """Hidden states, or on the last stage float32 [T]: -log p(target) of the scored tokens.
+
+        Without targets float32 [T, V / tp]: their logits over this rank's share of the vocabulary, for verification.
 
         Args:
             tokens, position_ids: int64 [b, s].
             scored: int64 [T], where the scored tokens stand in sequence-major order: s index * b + b index.
-            targets: int64 [T], their targets.
+            targets: int64 [T], their targets, or None.
         """
         hidden = None
         if self.pre_process:
@@ -215,8 +217,8 @@ class SetGPTModel(GPTModel):
         angles = position_ids.t().unsqueeze(-1).float() * frequencies
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
-    def _nll(self, hidden: Tensor, scored: Tensor, targets: Tensor) -> Tensor:
-        """NLL [T] from hidden states [s (or s / tp), b, h]."""
+    def _nll(self, hidden: Tensor, scored: Tensor, targets: Tensor | None) -> Tensor:
+        """NLL [T] (or logits) from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -231,6 +233,8 @@ class SetGPTModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
+        if targets is None:
+            return self.head.logits(chosen, weight, rows)
         return self.head.nll(chosen, weight, targets, rows)
 
 

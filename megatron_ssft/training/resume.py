@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 from megatron_ssft.config import Config
+from megatron_ssft.conversion.assets import copy_assets
+from megatron_ssft.conversion.startup import ASSETS, is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
@@ -23,11 +25,21 @@ def run_state(
     There is no random state: every draw is a function of the seed, the epoch and the question. Nor is there one of
     the learning rate, a function of the step.
     """
-    return {
-        "format": STATE_FORMAT,
+    return weights_state(config, vocabulary) | {
         "iteration": iteration,
         "queue": queue.state_dict(),
         "data": dataset.fingerprint,
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
+        "has_optimizer": True,
+    }
+
+
+def weights_state(config: Config, vocabulary: Vocabulary) -> dict[str, object]:
+    """What a checkpoint of weights alone says of itself, as JSON."""
+    return {
+        "format": STATE_FORMAT,
+        "iteration": 0,
+        "has_optimizer": False,
         "model": dataclasses.asdict(config.model),
         "vocab_size": vocabulary.size,
         "forking_tokens": {
@@ -35,7 +47,6 @@ def run_state(
             "strings": list(vocabulary.tags.strings),
             "ids": [list(ids) for ids in vocabulary.tags.ids],
         },
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "bf16": config.parallel.bf16,
     }
 
@@ -88,6 +99,23 @@ def check_writable(config: Config) -> None:
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
+
+
+def keep_assets(config: Config) -> None:
+    """Copy the Hugging Face files that an export needs besides weights into the run. Raises UserError, OSError."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None:
+        return
+    target = Path(save) / ASSETS
+    if load is not None and not target.exists():
+        source = Path(load) if is_hf_folder(Path(load)) else Path(load) / ASSETS
+        if source.is_dir():
+            copy_assets(source, target)
+    if config.checkpoint.export_hf_at_save and not target.is_dir():
+        raise UserError(
+            "--export-hf-at-save: this run did not start from a Hugging Face folder, so there is no config.json and no "
+            "tokenizer to export with"
+        )
 
 
 def continues_in_place(config: Config) -> bool:

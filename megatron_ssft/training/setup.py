@@ -23,7 +23,7 @@ class Vocabulary:
     tokenizer: Tokenizer
     tags: ForkingTokens
     size: int
-    """Entries in use, tags included."""
+    """Entries in use, tags and a loaded model's spare rows included."""
     copy_id: int | None
     """Row the tags start from with --forking-token-init copy:<token>."""
 
@@ -41,7 +41,8 @@ def build_vocabulary(config: Config) -> Vocabulary:
         copy_id = tokenizer.token_to_id(token)
         if copy_id is None:
             raise UserError(f"--forking-token-init copy:{token}: the tokenizer has no such token")
-    return Vocabulary(tokenizer, tags, vocab_size_with_tags(tokenizer, tags), copy_id)
+    size = max(vocab_size_with_tags(tokenizer, tags), config.model.vocab_size or 0)
+    return Vocabulary(tokenizer, tags, size, copy_id)
 
 
 def cache_folder(config: Config) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
+from megatron_ssft.conversion.startup import ASSETS, is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
@@ -16,6 +17,7 @@ from megatron_ssft.matching.assignment import Matcher, assignment_gap
 from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
@@ -23,10 +25,12 @@ from megatron_ssft.scheduling.collate import loss_denominator
 from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
 from megatron_ssft.scheduling.train_plan import plan_train_microbatches
 from megatron_ssft.scheduling.work import WorkModel
+from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.resume import (
     check_writable,
     continues_in_place,
+    keep_assets,
     refuse_contradictions,
     refuse_occupied_folder,
     resumable,
@@ -48,7 +52,10 @@ class Trainer:
         """Optimizer steps done."""
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
+        on_first_rank(lambda: keep_assets(config), topology)
         self.vocabulary = build_vocabulary(config)
+        if self.vocabulary.tags.num_tags == 0:
+            raise UserError("--num-forking-tokens 0: there is nothing to train the traces under; give at least 1")
         folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
         self.dataset = open_everywhere(folders["train"], topology)
         self.eval_dataset = open_everywhere(folders["eval"], topology) if "eval" in folders else None
@@ -165,20 +172,20 @@ class Trainer:
 
     def _start_or_resume(self) -> None:
         config = self.config
-        if config.checkpoint.load is None:
-            initialize_weights(self.engine.chunks, config)
-            initialize_forking_rows(
-                self.engine.chunks, self.vocabulary.tags, self.vocabulary.size, self.vocabulary.copy_id, config
-            )
+        run = None if config.checkpoint.load is None else Path(config.checkpoint.load)
+        if run is None or is_hf_folder(run):
+            initialize_weights(self.engine.chunks, config) if run is None else load_hf_weights(self.engine, run)
+            known = self.vocabulary.tokenizer.vocab_size
+            initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, known, self.vocabulary.copy_id, config)
             self.engine.start()
             return
-        run = Path(config.checkpoint.load)
         iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
         state = on_first_rank(lambda: read_state(run, iteration), self.topology)
-        refuse_contradictions(run, state, self._state(), config.checkpoint.finetune)
+        weights_only = config.checkpoint.finetune or not state.get("has_optimizer", True)
+        refuse_contradictions(run, state, self._state(), weights_only)
         self.engine.start()
-        load_checkpoint(self.engine, run, iteration, weights_only=config.checkpoint.finetune)
-        if not config.checkpoint.finetune:
+        load_checkpoint(self.engine, run, iteration, weights_only)
+        if not weights_only:
             self.queue.load_state_dict(state["queue"])
             self.iteration = iteration
             if config.training.train_iters is None:  # the batch size may have changed since
@@ -194,7 +201,23 @@ class Trainer:
         folder = save_checkpoint(self.engine, Path(self.config.checkpoint.save), self.iteration, self._state())
         if log is not None:
             log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
+        if self.config.checkpoint.export_hf_at_save:
+            self._export(folder, log)
         return self.iteration
+
+    def _export(self, folder: Path, log: RunLog | None) -> None:
+        begin = time.perf_counter()
+        report = export_hf(
+            self.engine,
+            self.config,
+            self.vocabulary,
+            assets=Path(self.config.checkpoint.save) / ASSETS,
+            target=folder / ASSETS,
+            verify_with=folder if self.config.checkpoint.verify_hf else None,
+        )
+        if log is not None:
+            verified = f"verified: {report}" if report is not None else "not verified"
+            log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")
 
     # -- small things --------------------------------------------------------------------------------------------
 

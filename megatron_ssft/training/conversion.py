@@ -1,0 +1,134 @@
+"""What tools/convert_hf.py does: import, export, verify, at the layout it is started in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import yaml
+
+from megatron_ssft.arguments import build_config
+from megatron_ssft.config import Config
+from megatron_ssft.conversion.assets import copy_assets
+from megatron_ssft.conversion.startup import ASSETS, complete_values, read_hf_config
+from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
+from megatron_ssft.parallel.checkpoint import (
+    checkpoint_folder,
+    find_latest,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from megatron_ssft.parallel.collectives import on_first_rank
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.hf_checkpoint import compare_hf_weights, load_hf_weights
+from megatron_ssft.parallel.initialization import initialize_forking_rows
+from megatron_ssft.parallel.topology import Topology, destroy_topology, initialize_topology
+from megatron_ssft.training.export import export_hf, verify_folder
+from megatron_ssft.training.resume import weights_state
+from megatron_ssft.training.setup import Vocabulary, build_vocabulary
+
+_NOT_FOR_CONVERSION = {"data_path": ["-"], "train_iters": 1}
+"""A configuration needs data and a length; a conversion has neither."""
+
+
+def import_hf(source: Path, target: Path, options: dict[str, object]) -> None:
+    """A Hugging Face folder to a run folder with a checkpoint 0 of weights only, without tags unless asked for."""
+    options = {"num_forking_tokens": 0} | options
+    verify = not options.pop("no_verify", False)
+    if target.exists() and any(target.glob("iter_*")):
+        raise UserError(f"{target}: already holds a checkpoint; choose another folder")
+    hf_config = read_hf_config(source)
+    precision = str(hf_config.get("dtype", hf_config.get("torch_dtype", "float32")))
+    config, topology, vocabulary, engine = _start(source, {"bf16": precision == "bfloat16"} | options)
+    load_hf_weights(engine, source)
+    known = vocabulary.tokenizer.vocab_size
+    initialize_forking_rows(engine.chunks, vocabulary.tags, known, vocabulary.copy_id, config)
+    on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
+    folder = save_checkpoint(engine, target, 0, weights_state(config, vocabulary))
+    on_first_rank(lambda: _write_config(target, config), topology)
+    _say(topology, f"imported {source} to {folder}")
+    if verify:
+        _verify(config, engine, vocabulary, source, folder)
+    destroy_topology()
+
+
+def export_run(source: Path, target: Path, options: dict[str, object]) -> None:
+    """The newest checkpoint of a run folder to a Hugging Face folder."""
+    verify = not options.pop("no_verify", False)
+    if target.exists():
+        raise UserError(f"{target}: exists; choose another folder")
+    config, topology, vocabulary, engine = _start(source, _precision(source) | options)
+    iteration = _load(engine, source)
+    if not (source / ASSETS).is_dir():
+        raise UserError(f"{source}: has no {ASSETS} folder: the run did not start from a Hugging Face folder")
+    folder = checkpoint_folder(source, iteration)
+    report = export_hf(engine, config, vocabulary, source / ASSETS, target, folder if verify else None)
+    _say(topology, f"exported {folder} to {target}" + (f"; verified: {report}" if report else "; not verified"))
+    destroy_topology()
+
+
+def verify(source: Path, target: Path, options: dict[str, object]) -> None:
+    """Whether a Hugging Face folder and the newest checkpoint of a run folder are the same model."""
+    config, _, vocabulary, engine = _start(target, _precision(target) | options)
+    folder = checkpoint_folder(target, _load(engine, target))
+    _verify(config, engine, vocabulary, source, folder)
+    destroy_topology()
+
+
+def _start(folder: Path, options: dict[str, object]) -> tuple[Config, Topology, Vocabulary, Engine]:
+    values = complete_values({"load": str(folder)} | options)
+    config = build_config(values | _NOT_FOR_CONVERSION)
+    topology = initialize_topology(config)
+    vocabulary = build_vocabulary(config)
+    return config, topology, vocabulary, Engine(config, topology, vocabulary.tags, vocabulary.size)
+
+
+def _precision(run: Path) -> dict[str, object]:
+    """The precision of a run's weights, from its newest checkpoint's state."""
+    return {"bf16": bool(read_state(run, find_latest(run)).get("bf16"))}
+
+
+def _load(engine: Engine, run: Path) -> int:
+    iteration = int(on_first_rank(lambda: find_latest(run), engine.topology))
+    load_checkpoint(engine, run, iteration, weights_only=True)
+    return iteration
+
+
+def _verify(config: Config, engine: Engine, vocabulary: Vocabulary, hf: Path, checkpoint: Path) -> None:
+    """Both proofs, printed. A folder without the tags is compared without their rows."""
+    known = vocabulary.tokenizer.vocab_size
+    new_rows = () if _knows_tags(hf, vocabulary) else tuple(i for i in vocabulary.tags.row_ids if i >= known)
+    compare_hf_weights(engine, hf, new_rows)
+    _say(engine.topology, f"every tensor of {hf} is bitwise what {checkpoint} holds")
+    report = verify_folder(config, engine, vocabulary, hf, checkpoint, new_rows)
+    _say(engine.topology, f"verified: {report}")
+
+
+def _knows_tags(hf: Path, vocabulary: Vocabulary) -> bool:
+    """Whether the folder's tokenizer has the tags; text tags are ordinary tokens anyway."""
+    path = hf / "tokenizer.json"
+    if not vocabulary.tags.row_ids or not path.is_file():
+        return not vocabulary.tags.row_ids
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+    return set(vocabulary.tags.strings) <= {str(token.get("content")) for token in added}
+
+
+def _write_config(target: Path, config: Config) -> None:
+    """The shape, tokenizer and tags, for whoever loads the folder; how to train is not decided here."""
+    kept = dataclasses.asdict(config.model)
+    kept |= {name: getattr(config.forking, name) for name in ("num_forking_tokens", "forking_token_format")}
+    kept["forking_token_template"] = config.forking.forking_token_template
+    kept["tokenizer_type"] = config.data.tokenizer_type
+    inside = target / ASSETS
+    if config.data.tokenizer_type == "SentencePieceTokenizer":
+        inside = inside / Path(config.data.tokenizer_model).name
+    kept["tokenizer_model"] = str(inside.resolve())
+    write_durably(target / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+
+
+def _say(topology: Topology, text: str) -> None:
+    if topology.is_first_rank:
+        print(text, flush=True)
