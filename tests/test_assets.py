@@ -374,10 +374,7 @@ def test_find_tokenizer(tmp_path):
     source = checkpoint(tmp_path / "in")
     assert find_tokenizer(source) == ("HuggingFaceTokenizer", source)
     alone = sentencepiece_checkpoint(tmp_path / "sp")
-    assert find_tokenizer(alone) == ("SentencePieceTokenizer", alone / "tokenizer.model")
-    (alone / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    with pytest.raises(UserError, match="chat template"):
-        find_tokenizer(alone)
+    assert find_tokenizer(alone) == ("HuggingFaceTokenizer", alone)
     (alone / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="neither"):
         find_tokenizer(alone)
@@ -394,3 +391,20 @@ def test_tags_in_qwen_s_tokenizer(tmp_path):
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(target))
     assert tokenizer.encode("Hello, world!<think2>system\n") == [9707, 11, 1879, 0, 151647, 8948, 198]
     assert tokenizer.encode("<think3>\n<|im_end|>") == [13708, 766, 18, 397, 151645]
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_folder_with_tokenizer_model_alone_is_read_as_its_export(tmp_path, template):
+    """Whatever a run tokenizes with the original, it tokenizes alike with what it exports; chat template included."""
+    source = sentencepiece_checkpoint(tmp_path / "sp")
+    if template is not None:
+        (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    original = build_tokenizer(*map(str, find_tokenizer(source)))
+    copy_assets(source, tmp_path / "run")
+    exported = build_tokenizer(*map(str, find_tokenizer(tmp_path / "run")))
+    for text in [t for t in TEXTS if t] + CORPUS:
+        assert original.encode(text) == exported.encode(text)
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    assert original.render_chat(chat) == exported.render_chat(chat)
+    assert (original.render_chat(chat) is None) == (template is None)
+    assert (original.eos_id, original.bos_id) == (exported.eos_id, exported.bos_id)

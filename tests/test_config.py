@@ -266,7 +266,7 @@ REFUSED = [
     ({"seq_length": 0}, "--seq-length 0"),
     ({"max_traces": 0}, "--max-traces 0"),
     ({"overlong_traces": "split"}, "--overlong-traces split"),
-    ({"num_forking_tokens": -1}, "--num-forking-tokens 0"),
+    ({"num_forking_tokens": -1}, "--num-forking-tokens"),
     ({"forking_token_format": "emoji"}, "--forking-token-format emoji"),
     ({"forking_token_format": "text", "forking_token_lr_mult": 100}, "--forking-token-lr-mult"),
     ({"forking_token_lr_mult": 0}, "--forking-token-lr-mult"),

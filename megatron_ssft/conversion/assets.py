@@ -106,18 +106,14 @@ def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_s
 def find_tokenizer(hf_dir: Path) -> tuple[str, Path]:
     """Values of --tokenizer-type and --tokenizer-model for a folder.
 
-    Folders of `copy_assets` always answer HuggingFaceTokenizer. A checkpoint with `tokenizer.model` alone answers
-    SentencePieceTokenizer, which knows no chat template: raises UserError where it has one, and without a tokenizer.
+    Raises UserError for a folder without a tokenizer.
     """
     hf_dir = Path(hf_dir)
-    if (hf_dir / "tokenizer.json").is_file() or _has_vocab_and_merges(hf_dir):
+    if any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) or _has_vocab_and_merges(
+        hf_dir
+    ):
         return "HuggingFaceTokenizer", hf_dir
-    if not (hf_dir / "tokenizer.model").is_file():
-        raise UserError(f"{hf_dir}: neither tokenizer.json nor tokenizer.model; name a tokenizer by --tokenizer-model")
-    config = hf_dir / "tokenizer_config.json"
-    if any(hf_dir.glob("chat_template.*")) or (config.is_file() and "chat_template" in read_json(config)):
-        raise UserError(f"{hf_dir}: its chat template needs a tokenizer.json beside tokenizer.model; import it first")
-    return "SentencePieceTokenizer", hf_dir / "tokenizer.model"
+    raise UserError(f"{hf_dir}: neither tokenizer.json nor tokenizer.model; name a tokenizer by --tokenizer-model")
 
 
 def _copy_files(hf_dir: Path, target: Path) -> None:

@@ -122,10 +122,7 @@ def _write_config(target: Path, config: Config) -> None:
     kept |= {name: getattr(config.forking, name) for name in ("num_forking_tokens", "forking_token_format")}
     kept["forking_token_template"] = config.forking.forking_token_template
     kept["tokenizer_type"] = config.data.tokenizer_type
-    inside = target / ASSETS
-    if config.data.tokenizer_type == "SentencePieceTokenizer":
-        inside = inside / Path(config.data.tokenizer_model).name
-    kept["tokenizer_model"] = str(inside.resolve())
+    kept["tokenizer_model"] = str((target / ASSETS).resolve())
     write_durably(target / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
 
 
