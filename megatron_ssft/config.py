@@ -367,12 +367,13 @@ class CheckpointConfig:
     """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder); needs a run that
     started from one."""
     verify_hf: bool = True
-    """Compare logits with transformers, in float32, after loading from or exporting to a Hugging Face folder."""
+    """Compare every --export-hf-at-save with the checkpoint, tensor by tensor, and its logits with transformers."""
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval")
         _require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
         _require(not self.finetune or self.load is not None, "--finetune needs --load")
+        _require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
 
 
 @dataclass
@@ -415,6 +416,12 @@ class Config:
             parallel.context_parallel_size == 1 or model.transformer_impl == "transformer_engine",
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: only its attention "
             "can share a sequence between ranks",
+        )
+        _require(
+            parallel.context_parallel_size == 1
+            or not (self.checkpoint.export_hf_at_save and self.checkpoint.verify_hf),
+            "--export-hf-at-save cannot be verified with --context-parallel-size above 1; give --no-verify-hf and run "
+            "tools/convert_hf.py verify afterwards",
         )
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             _require(

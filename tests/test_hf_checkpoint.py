@@ -20,6 +20,7 @@ from megatron_ssft.parallel.topology import destroy_topology
 from megatron_ssft.training import conversion
 from tests.distributed import RankFailure, run_ranks
 from tests.hf_models import random_model
+from tests.training_runs import make_rows, write_rows
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -30,6 +31,7 @@ MODELS = [
     ("Qwen2ForCausalLM", True),
     ("Qwen2ForCausalLM", False),
     ("Qwen3ForCausalLM", True),
+    ("Qwen3ForCausalLM", False),
 ]
 LAYOUTS = {"one": (1, {}), "tp2": (2, TP2), "pp2": (2, PP2), "tp2pp2": (4, TP2 | PP2)}
 
@@ -210,3 +212,98 @@ def test_large_models_are_verified_by_their_first_layers(models, tmp_path):
     source = str(models("LlamaForCausalLM", False))
     (output,) = run_ranks(1, import_cut_to_two_layers, source, str(tmp_path / "m"))
     assert "verified: logits of" in output and "first 2 of 4 layers" in output
+
+
+# -- what a start and a failed command leave behind ----------------------------------------------------------------
+
+
+def import_damaged_on_the_way(source, target):
+    """One weight changes between reading and writing; the logits are compared on a cut stack only."""
+    from megatron_ssft.parallel import hf_verification
+
+    hf_verification._layers_that_fit = lambda config: 2
+    real = conversion.save_checkpoint
+
+    def save(engine, *arguments):
+        with torch.no_grad():
+            engine.chunks[0].decoder.layers[3].mlp.linear_fc2.weight.zero_()
+        return real(engine, *arguments)
+
+    conversion.save_checkpoint = save
+    conversion.import_hf(Path(source), Path(target), {})
+
+
+def test_an_import_that_is_not_the_model_is_not_left_behind(models, tmp_path):
+    with pytest.raises(RankFailure, match="layers.3.mlp.down_proj.weight differs from the Megatron weights"):
+        run_ranks(1, import_damaged_on_the_way, str(models("LlamaForCausalLM", True)), str(tmp_path / "m"))
+    assert not list((tmp_path / "m").glob("iter_*"))
+    run_ranks(1, import_hf, str(models("LlamaForCausalLM", True)), str(tmp_path / "m"), {})
+
+
+def test_a_moved_run_still_exports(models, tmp_path):
+    run_ranks(1, import_hf, str(models("Qwen2ForCausalLM", True)), str(tmp_path / "m"), {"num_forking_tokens": 3})
+    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    run_ranks(1, export_run, str(tmp_path / "elsewhere"), str(tmp_path / "hf"), {})
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def train(values):
+    """Losses and gaps of a run by the trainer's own entry."""
+    from megatron_ssft.arguments import build_config
+    from megatron_ssft.conversion.startup import complete_values
+    from megatron_ssft.parallel.topology import initialize_topology
+    from megatron_ssft.training.trainer import Trainer
+
+    config = build_config(complete_values(values))
+    trainer = Trainer(config, initialize_topology(config))
+    rows = [trainer.train_step()[2] for _ in range(config.training.train_iters)]
+    return [(row["loss"], row["matching_gap"]) for row in rows]
+
+
+def training_values(tmp_path, load):
+    return {
+        "load": str(load),
+        "data_path": [write_rows(tmp_path / "train.jsonl", make_rows(max_traces=3))],
+        "data_cache_path": str(tmp_path / "cache"),
+        "save": str(tmp_path / "run"),
+        "seq_length": 128,
+        "num_forking_tokens": 3,
+        "matching_tokens": 8,
+        "global_batch_size": 6,
+        "train_iters": 2,
+    }
+
+
+def test_tags_without_rows_get_some(models, tmp_path):
+    """A tokenizer that knows the tags beside a model that was never resized for them."""
+    source = tmp_path / "model"
+    random_model(source, "llama", True, vocab_size=290)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    for i in range(3):
+        tokenizer["added_tokens"].append(
+            {"id": 290 + i, "content": f"<think{i + 1}>", "special": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        )
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ((first, second),) = run_ranks(1, train, training_values(tmp_path, source))
+    assert min(first[1], second[1]) > 1e-3
+    run_ranks(1, import_hf, str(source), str(tmp_path / "m"), {"num_forking_tokens": 3})
+
+
+def test_assets_are_those_of_the_model_that_is_loaded(models, tmp_path):
+    """A start that was refused leaves nothing that a later one from another model would export."""
+    first, second = models("Qwen2ForCausalLM", True), tmp_path / "instruct"
+    shutil.copytree(first, second)
+    (second / "generation_config.json").write_text('{"eos_token_id": [2]}')
+    values = training_values(tmp_path, first)
+    with pytest.raises(RankFailure, match="No such file|cannot|not"):
+        run_ranks(1, train, values | {"data_path": [str(tmp_path / "absent.jsonl")]})
+    run_ranks(1, train, values | {"load": str(first)})
+    run_ranks(1, train, values | {"load": str(second)})
+    assert json.loads((tmp_path / "run" / "hf" / "generation_config.json").read_text()) == {"eos_token_id": [2]}
+
+
+def test_imported_without_tags_cannot_be_trained(models, tmp_path):
+    run_ranks(1, import_hf, str(models("Qwen2ForCausalLM", True)), str(tmp_path / "m"), {})
+    with pytest.raises(RankFailure, match="imported without tags; import it again with --num-forking-tokens"):
+        run_ranks(1, train, training_values(tmp_path, tmp_path / "m"))

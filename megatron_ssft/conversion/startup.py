@@ -45,6 +45,8 @@ def complete_values(values: dict[str, object]) -> dict[str, object]:
     if values.get("load") is None:
         return values
     folder = Path(str(values["load"]))
+    if not folder.is_dir():
+        raise UserError(f"--load {folder}: no such folder")
     if is_hf_folder(folder):
         shape = model_values(read_hf_config(folder), str(folder / "config.json"))
         for name, value in shape.items():
@@ -63,5 +65,8 @@ def complete_values(values: dict[str, object]) -> dict[str, object]:
     if stored.is_file():
         proposed = read_config_file(str(stored))
         shape = {field.name for field in dataclasses.fields(ModelConfig)} - set(_SHAPE_FREE)
-        return {k: v for k, v in proposed.items() if k in shape or k in _TAGS or k in _TOKENIZER} | values
+        values = {k: v for k, v in proposed.items() if k in shape or k in _TAGS or k in _TOKENIZER} | values
+    tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
+    if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
+        values = values | {"tokenizer_model": str(own)}  # the run was moved, or what it started from is gone
     return values

@@ -18,7 +18,7 @@ import torch
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.tensor_map import hf_tensors
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.collectives import on_first_rank
+from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
 from megatron_ssft.parallel.topology import Topology
@@ -69,8 +69,9 @@ def verify_logits(
     Raises:
         UserError: the largest difference is above MAX_DIFFERENCE.
     """
-    layers = int(on_first_rank(lambda: _layers_that_fit(config), topology))
-    model = dataclasses.replace(config.model, num_layers=layers)
+    layers = min(int(n) for n in gather_json(_layers_that_fit(config), topology))
+    # TransformerEngine may compute float32 products in TF32.
+    model = dataclasses.replace(config.model, num_layers=layers, transformer_impl="local")
     parallel = dataclasses.replace(config.parallel, bf16=False, use_distributed_optimizer=False)
     engine = Engine(dataclasses.replace(config, model=model, parallel=parallel), topology, tags, vocab_size)
     if layers == config.model.num_layers:
@@ -86,11 +87,15 @@ def verify_logits(
 
 
 def _layers_that_fit(config: Config) -> int:
-    """Layers of which transformers can hold a float32 copy in half of the memory that is free."""
+    """Layers whose float32 copy takes half of the free memory: whole on the host, this rank's shard on a GPU."""
     model, parallel = config.model, config.parallel
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in hf_tensors(model).items()}
     per_layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
-    budget = psutil.virtual_memory().available // 2 - (sum(sizes.values()) - per_layer * model.num_layers)
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available():
+        shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        free = min(free, torch.cuda.mem_get_info()[0] * shards)
+    budget = free // 2 - (sum(sizes.values()) - per_layer * model.num_layers)
     multiple = parallel.pipeline_model_parallel_size * (parallel.num_layers_per_virtual_pipeline_stage or 1)
     multiple *= 2 if parallel.num_layers_per_virtual_pipeline_stage else 1
     fitting = min(model.num_layers, budget // per_layer // multiple * multiple)

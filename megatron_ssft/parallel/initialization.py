@@ -73,8 +73,8 @@ def initialize_forking_rows(
     """Give the new tags' rows of every vocabulary table their start, as --forking-token-init says.
 
     Args:
-        known_size: entries of the tokenizer before tags are added: mean and RMS are over these rows (a model may have
-            spare rows that were never trained). Tags it knows already keep the rows they have.
+        known_size: rows that come with a meaning: mean and RMS are over these (a model may have spare rows that were
+            never trained). Tags among them keep the rows they have.
         copy_id: row to start from with `copy:<token>`; None: the mean row.
     """
     new_ids = tuple(i for i in tags.row_ids if i >= known_size)

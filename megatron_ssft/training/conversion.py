@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import torch
 import yaml
 
 from megatron_ssft.arguments import build_config
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import copy_assets
-from megatron_ssft.conversion.startup import ASSETS, complete_values, read_hf_config
+from megatron_ssft.conversion.safetensors_io import HFWeights
+from megatron_ssft.conversion.startup import ASSETS, complete_values, is_hf_folder, read_hf_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.parallel.checkpoint import (
     checkpoint_folder,
     find_latest,
     load_checkpoint,
+    load_folder,
     read_state,
     save_checkpoint,
 )
@@ -38,20 +42,25 @@ def import_hf(source: Path, target: Path, options: dict[str, object]) -> None:
     """A Hugging Face folder to a run folder with a checkpoint 0 of weights only, without tags unless asked for."""
     options = {"num_forking_tokens": 0} | options
     verify = not options.pop("no_verify", False)
-    if target.exists() and any(target.glob("iter_*")):
+    if is_hf_folder(target) or (target.exists() and any(target.glob("iter_*"))):
         raise UserError(f"{target}: already holds a checkpoint; choose another folder")
-    hf_config = read_hf_config(source)
-    precision = str(hf_config.get("dtype", hf_config.get("torch_dtype", "float32")))
-    config, topology, vocabulary, engine = _start(source, {"bf16": precision == "bfloat16"} | options)
+    with HFWeights(source) as weights:
+        bf16 = torch.bfloat16 in weights.dtypes.values()
+    config, topology, vocabulary, engine = _start(source, {"bf16": bf16} | options)
     load_hf_weights(engine, source)
-    known = vocabulary.tokenizer.vocab_size
-    initialize_forking_rows(engine.chunks, vocabulary.tags, known, vocabulary.copy_id, config)
+    initialize_forking_rows(engine.chunks, vocabulary.tags, vocabulary.known_rows, vocabulary.copy_id, config)
     on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
     folder = save_checkpoint(engine, target, 0, weights_state(config, vocabulary))
     on_first_rank(lambda: _write_config(target, config), topology)
     _say(topology, f"imported {source} to {folder}")
     if verify:
-        _verify(config, engine, vocabulary, source, folder)
+        load_folder(engine, folder)  # what is compared is what stands on the disk
+        try:
+            _verify(config, engine, vocabulary, source, folder)
+        except UserError:  # on all ranks alike
+            if topology.is_first_rank:
+                shutil.rmtree(folder)
+            raise
     destroy_topology()
 
 
@@ -99,8 +108,9 @@ def _load(engine: Engine, run: Path) -> int:
 
 def _verify(config: Config, engine: Engine, vocabulary: Vocabulary, hf: Path, checkpoint: Path) -> None:
     """Both proofs, printed. A folder without the tags is compared without their rows."""
-    known = vocabulary.tokenizer.vocab_size
-    new_rows = () if _knows_tags(hf, vocabulary) else tuple(i for i in vocabulary.tags.row_ids if i >= known)
+    rows = int(read_hf_config(hf)["vocab_size"])
+    stored = rows if _knows_tags(hf, vocabulary) else min(rows, vocabulary.known_rows)
+    new_rows = tuple(i for i in vocabulary.tags.row_ids if i >= stored)
     compare_hf_weights(engine, hf, new_rows)
     _say(engine.topology, f"every tensor of {hf} is bitwise what {checkpoint} holds")
     report = verify_folder(config, engine, vocabulary, hf, checkpoint, new_rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import write_assets
+from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.checkpoint import load_folder
 from megatron_ssft.parallel.collectives import barrier, on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -44,18 +45,19 @@ def export_hf(
         tags = vocabulary.tags if vocabulary.tags.num_tags else None
         write_assets(assets, partial, tags, engine.vocab_size, dtype)
 
-    def publish() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
-
     on_first_rank(prepare, topology)
-    export_hf_weights(engine, partial)
-    barrier(topology)
     report = None
-    if verify_with is not None:
-        compare_hf_weights(engine, partial)
-        report = verify_folder(config, engine, vocabulary, partial, verify_with)
-    on_first_rank(publish, topology)
+    try:
+        export_hf_weights(engine, partial)
+        barrier(topology)
+        if verify_with is not None:
+            compare_hf_weights(engine, partial)
+            report = verify_folder(config, engine, vocabulary, partial, verify_with)
+    except UserError:
+        if topology.is_first_rank:  # a full disk should not stay full
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    on_first_rank(lambda: os.rename(partial, target), topology)
     return report
 
 

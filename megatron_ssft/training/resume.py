@@ -67,6 +67,8 @@ def refuse_contradictions(run: Path, stored: dict[str, object], mine: dict[str, 
                 f"--load {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
                 f"--config {run}/config.yaml takes the checkpoint's settings"
             )
+    if not stored["forking_tokens"]["ids"]:
+        raise UserError(f"--load {run}: was imported without tags; import it again with --num-forking-tokens N")
     for name in ("vocab_size", "forking_tokens"):
         if stored[name] != mine[name]:
             raise UserError(f"--load {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
@@ -107,7 +109,7 @@ def keep_assets(config: Config) -> None:
     if save is None:
         return
     target = Path(save) / ASSETS
-    if load is not None and not target.exists():
+    if load is not None and not continues_in_place(config):
         source = Path(load) if is_hf_folder(Path(load)) else Path(load) / ASSETS
         if source.is_dir():
             copy_assets(source, target)

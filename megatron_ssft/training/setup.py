@@ -24,6 +24,8 @@ class Vocabulary:
     tags: ForkingTokens
     size: int
     """Entries in use, tags and a loaded model's spare rows included."""
+    known_rows: int
+    """Rows that come with a meaning: entries of the tokenizer for which a loaded model has a row."""
     copy_id: int | None
     """Row the tags start from with --forking-token-init copy:<token>."""
 
@@ -42,7 +44,8 @@ def build_vocabulary(config: Config) -> Vocabulary:
         if copy_id is None:
             raise UserError(f"--forking-token-init copy:{token}: the tokenizer has no such token")
     size = max(vocab_size_with_tags(tokenizer, tags), config.model.vocab_size or 0)
-    return Vocabulary(tokenizer, tags, size, copy_id)
+    known_rows = min(tokenizer.vocab_size, config.model.vocab_size or tokenizer.vocab_size)
+    return Vocabulary(tokenizer, tags, size, known_rows, copy_id)
 
 
 def cache_folder(config: Config) -> Path:

@@ -52,11 +52,11 @@ class Trainer:
         """Optimizer steps done."""
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
-        on_first_rank(lambda: keep_assets(config), topology)
         self.vocabulary = build_vocabulary(config)
         if self.vocabulary.tags.num_tags == 0:
             raise UserError("--num-forking-tokens 0: there is nothing to train the traces under; give at least 1")
         folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
+        on_first_rank(lambda: keep_assets(config), topology)
         self.dataset = open_everywhere(folders["train"], topology)
         self.eval_dataset = open_everywhere(folders["eval"], topology) if "eval" in folders else None
         self.queue = build_queue(config, self.dataset)
@@ -175,8 +175,8 @@ class Trainer:
         run = None if config.checkpoint.load is None else Path(config.checkpoint.load)
         if run is None or is_hf_folder(run):
             initialize_weights(self.engine.chunks, config) if run is None else load_hf_weights(self.engine, run)
-            known = self.vocabulary.tokenizer.vocab_size
-            initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, known, self.vocabulary.copy_id, config)
+            rows, start_from = self.vocabulary.known_rows, self.vocabulary.copy_id
+            initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, rows, start_from, config)
             self.engine.start()
             return
         iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
