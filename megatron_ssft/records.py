@@ -6,7 +6,7 @@ b micro-batch size, s padded sequence length, T tokens, R data-parallel ranks, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -207,4 +207,3 @@ class StepMetrics:
     grad_norm: float
     trained_sequences: int
     trained_tokens: int
-    extra: dict[str, float] = field(default_factory=dict)

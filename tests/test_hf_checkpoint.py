@@ -218,16 +218,20 @@ def test_large_models_are_verified_by_their_first_layers(models, tmp_path):
 
 
 def import_damaged_on_the_way(source, target):
-    """One weight changes between reading and writing; the logits are compared on a cut stack only."""
+    """One weight goes wrong on its way to the disk, not in memory; the logits are compared on a cut stack only."""
     from megatron_ssft.parallel import hf_verification
 
     hf_verification._layers_that_fit = lambda config: 2
     real = conversion.save_checkpoint
 
     def save(engine, *arguments):
+        weight = engine.chunks[0].decoder.layers[3].mlp.linear_fc2.weight
+        kept = weight.detach().clone()
         with torch.no_grad():
-            engine.chunks[0].decoder.layers[3].mlp.linear_fc2.weight.zero_()
-        return real(engine, *arguments)
+            weight.zero_()
+            folder = real(engine, *arguments)
+            weight.copy_(kept)
+        return folder
 
     conversion.save_checkpoint = save
     conversion.import_hf(Path(source), Path(target), {})
@@ -237,6 +241,7 @@ def test_an_import_that_is_not_the_model_is_not_left_behind(models, tmp_path):
     with pytest.raises(RankFailure, match="layers.3.mlp.down_proj.weight differs from the Megatron weights"):
         run_ranks(1, import_damaged_on_the_way, str(models("LlamaForCausalLM", True)), str(tmp_path / "m"))
     assert not list((tmp_path / "m").glob("iter_*"))
+    assert not (tmp_path / "m" / "latest_checkpointed_iteration.txt").exists()
     run_ranks(1, import_hf, str(models("LlamaForCausalLM", True)), str(tmp_path / "m"), {})
 
 

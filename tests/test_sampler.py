@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_ssft.data.sampler import QuestionQueue, count_batches, epoch_permutation, fill_batch
+from megatron_ssft.data.sampler import QuestionQueue, epoch_permutation, fill_batch
 from megatron_ssft.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_every_question_once_an_epoch(num_questions, most, lookahead):
     visits = [(v.index, v.epoch) for batch in batches for v in batch]
     assert sorted(visits) == sorted(itertools.product(range(num_questions), range(4)))
     assert all(0 < sum(counts[v.index] for v in batch) <= 16 for batch in batches)
-    assert count_batches(counts, 16, lookahead, 5, 4) == len(batches)
+    assert QuestionQueue(counts, 16, lookahead, 5, 4).remaining_batches() == len(batches)
 
 
 def test_batches_fill_exactly_whenever_the_window_allows():

@@ -184,10 +184,3 @@ class QuestionQueue:
                 )
         self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
         self._waiting = [QuestionVisit(index=int(index), epoch=int(epoch)) for index, epoch in state["waiting"]]
-
-
-def count_batches(
-    trace_counts: Sequence[int], global_batch_size: int, lookahead: int, seed: int, num_epochs: int
-) -> int:
-    """Optimizer steps that `num_epochs` passes give, by running a fresh queue to its end. Raises UserError."""
-    return QuestionQueue(trace_counts, global_batch_size, lookahead, seed, num_epochs).remaining_batches()

@@ -18,6 +18,7 @@ from megatron_ssft.conversion.startup import ASSETS, complete_values, is_hf_fold
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.parallel.checkpoint import (
+    TRACKER,
     checkpoint_folder,
     find_latest,
     load_checkpoint,
@@ -60,6 +61,7 @@ def import_hf(source: Path, target: Path, options: dict[str, object]) -> None:
         except UserError:  # on all ranks alike
             if topology.is_first_rank:
                 shutil.rmtree(folder)
+                (target / TRACKER).unlink()
             raise
     destroy_topology()
 
