@@ -137,26 +137,41 @@ class SequenceSpec:
     trace: int
     tag: int
     num_tokens: int
-    """Tokens fed to the model (the last target is not an input): work estimate and padded size."""
+    """Tokens fed to the model where it stands alone (the last target is not an input)."""
+    num_scored: int
+    """Completion tokens whose negative log-likelihood is asked for."""
 
     @property
     def is_pad(self) -> bool:
         return self.question < 0
 
 
-PAD = SequenceSpec(question=-1, trace=-1, tag=-1, num_tokens=1)
+PAD = SequenceSpec(question=-1, trace=-1, tag=-1, num_tokens=1, num_scored=0)
 """A sequence without loss weight that only fills a microbatch, of the least possible length."""
 
 
 @dataclass(frozen=True)
+class Size:
+    """What a forward pass of the whole model has to do, in counts. Sizes add up."""
+
+    tokens: int
+    """Tokens that go through the layers."""
+    pairs: int
+    """Pairs (query token, key token it may see) in core attention."""
+    scored: int
+    """Positions that go through the output head."""
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.tokens + other.tokens, self.pairs + other.pairs, self.scored + other.scored)
+
+
+@dataclass(frozen=True)
 class Microbatch:
-    """Sequences that go through the pipeline together, padded to the longest of them."""
+    """Sequences that go through the pipeline together. How they stand in it is the plan's `layout`."""
 
     sequences: tuple[SequenceSpec, ...]
-
-    @property
-    def padded_tokens(self) -> int:
-        return len(self.sequences) * max(s.num_tokens for s in self.sequences)
+    size: Size
+    """Of the whole microbatch in that layout, padding included."""
 
 
 @dataclass(frozen=True)
@@ -170,21 +185,29 @@ class MicrobatchPlan:
     pad_sequences: int
     """PAD sequences in the plan."""
     pad_lower_bound: int
-    """The least number any plan with equal microbatch counts needs: (-S) mod (R b v)."""
+    """The least number that any plan of this layout and these counts needs; padded: (-S) mod (R b v)."""
     makespan: float
-    """Estimated work of the busiest rank (unit: tokens of linear work)."""
+    """Estimated work of the busiest rank, in FLOPs of a forward pass."""
     makespan_lower_bound: float
-    """No plan can have a smaller makespan: max(total work / R, heaviest microbatch)."""
+    """No plan can have a smaller makespan: max(total work / R, heaviest part that cannot be divided)."""
+    layout: str = "padded"
+    """`padded`: a sequence a row, filled up to the longest. `packed`: one stream of tokens in which sequences of a
+    question share its prompt. `unshared`: one stream, every sequence with a prompt of its own."""
 
     @property
     def sequences(self) -> list[SequenceSpec]:
         """Every non-PAD sequence, rank by rank."""
         return [s for rank in self.ranks for mb in rank for s in mb.sequences if not s.is_pad]
 
+    @property
+    def size(self) -> Size:
+        """Sum over all microbatches of all ranks."""
+        return sum((mb.size for rank in self.ranks for mb in rank), Size(0, 0, 0))
+
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """One microbatch as arrays, all of shape [b, s]: what a forward pass needs and nothing else.
+    """One microbatch in the padded layout, all of shape [b, s].
 
     Position, target and weight stand explicitly at every token; nothing is inferred from padding.
     """
@@ -197,6 +220,49 @@ class TokenArrays:
     """int64; 0 where the weight is 0"""
     weights: np.ndarray
     """float32: loss weight of the target; 0 for prompt, tag (unless trained) and padding"""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of a stream. Each sees itself, what stands before it in the segment, and all of `context`."""
+
+    start: int
+    """Place of its first token in the stream."""
+    length: int
+    context: tuple[tuple[int, int], ...]
+    """Ranges (start, length) of the stream, in order of position: what precedes the segment in its sequences."""
+
+    @property
+    def num_context(self) -> int:
+        return sum(length for _, length in self.context)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of query and key."""
+        return self.length * self.num_context + self.length * (self.length + 1) // 2
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a forward pass needs and nothing else, whatever the layout; n scored targets.
+
+    A place may be scored more than once: the first tokens of all traces of one tag follow the same token.
+    """
+
+    tokens: np.ndarray
+    """int64 [b, s]"""
+    position_ids: np.ndarray
+    """int64 [b, s]"""
+    scored: np.ndarray
+    """int64 [n]: where the scored tokens stand, in sequence-major order (s index * b + b index)"""
+    targets: np.ndarray
+    """int64 [n]"""
+    weights: np.ndarray
+    """float32 [n], all greater than 0: loss weights"""
+    owner: np.ndarray
+    """int64 [n]: which sequence of the microbatch the target belongs to"""
+    segments: tuple[Segment, ...] | None
+    """Who sees whom in a stream (b = 1); None: every row is causal."""
 
 
 @dataclass

@@ -11,7 +11,6 @@ from megatron_ssft.matching import Matcher
 from megatron_ssft.records import (
     PAD,
     ForkingTokens,
-    Microbatch,
     QuestionBatch,
     QuestionVisit,
     SequenceSpec,
@@ -24,8 +23,9 @@ from megatron_ssft.scheduling import (
     plan_cost_microbatches,
     plan_train_microbatches,
 )
+from megatron_ssft.scheduling.work import padded_microbatch
 
-WORK = WorkModel(1.0, 1e-3)
+WORK = WorkModel(1.0, 2e-3, 0.0)
 SPECIAL = ForkingTokens(("<1>", "<2>", "<3>", "<4>"), ((500,), (501,), (502,), (503,)), "special")
 TEXT = ForkingTokens(("<1>", "<2>", "<3>", "<4>"), ((7, 8), (7, 9, 10), (7, 11, 12, 13), (14,)), "text")
 SETTINGS = list(itertools.product((SPECIAL, TEXT), (False, True), ("token", "sequence"), (1, 8)))
@@ -132,7 +132,7 @@ def test_by_hand():
     """Prompt 1 2, tag 7 8, completion 3 4 5: what is fed, what is asked where."""
     example = TokenizedSet("q", "f", 1, np.array([1, 2], np.int32), (np.array([3, 4, 5], np.int32),), (None,))
     batch = QuestionBatch((QuestionVisit(0, 0),), (example,))
-    microbatch = Microbatch((SequenceSpec(0, 0, 0, 6), PAD))
+    microbatch = padded_microbatch((SequenceSpec(0, 0, 0, 6, 3), PAD))
     options = {"max_completion_tokens": None, "loss_normalization": "token", "pad_to_multiple": 4}
     arrays = collate(batch, microbatch, TEXT, train_forking_token=False, **options)
     assert arrays.tokens.tolist() == [[1, 2, 7, 8, 3, 4, 0, 0], [0] * 8]
@@ -147,7 +147,7 @@ def test_by_hand():
 def test_only_pads():
     arrays = collate(
         make_batch(),
-        Microbatch((PAD, PAD)),
+        padded_microbatch((PAD, PAD)),
         SPECIAL,
         max_completion_tokens=None,
         train_forking_token=True,

@@ -112,6 +112,14 @@ OTHER_VALUES = {
     "transformer_impl": "transformer_engine",
     "recompute_granularity": "full",
     "recompute_method": "block",
+    "attention_backend": "flash",
+    "sequence_layout": "padded",
+    "share_prompt": True,
+    "max_tokens_per_microbatch": None,
+    "matching_precision": "model",
+    "matching_interval": 1,
+    "matching_first_tokens": None,
+    "matching_certainty": None,
     "data_path": ["a b.jsonl", "c: d.jsonl", "#e.jsonl"],
     "eval_data_path": ["ünï.jsonl"],
     "tokenizer_type": "SentencePieceTokenizer",
@@ -160,7 +168,9 @@ def unusual_config():
 
 def configs():
     """Three that are legal and differ from the defaults in every field between them."""
-    return [parse(), unusual_config(), parse(forking_token_format="text", lr_warmup_iters=3)]
+    streams = {"sequence_layout": "concatenated", "share_prompt": False, "max_tokens_per_microbatch": 77}
+    less = {"matching_precision": "bf16", "matching_interval": 2, "matching_first_tokens": 9, "matching_certainty": 0.5}
+    return [parse(), unusual_config(), parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less)]
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -256,7 +266,24 @@ REFUSED = [
         {"num_layers": 12, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 4},
         "--num-layers-per-virtual-pipeline-stage 4",
     ),
-    ({"context_parallel_size": 2}, "--context-parallel-size"),
+    ({"context_parallel_size": 2, "sequence_layout": "padded"}, "--context-parallel-size"),
+    ({"context_parallel_size": 2, "transformer_impl": "transformer_engine"}, "--sequence-layout padded"),
+    ({"sequence_layout": "thd"}, "--sequence-layout thd"),
+    ({"sequence_layout": "padded", "share_prompt": False}, "--no-share-prompt"),
+    ({"sequence_layout": "padded", "max_tokens_per_microbatch": 9}, "--max-tokens-per-microbatch"),
+    ({"max_tokens_per_microbatch": 0}, "--max-tokens-per-microbatch 0"),
+    ({"attention_backend": "flex"}, "--attention-backend flex"),
+    ({"attention_efficiency": 0}, "--attention-efficiency 0"),
+    ({"matching_precision": "fp8"}, "--matching-precision fp8"),
+    ({"matching_precision": "bf16", "bf16": True}, "--matching-precision bf16"),
+    ({"matching_interval": 0}, "--matching-interval 0"),
+    ({"matching_interval": 2, "matching": "random"}, "--matching optimal, not random"),
+    ({"matching_first_tokens": 9}, "--matching-certainty"),
+    ({"matching_certainty": 0.1}, "--matching-first-tokens"),
+    ({"matching_first_tokens": 1000, "matching_certainty": 0.1}, "--matching-first-tokens 1000"),
+    ({"matching_first_tokens": 9, "matching_certainty": 0}, "--matching-certainty 0"),
+    ({"regret_interval": -1}, "--regret-interval"),
+    ({"gpu_peak_tflops": 0}, "--gpu-peak-tflops 0"),
     ({"recompute_granularity": "some"}, "--recompute-granularity some"),
     ({"recompute_granularity": "full", "recompute_method": "all"}, "--recompute-method all"),
     ({"data_path": None}, "--data-path is required"),
@@ -317,7 +344,9 @@ def test_refused_with_one_line_that_names_the_flag(changes, flag):
 
 
 LEGAL = [
-    {"context_parallel_size": 2, "transformer_impl": "transformer_engine"},
+    {"context_parallel_size": 2, "transformer_impl": "transformer_engine", "sequence_layout": "padded"},
+    {"sequence_layout": "concatenated", "share_prompt": False, "max_tokens_per_microbatch": 9},
+    {"matching_first_tokens": 9, "matching_certainty": 0.1, "matching_interval": 3},
     {"sequence_parallel": True, "tensor_model_parallel_size": 2},
     {"num_layers": 8, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2},
     {"forking_token_lr_mult": 100},
@@ -434,6 +463,6 @@ def test_dry_run_shows_steps_tags_and_plan_and_leaves_nothing(tmp_path):
     assert "about 4 an epoch, 20 in all, warm-up 3" in consequences
     assert all(f"'<think{i}>' [{256 + i}]" in consequences for i in range(1, 7))
     plan = next(line for line in consequences.splitlines() if line.startswith("first step: "))
-    assert "8 traces, 8 microbatches a rank, 0 PAD sequences (at least 0)" in plan
+    assert "8 traces, 2 microbatches on the first rank, 0 PAD sequences (at least 0)" in plan
     (tmp_path / "printed.yaml").write_text(settings)
     assert parse_arguments("", ["--config", str(tmp_path / "printed.yaml")])[0] == parse_arguments("", flags)[0]

@@ -1,15 +1,20 @@
-"""Layout, accumulation and trace order change nothing: costs, assignments, losses and weights stay the same.
+"""Layout, packing, accumulation and trace order change nothing: costs, assignments, losses and weights stay the same.
 
-Everything is compared with one process that trains with one sequence a microbatch. The weights after 5 steps at a
-high learning rate are the sharpest check: a gradient that misses one term anywhere shows there.
+Everything is compared with one process that trains with one padded sequence a microbatch. The weights after 5 steps
+at a high learning rate are the sharpest check: a gradient that misses one term anywhere shows there.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from megatron_ssft.arguments import build_config
 from megatron_ssft.matching.assignment import assignment_gap
+from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+from megatron_ssft.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.training_runs import BASE, assemble, make_rows, train_and_tell, write_rows
 
@@ -36,13 +41,25 @@ VPP = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
 SP = TP2 | {"sequence_parallel": True}
 DIST = {"use_distributed_optimizer": True}
 FULL = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective"}
+PADDED = {"sequence_layout": "padded"}
+CONCATENATED = {"sequence_layout": "concatenated"}
+UNSHARED = {"share_prompt": False}
+
+ALONE = {"sequence_layout": "padded", "micro_batch_size": 1}
+"""The reference: every sequence goes through the model by itself."""
 
 CASES = [
     ("tied", 1, {"micro_batch_size": 12}),
-    ("tied", 1, {"micro_batch_size": 5, "matching_tokens_per_microbatch": 37}),
+    ("tied", 1, {"max_tokens_per_microbatch": 50, "matching_tokens_per_microbatch": 37}),
+    ("tied", 1, PADDED | {"micro_batch_size": 12}),
+    ("tied", 1, PADDED | {"micro_batch_size": 5, "matching_tokens_per_microbatch": 37}),
+    ("tied", 1, CONCATENATED),
+    ("tied", 1, UNSHARED),
+    ("tied", 1, CONCATENATED | FULL),
     ("tied", 1, FULL),
     ("tied", 1, FULL | {"recompute_method": "block", "recompute_num_layers": 3}),
-    ("tied", 1, {"recompute_granularity": "selective"}),
+    ("tied", 1, SELECTIVE),
     ("tied", 1, DIST),
     ("tied", 2, TP2),
     ("tied", 2, SP),
@@ -66,9 +83,25 @@ CASES = [
     ("qk-norm", 4, SP | PP2 | DIST),
     ("qkv-bias", 4, TP2 | PP2),
     ("text", 4, TP2 | PP2),
+    ("tied", 2, PADDED | SP),
+    ("tied", 2, PADDED | VPP),
+    ("tied", 2, PADDED | DIST | {"overlap_grad_reduce": True, "micro_batch_size": 1}),
+    ("tied", 2, CONCATENATED | TP2 | SELECTIVE),
+    ("tied", 2, CONCATENATED | PP2),
+    ("tied", 2, CONCATENATED | VPP),
+    ("tied", 2, CONCATENATED),
+    ("tied", 4, PADDED | TP2 | PP2 | FULL),
+    ("tied", 4, CONCATENATED | TP2 | PP2),
+    ("tied", 4, UNSHARED | SP | PP2),
+    ("other", 4, CONCATENATED | SP | PP2),
+    ("text", 2, UNSHARED),
     ("multiplier", 4, SP | PP2),
     ("multiplier", 4, TP2 | DIST),
 ]
+
+
+def _name(overrides):
+    return "-".join(value if isinstance(value, str) else key for key, value in overrides.items())
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +117,7 @@ def references(data):
 
     def reference(variant):
         if variant not in known:
-            values = BASE | data | VARIANTS[variant] | {"micro_batch_size": 1}
+            values = BASE | data | VARIANTS[variant] | ALONE
             known[variant] = run_ranks(1, train_and_tell, values)
         return known[variant]
 
@@ -92,9 +125,7 @@ def references(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("variant", "ranks", "overrides"), CASES, ids=[f"{v}-{r}-{'-'.join(map(str, o))}" for v, r, o in CASES]
-)
+@pytest.mark.parametrize(("variant", "ranks", "overrides"), CASES, ids=[f"{v}-{r}-{_name(o)}" for v, r, o in CASES])
 def test_layout_changes_nothing(references, data, variant, ranks, overrides):
     results = run_ranks(ranks, train_and_tell, BASE | data | VARIANTS[variant] | overrides)
     for other in results[1:]:
@@ -136,7 +167,7 @@ def test_order_of_traces_changes_nothing_else(data, tmp_path, references):
     for i, row in enumerate(rows):
         row["traces"] = row["traces"][i % 5 :] + row["traces"][: i % 5]
         row["traces"].reverse()
-    permuted = BASE | {"micro_batch_size": 1, "data_path": [write_rows(tmp_path / "permuted.jsonl", rows)]}
+    permuted = BASE | ALONE | {"data_path": [write_rows(tmp_path / "permuted.jsonl", rows)]}
     got = run_ranks(1, train_and_tell, permuted | {"data_cache_path": str(tmp_path / "cache")})
     for a, b in zip(references("tied")[0]["history"], got[0]["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -155,3 +186,30 @@ def test_bf16_follows_fp32(references, data, overrides):
     results = run_ranks(ranks, train_and_tell, BASE | data | overrides | {"bf16": True})
     for a, b in zip(references("tied")[0]["history"], results[0]["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
+
+
+def costs_after(values, changed):
+    """Costs of the first batch, and again with one token of one question's prompt changed. Runs on every rank."""
+    config = build_config(values)
+    topology = initialize_topology(config)
+    trainer = Trainer(config, topology)
+    batch = trainer.next_batch()
+    before = [a.cost_NM for a in trainer.matching.optimal(batch)]
+    sets = list(batch.sets)
+    prompt = sets[changed].prompt_ids.copy()
+    prompt[1] += 1
+    sets[changed] = dataclasses.replace(sets[changed], prompt_ids=prompt)
+    after = [a.cost_NM for a in trainer.matching.optimal(dataclasses.replace(batch, sets=tuple(sets)))]
+    destroy_topology()
+    return before, after
+
+
+@pytest.mark.parametrize("overrides", [{}, {"matching_tokens_per_microbatch": 40}], ids=["one stream", "many streams"])
+def test_a_token_of_a_prompt_changes_its_own_question_only(data, overrides):
+    ((before, after),) = run_ranks(1, costs_after, BASE | data | overrides, 1)
+    assert len(before) > 2
+    for question, (a, b) in enumerate(zip(before, after)):
+        if question == 1:
+            assert (abs(a - b) > 1e-4).all()
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -189,7 +189,7 @@ def plant(root: Path, file: str, source: str) -> list[str]:
 
 
 UPWARD = [
-    ("megatron_ssft/config.py", "from megatron_ssft.data.jsonl import read_examples"),
+    ("megatron_ssft/config/model.py", "from megatron_ssft.data.jsonl import read_examples"),
     ("megatron_ssft/records.py", "def f():\n    import megatron_ssft.training.trainer"),
     ("megatron_ssft/data/cache.py", "from megatron_ssft.parallel import engine"),
     ("megatron_ssft/data/cache.py", "from megatron_ssft import parallel"),

@@ -20,7 +20,7 @@ from tests.distributed import run_ranks
 from tests.training_runs import BASE, make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("seconds", "matching_seconds")
+TIMES = ("seconds", "matching_seconds", "solving_seconds", "exact_matching_seconds")
 STEPS = 12
 
 
@@ -91,6 +91,16 @@ LAYOUTS = {
     "tp2-distributed-bf16": (
         2,
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True, "bf16": True},
+    ),
+    "padded-approximate": (
+        1,
+        {
+            "sequence_layout": "padded",
+            "matching_interval": 2,
+            "matching_first_tokens": 2,
+            "matching_certainty": 0.05,
+            "regret_interval": 3,
+        },
     ),
     "pp2-random": (2, {"pipeline_model_parallel_size": 2, "matching": "random", "log_matching_interval": 2}),
 }

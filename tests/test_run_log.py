@@ -126,6 +126,8 @@ METRICS = {
     "pad_lower_bound": 2,
     "trained_sequences": 16,
     "trained_tokens": 1000,
+    "sequence_tokens": 1500,
+    "makespan_over_bound": 1.0125,
     "seconds": 2.0,
     "matching_seconds": 0.5,
 }
@@ -140,12 +142,18 @@ def test_step_line_says_what_a_person_needs():
         "lr 3.000e-04",
         "grad norm 0.988",
         "matching cost 4.5000 gap 0.1250",
-        "PAD 3/2",
+        "PAD 3/2 makespan 1.012",
         "2.00 s (25% matching)",
-        "500 tokens/s",
+        "750 tokens/s",
     ):
         assert part in text
-    assert "eval" not in text
+    for absent in ("eval", "MFU", "regret"):
+        assert absent not in text
+
+
+def test_step_line_of_an_approximate_step_on_a_gpu():
+    text = step_line(METRICS | {"matching_regret": 0.0625, "exact_matching_seconds": 1.75, "mfu": 0.4321})
+    assert "regret 0.0625 a question, saving 1.25 s" in text and "MFU 43.2%" in text
 
 
 def test_step_line_without_costs_and_with_evaluation():

@@ -12,11 +12,11 @@ import pytest
 
 from megatron_ssft.config import ModelConfig
 from megatron_ssft.matching import Matcher
-from megatron_ssft.records import PAD, ForkingTokens, QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.records import PAD, ForkingTokens, QuestionBatch, QuestionVisit, Size, TokenizedSet
 from megatron_ssft.scheduling import WorkModel, plan_cost_microbatches, plan_train_microbatches
 from megatron_ssft.scheduling.balance import balance, makespan_lower_bound
 
-WORK = WorkModel(linear=1.0, quadratic=2e-5)
+WORK = WorkModel(token=1.0, pair=4e-5, scored=0.0)
 SPECIAL = ForkingTokens(tuple(f"<think{i}>" for i in range(1, 9)), tuple((900 + i,) for i in range(8)), "special")
 TEXT = ForkingTokens(tuple(f"<think{i}>" for i in range(1, 9)), tuple((5,) * (3 + i % 2) for i in range(8)), "text")
 
@@ -35,6 +35,11 @@ def make_batch(trace_lengths, prompts=None):
         for k, lengths in enumerate(trace_lengths)
     )
     return QuestionBatch(tuple(QuestionVisit(k, 0) for k in range(len(sets))), sets)
+
+
+def alone(num_tokens, work=WORK):
+    """Work of one sequence without its head."""
+    return work.token * num_tokens + work.pair * num_tokens * (num_tokens + 1) / 2
 
 
 def heavy_tailed(rng, size, mean=60.0, sigma=1.0, longest=32768):
@@ -70,7 +75,7 @@ def check_report(plan, work=WORK):
     assert plan.pad_sequences == sum(s == PAD for mb in microbatches for s in mb.sequences)
     assert PAD.num_tokens == 1
     each = [
-        [len(mb.sequences) * work.sequence(max(s.num_tokens for s in mb.sequences)) for mb in r] for r in plan.ranks
+        [len(mb.sequences) * alone(max(s.num_tokens for s in mb.sequences), work) for mb in r] for r in plan.ranks
     ]
     assert plan.makespan == pytest.approx(max(map(sum, each)))
     flat = [w for rank in each for w in rank]
@@ -117,9 +122,9 @@ def test_padded_work_is_least_over_all_groupings():
     for b, num_traces in ((2, 5), (2, 8), (3, 7), (4, 6)):
         for _ in range(5):
             plan = train_plan(make_batch([heavy_tailed(rng, num_traces)]), b=b)
-            total = sum(WORK.microbatch(mb) for rank in plan.ranks for mb in rank)
+            total = sum(WORK.of(mb.size) for rank in plan.ranks for mb in rank)
             lengths = [s.num_tokens for s in plan.sequences] + [1] * plan.pad_sequences
-            least = min(sum(b * WORK.sequence(max(g)) for g in grouping) for grouping in groupings(lengths, b))
+            least = min(sum(b * alone(max(g)) for g in grouping) for grouping in groupings(lengths, b))
             assert total == pytest.approx(least)
 
 
@@ -143,7 +148,7 @@ def test_makespan_at_the_papers_batch():
     rng = np.random.default_rng(3)
     ratios = []
     for _ in range(50):
-        works = [WORK.sequence(n) for n in heavy_tailed(rng, 32, mean=6500, sigma=0.5)]
+        works = [alone(n) for n in heavy_tailed(rng, 32, mean=6500, sigma=0.5)]
         loads = [sum(works[k] for k in items) for items in balance(works, 8, equal_counts=True)]
         least = max(works) + sum(sorted(works)[:3])  # with equal counts the heaviest has three companions
         ratios.append(max(loads) / max(makespan_lower_bound(works, 8), least))
@@ -209,7 +214,7 @@ def test_cost_plan_covers_every_pair_within_the_budget(v):
         assert len(plan.sequences) == len(expected)
         assert {(s.question, s.trace, s.tag): s.num_tokens for s in plan.sequences} == expected
         assert len(plan.ranks) == ranks
-        assert all(mb.padded_tokens <= budget or len(mb.sequences) == 1 for rank in plan.ranks for mb in rank)
+        assert all(mb.size.tokens <= budget or len(mb.sequences) == 1 for rank in plan.ranks for mb in rank)
         counts = [len(rank) for rank in plan.ranks]
         assert min(counts) >= 1
         assert plan.pad_sequences == plan.pad_lower_bound
@@ -244,7 +249,7 @@ def test_cost_plan_is_even_where_microbatches_are_few(ranks):
     for _ in range(10):
         batch = make_batch([heavy_tailed(rng, 4, mean=600, sigma=0.6) for _ in range(8)])
         plan = cost_plan(batch, ranks=ranks, budget=30000)
-        ratios.append(plan.makespan * ranks / sum(WORK.sequence(s.num_tokens) for s in plan.sequences))
+        ratios.append(plan.makespan * ranks / sum(alone(s.num_tokens) for s in plan.sequences))
     assert np.mean(ratios) < 1.15 and max(ratios) < 1.25
 
 
@@ -315,12 +320,12 @@ def test_work_model_counts_the_layers():
         "kv_channels": 6,
         "ffn_hidden_size": 10,
     }
-    weights = 8 * 24 + 2 * 8 * 12 + 24 * 8 + 3 * 8 * 10 + 8 * 20
+    weights = 8 * 24 + 2 * 8 * 12 + 24 * 8 + 3 * 8 * 10
     pairs = 4 * 6 * 2 * 2  # per pair of tokens: 4 heads, 6 channels, multiply and add, scores and values
     work = WorkModel.for_model(ModelConfig(**shape), 20)
-    assert work.linear == 1.0 and work.quadratic == pytest.approx(0.5 * pairs / (2 * weights))
-    assert work.sequence(100) == pytest.approx(100 + work.quadratic * 100**2)
+    assert (work.token, work.pair, work.scored) == (2 * weights, pairs, 2 * 8 * 20)
+    assert work.of(Size(100, 5050, 7)) == 100 * 2 * weights + 5050 * pairs + 7 * 2 * 8 * 20
     plain = WorkModel.for_model(ModelConfig(**shape, swiglu=False), 20)
-    assert plain.quadratic == pytest.approx(0.5 * pairs / (2 * (weights - 80)))
-    deep = WorkModel.for_model(ModelConfig(**(shape | {"num_layers": 1000})), 20)
-    assert deep.quadratic == pytest.approx(0.5 * pairs / (2 * (weights - 160)), rel=1e-3)
+    assert plain.token == 2 * (weights - 80)
+    deep = WorkModel.for_model(ModelConfig(**(shape | {"num_layers": 1000})), 20, attention_efficiency=0.5)
+    assert (deep.token, deep.pair, deep.scored) == (2000 * weights, 2000 * pairs, 2 * 8 * 20)

@@ -6,7 +6,7 @@ activations, gradients and one vector of sums travels between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,12 +18,18 @@ from torch import Tensor
 
 from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.attention import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
 from megatron_ssft.parallel.model import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
 from megatron_ssft.parallel.topology import Topology
-from megatron_ssft.records import ForkingTokens, Microbatch, MicrobatchPlan, QuestionBatch, StepMetrics, TokenArrays
-from megatron_ssft.scheduling.collate import collate
+from megatron_ssft.records import ForkingTokens, Microbatch, MicrobatchPlan, ModelInput, QuestionBatch, StepMetrics
+from megatron_ssft.scheduling.collate import collate, context_parallel_share, rows_input
+from megatron_ssft.scheduling.cost_stream_plan import distinct_traces
+from megatron_ssft.scheduling.stream import build_stream
+
+Cut = Callable[[Microbatch], ModelInput]
+"""Cuts a microbatch from the data."""
 
 
 class Engine:
@@ -42,6 +48,7 @@ class Engine:
         self.chunks: list[SetGPTModel] = build_model_chunks(config, vocab_size, tags.row_ids)
         for chunk in self.chunks:
             chunk.to(topology.device)
+        self.attention = self._choose_attention()
         self.wrapped: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
 
@@ -56,6 +63,17 @@ class Engine:
             hooks = [chunk.no_sync for chunk in self.wrapped]
             core.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
 
+    def _choose_attention(self) -> AttentionBackend:
+        model, tp_size = self.config.model, self.topology.tp_size
+        return choose_backend(
+            self.config.parallel.attention_backend,
+            num_heads=model.num_attention_heads // tp_size,
+            num_groups=model.num_query_groups // tp_size,
+            channels=model.kv_channels,
+            dtype=torch.bfloat16 if self.config.parallel.bf16 else torch.float32,
+            device=self.topology.device,
+        )
+
     @property
     def num_parameters(self) -> int:
         """Parameters on this rank."""
@@ -63,7 +81,7 @@ class Engine:
 
     # -- costs ---------------------------------------------------------------------------------------------------
 
-    def costs(self, batch: QuestionBatch, plan: MicrobatchPlan) -> list[np.ndarray]:
+    def costs(self, batch: QuestionBatch, plan: MicrobatchPlan, matching_tokens: int) -> list[np.ndarray]:
         """Q matrices float64 [N, M]: mean NLL of each trace's first T_r tokens under each tag (paper, section 2.2).
 
         Per-token float32 NLLs are summed in float64; the pairs of all ranks meet in one all-reduce, so the result
@@ -71,54 +89,56 @@ class Engine:
         """
         n = self.tags.num_tags
         first = np.cumsum([0] + [n * s.num_traces for s in batch.sets])
-        sums = np.zeros(first[-1])
-        counts = np.zeros(first[-1])
-        cut = partial(self._arrays, batch, max_completion_tokens=self.config.matching.matching_tokens)
-        for microbatch, arrays, nll in self._forward_only(plan, cut):
-            weights = np.where(arrays.weights > 0, 1.0, 0.0)
-            for row, spec in enumerate(microbatch.sequences):
+        sums_and_counts = np.zeros((2, first[-1]))
+        cut = partial(self._input, batch, plan.layout, max_completion_tokens=matching_tokens)
+        low_precision = self.config.matching.matching_precision == "bf16"
+        for microbatch, model_input, nll in self._forward_only(plan, cut, low_precision):
+            size = len(microbatch.sequences)
+            sums = np.bincount(model_input.owner, weights=nll, minlength=size)
+            counts = np.bincount(model_input.owner, minlength=size)
+            for spec, *values in zip(microbatch.sequences, sums, counts):
                 if not spec.is_pad:
                     pair = first[spec.question] + spec.tag * batch.sets[spec.question].num_traces + spec.trace
-                    sums[pair] += float(nll[row].sum())
-                    counts[pair] += weights[row].sum()
-        total = sum_over_ranks(np.stack([sums, counts]), self.topology)
-        means = total[0] / total[1]
-        return [
-            means[first[q] : first[q + 1]].reshape(n, tokenized.num_traces) for q, tokenized in enumerate(batch.sets)
-        ]
+                    sums_and_counts[:, pair] += values
+        sums, counts = sum_over_ranks(sums_and_counts, self.topology)
+        costs = []
+        for q, tokenized in enumerate(batch.sets):
+            pairs = slice(first[q], first[q + 1])
+            known = np.divide(
+                sums[pairs], counts[pairs], out=np.full(n * tokenized.num_traces, np.nan), where=counts[pairs] > 0
+            )
+            twins = list(distinct_traces(tokenized, matching_tokens))  # a trace like an earlier one is not scored again
+            costs.append(known.reshape(n, tokenized.num_traces)[:, twins])
+        return costs
 
     def evaluate(self, batch: QuestionBatch, plan: MicrobatchPlan, denominator: float) -> float:
         """The training loss of the plan without a gradient."""
-        cut = partial(self._arrays, batch)
         loss = 0.0
-        for _, arrays, nll in self._forward_only(plan, cut):
-            loss += float((nll * arrays.weights.astype(np.float64)).sum())
+        for _, model_input, nll in self._forward_only(plan, partial(self._input, batch, plan.layout)):
+            loss += float((nll * model_input.weights.astype(np.float64)).sum())
         return float(sum_over_ranks(np.array([loss]), self.topology)[0] / denominator)
 
-    def _forward_only(self, plan: MicrobatchPlan, cut: object) -> list[tuple[Microbatch, TokenArrays, np.ndarray]]:
-        """(microbatch, its arrays, float64 [b, s] NLL) for this rank's share; empty on ranks that report no loss."""
-        microbatches = plan.ranks[self.topology.dp_rank]
-        outputs: list[tuple[Microbatch, TokenArrays, Tensor]] = []
+    def _forward_only(
+        self, plan: MicrobatchPlan, cut: Cut, low_precision: bool = False
+    ) -> list[tuple[Microbatch, ModelInput, np.ndarray]]:
+        """(microbatch, its input, float64 [n] NLL) for this rank's share; empty on ranks that report no loss."""
+        outputs: list[tuple[Microbatch, ModelInput, Tensor]] = []
 
-        def keep(microbatch: Microbatch, arrays: TokenArrays, output: Tensor, non_loss_data: bool = True) -> None:
+        def keep(microbatch: Microbatch, model_input: ModelInput, output: Tensor, non_loss_data: bool = True) -> None:
             if self.topology.reports_loss:
-                outputs.append((microbatch, arrays, output.detach()))
+                outputs.append((microbatch, model_input, output.detach()))
 
         def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
             microbatch = next(data)
-            arrays = cut(microbatch)
-            return self._forward(model, arrays), partial(keep, microbatch, arrays)
+            model_input = cut(microbatch)
+            return self._forward(model, model_input), partial(keep, microbatch, model_input)
 
         for chunk in self.wrapped:
             chunk.eval()
-        with torch.no_grad():
-            self._schedule(step, microbatches, forward_only=True, collect_non_loss_data=True)
-        results = []
-        for microbatch, arrays, output in outputs:  # copied off the device after the last one is under way
-            nll = np.zeros(arrays.weights.shape)
-            nll[arrays.weights > 0] = output.double().cpu().numpy()
-            results.append((microbatch, arrays, nll))
-        return results
+        device = self.topology.device.type
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=low_precision):
+            self._schedule(step, plan, forward_only=True, collect_non_loss_data=True)
+        return [(m, i, output.double().cpu().numpy()) for m, i, output in outputs]  # after the last is under way
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -143,16 +163,16 @@ class Engine:
             return loss, torch.zeros([], dtype=torch.int, device=device), {}
 
         def step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, object]:
-            arrays = self._arrays(batch, next(data))
-            weights = torch.from_numpy(arrays.weights[arrays.weights > 0] / np.float32(denominator))
+            model_input = self._input(batch, plan.layout, next(data))
+            weights = torch.from_numpy(model_input.weights / np.float32(denominator))
             weights = weights.to(device, non_blocking=True)  # before the forward pass, which a copy would wait for
-            return self._forward(model, arrays), partial(loss_of, weights)
+            return self._forward(model, model_input), partial(loss_of, weights)
 
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._schedule(step, plan.ranks[self.topology.dp_rank], forward_only=False)
+        self._schedule(step, plan, forward_only=False)
         loss, tokens = sum_over_ranks(loss_and_tokens.cpu().numpy(), self.topology)
         if not np.isfinite(loss):
             raise UserError(f"{batch.sets[0].where}: the loss of the step that starts with this question is {loss}")
@@ -196,31 +216,23 @@ class Engine:
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def _arrays(
-        self, batch: QuestionBatch, microbatch: Microbatch, max_completion_tokens: int | None = None
-    ) -> TokenArrays:
+    def _input(
+        self, batch: QuestionBatch, layout: str, microbatch: Microbatch, max_completion_tokens: int | None = None
+    ) -> ModelInput:
         """Cut a microbatch from the data; costs look at completions only, whatever the loss covers."""
         for_costs = max_completion_tokens is not None
-        arrays = collate(
-            batch,
-            microbatch,
-            self.tags,
-            max_completion_tokens=max_completion_tokens,
-            train_forking_token=self.config.data.train_forking_token and not for_costs,
-            loss_normalization="token" if for_costs else self.config.training.loss_normalization,
-            pad_to_multiple=self._pad_to_multiple,
-        )
-        return arrays if self.topology.cp_size == 1 else self._context_parallel_share(arrays)
-
-    def _context_parallel_share(self, arrays: TokenArrays) -> TokenArrays:
-        """This rank's two pieces of every sequence, one from each end, so that causal attention is balanced."""
-        size, rank = self.topology.cp_size, self.topology.cp_rank
-
-        def share(values: np.ndarray) -> np.ndarray:
-            pieces = np.split(values, 2 * size, axis=1)
-            return np.concatenate([pieces[rank], pieces[2 * size - 1 - rank]], axis=1)
-
-        return TokenArrays(*(share(a) for a in (arrays.tokens, arrays.position_ids, arrays.targets, arrays.weights)))
+        options = {
+            "max_completion_tokens": max_completion_tokens,
+            "train_forking_token": self.config.data.train_forking_token and not for_costs,
+            "loss_normalization": "token" if for_costs else self.config.training.loss_normalization,
+            "pad_to_multiple": self._pad_to_multiple,
+        }
+        if layout != "padded":
+            return build_stream(batch, microbatch, self.tags, share_prompt=layout == "packed", **options)
+        arrays = collate(batch, microbatch, self.tags, **options)
+        if self.topology.cp_size > 1:
+            arrays = context_parallel_share(arrays, self.topology.cp_rank, self.topology.cp_size)
+        return rows_input(arrays)
 
     @property
     def _pad_to_multiple(self) -> int:
@@ -228,21 +240,21 @@ class Engine:
         multiple = self.topology.tp_size if self.config.parallel.sequence_parallel else 1
         return multiple * (2 * self.topology.cp_size if self.topology.cp_size > 1 else 1)
 
-    def _forward(self, model: torch.nn.Module, arrays: TokenArrays) -> Tensor:
-        """Run a microbatch. Scored places are found here, on the CPU: on a GPU that would stall the stream."""
-        rows, columns = np.nonzero(arrays.weights)
-        inputs = (
-            arrays.tokens,
-            arrays.position_ids,
-            columns * arrays.tokens.shape[0] + rows,
-            arrays.targets[rows, columns],
-        )
-        return model(*(torch.from_numpy(a).to(self.topology.device, non_blocking=True) for a in inputs))
+    def _forward(self, model: torch.nn.Module, model_input: ModelInput) -> Tensor:
+        """Run a microbatch. What the layers need is made here, once, by every stage for itself, from the plan."""
+        arrays = (model_input.tokens, model_input.position_ids, model_input.scored, model_input.targets)
+        stream = None
+        if model_input.segments is not None:
+            stream = self.attention.stream(model_input.segments, model_input.tokens.shape[1])
+        tensors = (torch.from_numpy(a).to(self.topology.device, non_blocking=True) for a in arrays)
+        return model(*tensors, stream)
 
-    def _schedule(self, step: object, microbatches: tuple[Microbatch, ...], **kwargs: object) -> None:
+    def _schedule(self, step: object, plan: MicrobatchPlan, **kwargs: object) -> None:
         """Run Megatron's schedule for this layout; every model chunk draws the microbatches in the same order."""
-        longest = max(m.padded_tokens // len(m.sequences) for m in microbatches)
-        self._run_schedule(step, microbatches, longest, len(microbatches[0].sequences), **kwargs)
+        microbatches = plan.ranks[self.topology.dp_rank]
+        rows = len(microbatches[0].sequences) if plan.layout == "padded" else 1
+        longest = max(m.size.tokens for m in microbatches) // rows  # a hint: every microbatch tells its own shape
+        self._run_schedule(step, microbatches, longest, rows, **kwargs)
 
     def _run_schedule(
         self, step: object, microbatches: Sequence[object], seq_length: int, micro_batch_size: int, **kwargs: object

@@ -1,8 +1,4 @@
-"""Layers put into megatron-core's local layer spec: a normalisation and a causal core attention.
-
-Shapes: s sequence, b batch, h hidden, n query heads and g key/value groups on this tensor-parallel rank, d channels
-of one head.
-"""
+"""The normalisation put into megatron-core's local layer spec."""
 
 from __future__ import annotations
 
@@ -33,25 +29,3 @@ class Norm(nn.Module):
         if self.bias is None:  # scaled after rounding back, as Llama and Qwen do
             return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
         return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
-
-
-class CausalAttention(nn.Module):
-    """Causal scaled-dot-product attention through torch's kernels (flash on CUDA, fused on CPU).
-
-    Sequences are padded on the right, so the causal mask alone keeps real tokens from seeing padding.
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: object
-    ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. `attention_mask` must be None."""
-        assert attention_mask is None, "the causal mask is built in"
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        context = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=k.size(1) != q.size(1)
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)

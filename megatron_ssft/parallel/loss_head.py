@@ -7,6 +7,8 @@ vocabulary and 32k tokens full logits would take 28 GiB.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,9 +41,9 @@ class VocabParallelHead:
 
     def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
         """float32 [t, V] of a chunk."""
-        logits = (hidden @ weight.t()).float()
+        logits = _product(hidden, weight)
         if tag_rows is not None and self.has_tags:
-            logits.index_copy_(1, self.tag_columns, (hidden @ tag_rows[self.tags].t()).float())
+            logits.index_copy_(1, self.tag_columns, _product(hidden, tag_rows[self.tags]))
         logits[:, self.num_valid :] = -torch.inf
         return logits
 
@@ -50,6 +52,23 @@ class VocabParallelHead:
         local = targets - self.start
         inside = (local >= 0) & (local < self.shard_size)
         return local.clamp(0, self.shard_size - 1), inside
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """float32 hidden @ weight^T. Logits rounded to bfloat16 first would be off by up to 2^-8 of their size."""
+    if hidden.dtype == weight.dtype == torch.bfloat16 and _sums_stay_float32(hidden.device):
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return (hidden @ weight.t()).float()
+
+
+@functools.cache
+def _sums_stay_float32(device: torch.device) -> bool:
+    """Whether this torch can hand out a bfloat16 product's float32 sums: on CUDA, from 2.8 on."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+    try:
+        return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
 
 
 class _ChunkedNLL(torch.autograd.Function):

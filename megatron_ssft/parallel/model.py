@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.attention import CoreAttention, StreamParams
 from megatron_ssft.parallel.forking_rows import ForkingRows
-from megatron_ssft.parallel.layers import CausalAttention, Norm
+from megatron_ssft.parallel.layers import Norm
 from megatron_ssft.parallel.loss_head import VocabParallelHead
 
 
@@ -97,7 +98,7 @@ def _local_spec(config: Config) -> object:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_layernorm, normalization=config.model.normalization)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-    attention.core_attention = CausalAttention
+    attention.core_attention = CoreAttention
     attention.q_layernorm = attention.k_layernorm = Norm if config.model.qk_layernorm else IdentityOp
     return spec
 
@@ -114,7 +115,10 @@ def _transformer_engine_spec(config: Config) -> tuple[object, type]:
         ) from error
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm), TENorm
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.model.qk_layernorm)
+    if config.parallel.context_parallel_size == 1:  # only TransformerEngine's own shares a sequence between ranks
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    return spec, TENorm
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
@@ -189,7 +193,14 @@ class SetGPTModel(GPTModel):
             tables.append(self.output_layer.weight)
         return tables
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, scored: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        scored: Tensor,
+        targets: Tensor | None,
+        stream: StreamParams | None = None,
+    ) -> Tensor:
         """Hidden states, or on the last stage float32 [T]: -log p(target) of the scored tokens.
 
         Without targets float32 [T, V / tp]: their logits over this rank's share of the vocabulary, for verification.
@@ -198,6 +209,7 @@ class SetGPTModel(GPTModel):
             tokens, position_ids: int64 [b, s].
             scored: int64 [T], where the scored tokens stand in sequence-major order: s index * b + b index.
             targets: int64 [T], their targets, or None.
+            stream: who sees whom, where b = 1 and the row is a stream of segments; None: rows are causal.
         """
         hidden = None
         if self.pre_process:
@@ -205,7 +217,10 @@ class SetGPTModel(GPTModel):
             if self.forking_rows is not None:
                 hidden = self.forking_rows(hidden, tokens)
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(position_ids)
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary_angles(position_ids),
+            packed_seq_params=stream,
         )
         if not self.post_process:
             return hidden

@@ -123,6 +123,19 @@ def initialize_topology(config: Config) -> Topology:
     )
 
 
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H20": 148, "A100": 312, "L40S": 362}
+"""Dense bfloat16 TFLOP/s by what a GPU's name contains, from NVIDIA's data sheets (SXM where they differ)."""
+
+
+def job_peak_flops(config: Config, topology: Topology) -> float | None:
+    """Peak FLOP/s of all GPUs of the job, for MFU; None on the CPU and for a GPU that is not known."""
+    tflops = config.logging.gpu_peak_tflops
+    if tflops is None and topology.device.type == "cuda" and config.parallel.bf16:
+        name = torch.cuda.get_device_name(topology.device)
+        tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    return None if tflops is None else tflops * 1e12 * topology.world_size
+
+
 def destroy_topology() -> None:
     """Leave all groups; called once at a regular end."""
     parallel_state.destroy_model_parallel()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_ssft.records import Assignment, ForkingTokens, Microbatch, QuestionBatch, TokenArrays
+from megatron_ssft.records import Assignment, ForkingTokens, Microbatch, ModelInput, QuestionBatch, TokenArrays
 
 NORMALIZATIONS = ("token", "sequence")
 
@@ -68,6 +68,30 @@ def collate(
         targets=np.where(counts, stream[:, 1:], 0),
         weights=weights,
     )
+
+
+def rows_input(arrays: TokenArrays) -> ModelInput:
+    """Rows as the model takes them: scored are the places with a weight."""
+    rows, columns = np.nonzero(arrays.weights)
+    return ModelInput(
+        tokens=arrays.tokens,
+        position_ids=arrays.position_ids,
+        scored=columns * len(arrays.tokens) + rows,
+        targets=arrays.targets[rows, columns],
+        weights=arrays.weights[rows, columns],
+        owner=rows,
+        segments=None,
+    )
+
+
+def context_parallel_share(arrays: TokenArrays, rank: int, size: int) -> TokenArrays:
+    """A rank's two pieces of every row, one from each end, so that causal attention is balanced over the ranks."""
+
+    def share(values: np.ndarray) -> np.ndarray:
+        pieces = np.split(values, 2 * size, axis=1)
+        return np.concatenate([pieces[rank], pieces[2 * size - 1 - rank]], axis=1)
+
+    return TokenArrays(*(share(a) for a in (arrays.tokens, arrays.position_ids, arrays.targets, arrays.weights)))
 
 
 def loss_denominator(

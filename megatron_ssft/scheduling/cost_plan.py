@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 
-from megatron_ssft.records import PAD, ForkingTokens, Microbatch, MicrobatchPlan, QuestionBatch, SequenceSpec
+from megatron_ssft.records import PAD, ForkingTokens, MicrobatchPlan, QuestionBatch, SequenceSpec
 from megatron_ssft.scheduling.train_plan import spread
-from megatron_ssft.scheduling.work import WorkModel
+from megatron_ssft.scheduling.work import WorkModel, padded_microbatch, padded_size
 
 
 def plan_cost_microbatches(
@@ -43,15 +43,14 @@ def plan_cost_microbatches(
     pairs = _pairs(batch, tags, matching_tokens)
     if not pairs:
         raise ValueError("there is nothing to score: the batch has no traces")
-    lengths = [s.num_tokens for s in pairs]
-    least = len(_pack(lengths, tokens_per_microbatch, work, float("inf")))
+    least = len(_pack(pairs, tokens_per_microbatch, work, float("inf")))
     wanted = -(-least // (num_ranks * group_size)) * num_ranks * group_size
     if group_size == 1:  # counts may differ, so nothing needs a PAD but a rank with nothing to do
         wanted = min(wanted, max(len(pairs), num_ranks))
-    bounds = _even(lengths, tokens_per_microbatch, work, wanted)
-    microbatches = [Microbatch(tuple(pairs[start:stop])) for start, stop in bounds]
+    bounds = _even(pairs, tokens_per_microbatch, work, wanted)
+    microbatches = [padded_microbatch(pairs[start:stop]) for start, stop in bounds]
     num_pads = max(0, wanted - len(pairs))
-    microbatches += [Microbatch((PAD,))] * num_pads
+    microbatches += [padded_microbatch([PAD])] * num_pads
     return spread(microbatches, num_ranks, work, equal_counts=group_size > 1, pad_lower_bound=num_pads)
 
 
@@ -61,40 +60,41 @@ def _pairs(batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int) -> l
     pairs = []
     for question, example in enumerate(batch.sets):
         for trace, completion in enumerate(example.completion_ids):
-            tokens = len(example.prompt_ids) + min(len(completion), matching_tokens) - 1
-            pairs += [SequenceSpec(question, trace, tag, tokens + length) for tag, length in enumerate(tag_lengths)]
+            scored = min(len(completion), matching_tokens)
+            tokens = len(example.prompt_ids) + scored - 1
+            pairs += [
+                SequenceSpec(question, trace, tag, tokens + length, scored) for tag, length in enumerate(tag_lengths)
+            ]
     pairs.sort(key=lambda s: -s.num_tokens)
     return pairs
 
 
-def _pack(lengths: list[int], max_tokens: int, work: WorkModel, max_work: float) -> list[tuple[int, int]]:
-    """Cut descending lengths into the fewest runs within both limits (a run of one may exceed them)."""
+def _pack(pairs: list[SequenceSpec], max_tokens: int, work: WorkModel, max_work: float) -> list[tuple[int, int]]:
+    """Cut descending pairs into the fewest runs within both limits (a run of one may exceed them)."""
     bounds, start = [], 0
-    while start < len(lengths):
-        longest = lengths[start]
-        count = max_tokens // longest
-        if count * work.sequence(longest) > max_work:
-            count = int(max_work / work.sequence(longest))
-        stop = min(start + max(1, count), len(lengths))
+    while start < len(pairs):
+        each = work.of(padded_size([pairs[start]]))
+        count = min(max_tokens // pairs[start].num_tokens, int(min(max_work / each, len(pairs))))
+        stop = min(start + max(1, count), len(pairs))
         bounds.append((start, stop))
         start = stop
     return bounds
 
 
-def _even(lengths: list[int], max_tokens: int, work: WorkModel, wanted: int) -> list[tuple[int, int]]:
-    """`wanted` runs (or as many as there are sequences) of descending lengths with the heaviest as light as can be."""
+def _even(pairs: list[SequenceSpec], max_tokens: int, work: WorkModel, wanted: int) -> list[tuple[int, int]]:
+    """`wanted` runs (or as many as there are pairs) of descending pairs with the heaviest as light as can be."""
 
     def run_work(start: int, stop: int) -> float:
-        return work.padded(stop - start, lengths[start])
+        return (stop - start) * work.of(padded_size([pairs[start]]))
 
-    low, high = sum(map(work.sequence, lengths)) / wanted, run_work(0, len(lengths))
+    low, high = sum(work.of(padded_size([p])) for p in pairs) / wanted, run_work(0, len(pairs))
     while high - low > low / 1000:  # bisect the limit of a run's work; `high` never takes more than `wanted` runs
         middle = (low + high) / 2
-        if len(_pack(lengths, max_tokens, work, middle)) <= wanted:
+        if len(_pack(pairs, max_tokens, work, middle)) <= wanted:
             high = middle
         else:
             low = middle
-    bounds = _pack(lengths, max_tokens, work, high)
+    bounds = _pack(pairs, max_tokens, work, high)
     heap = [(-run_work(*run), run) for run in bounds if run[1] - run[0] > 1]
     heapq.heapify(heap)
     runs = set(bounds)

@@ -20,7 +20,7 @@ from megatron_ssft.records import (
     SequenceSpec,
 )
 from megatron_ssft.scheduling.balance import balance, makespan_lower_bound
-from megatron_ssft.scheduling.work import WorkModel
+from megatron_ssft.scheduling.work import WorkModel, padded_microbatch
 
 
 class TrainPlanner(Protocol):
@@ -68,18 +68,18 @@ def plan_train_microbatches(
     Raises:
         ValueError: the batch has no traces.
     """
-    sequences = _sequences(batch, assignments, tags)
+    sequences = train_sequences(batch, assignments, tags)
     if not sequences:
         raise ValueError("there is nothing to train: the batch has no traces")
     num_pads = -len(sequences) % (num_ranks * micro_batch_size * group_size)
     sequences += [PAD] * num_pads
     microbatches = [
-        Microbatch(tuple(sequences[k : k + micro_batch_size])) for k in range(0, len(sequences), micro_batch_size)
+        padded_microbatch(sequences[k : k + micro_batch_size]) for k in range(0, len(sequences), micro_batch_size)
     ]
     return spread(microbatches, num_ranks, work, equal_counts=True, pad_lower_bound=num_pads)
 
 
-def _sequences(batch: QuestionBatch, assignments: Sequence[Assignment], tags: ForkingTokens) -> list[SequenceSpec]:
+def train_sequences(batch: QuestionBatch, assignments: Sequence[Assignment], tags: ForkingTokens) -> list[SequenceSpec]:
     """All traces of the batch, longest first."""
     assert len(assignments) == len(batch.sets)
     tag_lengths = [len(ids) for ids in tags.ids]
@@ -88,7 +88,8 @@ def _sequences(batch: QuestionBatch, assignments: Sequence[Assignment], tags: Fo
         assert len(assignment.tags) == example.num_traces
         prompt = len(example.prompt_ids)
         for trace, (completion, tag) in enumerate(zip(example.completion_ids, assignment.tags)):
-            sequences.append(SequenceSpec(question, trace, tag, prompt + tag_lengths[tag] + len(completion) - 1))
+            length = prompt + tag_lengths[tag] + len(completion) - 1
+            sequences.append(SequenceSpec(question, trace, tag, length, len(completion)))
     sequences.sort(key=lambda s: -s.num_tokens)  # stable: equal lengths stay in batch order
     return sequences
 
@@ -102,7 +103,7 @@ def spread(
     pad_lower_bound: int,
 ) -> MicrobatchPlan:
     """The plan that gives the microbatches (sorted as each rank shall run them) to balanced ranks."""
-    works = [work.microbatch(microbatch) for microbatch in microbatches]
+    works = [work.of(microbatch.size) for microbatch in microbatches]
     placed = balance(works, num_ranks, equal_counts=equal_counts)
     makespan = max(math.fsum(works[k] for k in items) for items in placed)
     return MicrobatchPlan(

@@ -1,45 +1,58 @@
-"""How much work a sequence is, for balancing only: what counts is the ratio of the terms."""
+"""How much work a forward pass is: FLOPs from counts, for balancing ranks and for accounting."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_ssft.config import ModelConfig
-from megatron_ssft.records import Microbatch
+from megatron_ssft.records import Microbatch, SequenceSpec, Size
 
 
 @dataclass(frozen=True)
 class WorkModel:
-    """work(n) = linear * n + quadratic * n^2 for one sequence of n tokens."""
+    """work = token * tokens + pair * pairs + scored * scored positions: linear layers, core attention, output head."""
 
-    linear: float
-    """Work of a token in everything but core attention."""
-    quadratic: float
-    """Work of core attention over the square of the length."""
+    token: float
+    """FLOPs of a token in everything but core attention and head."""
+    pair: float
+    """FLOPs of a pair (query, key) in core attention, over all layers."""
+    scored: float
+    """FLOPs of a position in the output head."""
 
     @classmethod
-    def for_model(cls, model: ModelConfig, vocab_size: int) -> WorkModel:
-        """Work in units of one token's linear work, from the floating-point operations of the layers.
+    def for_model(cls, model: ModelConfig, vocab_size: int, attention_efficiency: float = 1.0) -> WorkModel:
+        """FLOPs of matrix products (2 a multiply-add) in one forward pass; norms, rotations, softmax are left out.
 
-        Backward and recompute multiply both terms alike, tensor and pipeline parallelism divide them alike. Causal
-        attention looks at n^2 / 2 pairs of tokens.
+        Backward doubles all three terms; tensor and pipeline parallelism divide them.
+
+        Args:
+            attention_efficiency: speed of core attention over that of the other matrix products, in FLOP/s. 1 counts
+                FLOPs; a measured value makes the work proportional to time.
         """
         query_width = model.num_attention_heads * model.kv_channels
         kv_width = model.num_query_groups * model.kv_channels
         attention = model.hidden_size * (2 * query_width + 2 * kv_width)  # Q and output; K and V
         mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_hidden_size
-        linear = 2 * (model.num_layers * (attention + mlp) + model.hidden_size * vocab_size)
-        pair = 2 * model.num_layers * 2 * query_width  # scores and values
-        return cls(linear=1.0, quadratic=pair / 2 / linear)
+        return cls(
+            token=2.0 * model.num_layers * (attention + mlp),
+            pair=2.0 * model.num_layers * 2 * query_width / attention_efficiency,  # scores and values
+            scored=2.0 * model.hidden_size * vocab_size,
+        )
 
-    def sequence(self, num_tokens: int) -> float:
-        """Work of one sequence."""
-        return self.linear * num_tokens + self.quadratic * num_tokens * num_tokens
+    def of(self, size: Size) -> float:
+        """Work of a forward pass of this size."""
+        return self.token * size.tokens + self.pair * size.pairs + self.scored * size.scored
 
-    def padded(self, num_sequences: int, longest: int) -> float:
-        """Work of a microbatch in the padded layout, where every sequence costs what the longest does."""
-        return num_sequences * self.sequence(longest)
 
-    def microbatch(self, microbatch: Microbatch) -> float:
-        """Work of a microbatch in the padded layout."""
-        return self.padded(len(microbatch.sequences), max(s.num_tokens for s in microbatch.sequences))
+def padded_size(sequences: Iterable[SequenceSpec]) -> Size:
+    """Size of a microbatch in the padded layout, where every sequence costs what the longest does."""
+    lengths = [s.num_tokens for s in sequences]
+    rows, longest = len(lengths), max(lengths)
+    return Size(rows * longest, rows * longest * (longest + 1) // 2, sum(s.num_scored for s in sequences))
+
+
+def padded_microbatch(sequences: Iterable[SequenceSpec]) -> Microbatch:
+    """The sequences as a microbatch in the padded layout."""
+    sequences = tuple(sequences)
+    return Microbatch(sequences, padded_size(sequences))

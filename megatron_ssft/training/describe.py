@@ -12,9 +12,9 @@ from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
 from megatron_ssft.records import QuestionBatch
-from megatron_ssft.scheduling.train_plan import plan_train_microbatches
-from megatron_ssft.scheduling.work import WorkModel
+from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.training.lr_schedule import warmup_iterations
+from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 
 
@@ -65,25 +65,20 @@ def _step_lines(config: Config, dataset: SetDataset, vocabulary: object, world_s
     mode = "single" if config.matching.matching == "single" else "random"
     matcher = Matcher(mode, vocabulary.tags.num_tags, config.training.seed)
     ranks = world_size // config.parallel.model_parallel_size
-    virtual = config.virtual_pipeline_size is not None
-    plan = plan_train_microbatches(
-        batch,
-        matcher.assign(batch, [None] * len(batch.sets)),
-        vocabulary.tags,
-        num_ranks=ranks,
-        micro_batch_size=config.training.micro_batch_size,
-        group_size=config.parallel.pipeline_model_parallel_size if virtual else 1,
-        work=WorkModel.for_model(config.model, vocabulary.size),
-    )
+    planner = Planner(config, vocabulary.tags, vocabulary.size, ranks)
+    plan = planner.train(batch, matcher.assign(batch, [None] * len(batch.sets)))
+    accountant = FlopAccountant(planner.flops)
+    matching = accountant.forward(planner.costs(batch, config.matching.matching_tokens)) / accountant.training(plan)
     training = config.training
     total = training.train_iters or training.train_epochs * len(sizes)
     about = "" if training.train_iters else "about "
     return [
         f"ranks: {world_size}, data-parallel {ranks}",
         f"steps: about {len(sizes)} an epoch, {about}{total} in all, warm-up {warmup_iterations(training, total)}",
-        f"first step: {len(first)} questions, {sizes[0]} traces, {len(plan.ranks[0])} microbatches a rank, "
+        f"first step: {len(first)} questions, {sizes[0]} traces, {len(plan.ranks[0])} microbatches on the first rank, "
         f"{plan.pad_sequences} PAD sequences (at least {plan.pad_lower_bound}), makespan "
-        f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound",
+        f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound; optimal matching takes {matching:.1%} of "
+        "the training's FLOPs",
     ]
 
 

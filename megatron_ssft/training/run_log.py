@@ -154,11 +154,16 @@ def step_line(m: dict[str, object]) -> str:
         matching = f" | matching cost {m['matching_cost']:.4f} gap {m['matching_gap']:.4f}"
     if m.get("eval_loss") is not None:
         matching += f" | eval loss {m['eval_loss']:.4f}"
+    if m.get("matching_regret") is not None:
+        saved = m["exact_matching_seconds"] - m["matching_seconds"]
+        matching += f" | regret {m['matching_regret']:.4f} a question, saving {saved:.2f} s"
     share = m["matching_seconds"] / m["seconds"] if m["seconds"] else 0.0
+    mfu = f" | MFU {m['mfu']:.1%}" if m.get("mfu") is not None else ""
     return (
         f"step {m['iteration']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.3e} | grad norm {m['grad_norm']:.3f}{matching}"
-        f" | PAD {m['pad_sequences']}/{m['pad_lower_bound']} | {m['seconds']:.2f} s ({share:.0%} matching)"
-        f" | {m['trained_tokens'] / max(m['seconds'], 1e-9):.0f} tokens/s"
+        f" | PAD {m['pad_sequences']}/{m['pad_lower_bound']} makespan {m['makespan_over_bound']:.3f}"
+        f" | {m['seconds']:.2f} s ({share:.0%} matching)"
+        f" | {m['sequence_tokens'] / max(m['seconds'], 1e-9):.0f} tokens/s{mfu}"
     )
 
 

@@ -5,28 +5,24 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
-
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.startup import ASSETS, is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
-from megatron_ssft.matching.assignment import Matcher, assignment_gap
+from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
-from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
 from megatron_ssft.scheduling.collate import loss_denominator
-from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
-from megatron_ssft.scheduling.train_plan import plan_train_microbatches
-from megatron_ssft.scheduling.work import WorkModel
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.lr_schedule import learning_rate
+from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.resume import (
     check_writable,
     continues_in_place,
@@ -37,6 +33,7 @@ from megatron_ssft.training.resume import (
     run_state,
 )
 from megatron_ssft.training.run_log import GapWatch, NoLog, RunLog
+from megatron_ssft.training.set_matching import Matched, SetMatching, matching_figures
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 from megatron_ssft.training.signals import StopSignal
 
@@ -61,9 +58,11 @@ class Trainer:
         self.eval_dataset = open_everywhere(folders["eval"], topology) if "eval" in folders else None
         self.queue = build_queue(config, self.dataset)
         self.train_iters = config.training.train_iters or self.queue.remaining_batches()
-        self.matcher = Matcher(config.matching.matching, self.vocabulary.tags.num_tags, config.training.seed)
-        self.work = WorkModel.for_model(config.model, self.vocabulary.size)
-        self.engine = Engine(config, topology, self.vocabulary.tags, self.vocabulary.size)
+        tags, size = self.vocabulary.tags, self.vocabulary.size
+        self.engine = Engine(config, topology, tags, size)
+        self.planner = Planner(config, tags, size, topology.dp_size)
+        self.matching = SetMatching(config, topology, self.engine, self.planner, tags.num_tags)
+        self.peak_flops = job_peak_flops(config, topology)
         self._start_or_resume()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -72,51 +71,19 @@ class Trainer:
         """Algorithm 1 of the paper: score every trace under every tag, match, train under the matched tags."""
         begin = time.perf_counter()
         batch = self.next_batch()
-        costs = self.costs(batch) if self._wants_costs() else [None] * len(batch.sets)
-        assignments = self.assign(batch, costs)
-        matching_seconds = time.perf_counter() - begin
-        plan = self.train_plan(batch, assignments)
-        denominator = self._denominator(batch, assignments)
+        matched = self.matching.match(batch, self.iteration)
+        plan = self.planner.train(batch, matched.assignments)
+        denominator = self._denominator(batch, matched.assignments)
         metrics = self.engine.train(batch, plan, denominator, self._learning_rate())
         self.iteration += 1
         seconds = time.perf_counter() - begin
-        return batch, assignments, self._row(batch, assignments, plan, metrics, seconds, matching_seconds)
+        return batch, matched.assignments, self._row(batch, matched, plan, metrics, seconds)
 
     def next_batch(self) -> QuestionBatch:
         """The questions of the next step."""
         visits = self.queue.next_batch()
         assert visits is not None, "the run is longer than its data"
         return self._batch(self.dataset, visits)
-
-    def costs(self, batch: QuestionBatch) -> list[np.ndarray]:
-        """Q matrices float64 [N, M] of matching costs in nats, under the current weights, without a gradient."""
-        plan = plan_cost_microbatches(
-            batch,
-            self.vocabulary.tags,
-            matching_tokens=self.config.matching.matching_tokens,
-            num_ranks=self.topology.dp_size,
-            tokens_per_microbatch=self.config.cost_tokens_per_microbatch,
-            group_size=self._group_size,
-            work=self.work,
-        )
-        return self.engine.costs(batch, plan)
-
-    def assign(self, batch: QuestionBatch, costs: list[np.ndarray] | list[None]) -> list[Assignment]:
-        """Solved once, on the first rank, so that every rank trains by the same assignment."""
-        solved = on_first_rank(lambda: [a.tags for a in self.matcher.assign(batch, costs)], self.topology)
-        return [Assignment(tuple(tags), cost) for tags, cost in zip(solved, costs)]
-
-    def train_plan(self, batch: QuestionBatch, assignments: list[Assignment]) -> MicrobatchPlan:
-        """Which trace under which tag, on which rank, in which microbatch."""
-        return plan_train_microbatches(
-            batch,
-            assignments,
-            self.vocabulary.tags,
-            num_ranks=self.topology.dp_size,
-            micro_batch_size=self.config.training.micro_batch_size,
-            group_size=self._group_size,
-            work=self.work,
-        )
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -152,14 +119,12 @@ class Trainer:
         limit = self.config.logging.eval_questions or len(self.eval_dataset)
         for visits in _in_batches(self.eval_dataset, limit, self.config.training.global_batch_size):
             batch = self._batch(self.eval_dataset, visits)
-            with_costs = self.config.matching.matching != "single"
-            costs = self.costs(batch) if with_costs else [None] * len(batch.sets)
-            assignments = self.assign(batch, costs)
-            plan = self.train_plan(batch, assignments)
+            assignments = self.matching.optimal(batch)
+            plan = self.planner.train(batch, assignments)
             share = self._denominator(batch, assignments)
             loss += self.engine.evaluate(batch, plan, share) * share
             denominator += share
-            if with_costs:
+            if self.config.matching.matching != "single":
                 cost += sum(a.cost for a in assignments)
                 gap += sum(assignment_gap(a.cost_NM) for a in assignments)
         questions = min(limit, len(self.eval_dataset))
@@ -187,12 +152,15 @@ class Trainer:
         load_checkpoint(self.engine, run, iteration, weights_only)
         if not weights_only:
             self.queue.load_state_dict(state["queue"])
+            if "reused_assignments" in state:
+                self.matching.store.load_state_dict(state["reused_assignments"])
             self.iteration = iteration
             if config.training.train_iters is None:  # the batch size may have changed since
                 self.train_iters = iteration + self.queue.remaining_batches()
 
     def _state(self) -> dict[str, object]:
-        return run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
+        state = run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
+        return state | {"reused_assignments": self.matching.store.state_dict()}
 
     def _save(self, log: RunLog | None) -> int:
         begin = time.perf_counter()
@@ -221,12 +189,6 @@ class Trainer:
 
     # -- small things --------------------------------------------------------------------------------------------
 
-    @property
-    def _group_size(self) -> int:
-        """The interleaved schedule takes microbatches in groups of the pipeline size."""
-        virtual = self.config.virtual_pipeline_size is not None
-        return self.config.parallel.pipeline_model_parallel_size if virtual else 1
-
     def _batch(self, dataset: SetDataset, visits: tuple[QuestionVisit, ...]) -> QuestionBatch:
         return QuestionBatch(visits=visits, sets=tuple(dataset[visit.index] for visit in visits))
 
@@ -242,11 +204,6 @@ class Trainer:
     def _learning_rate(self) -> float:
         return learning_rate(self.config.training, self.iteration + 1, self.train_iters)
 
-    def _wants_costs(self) -> bool:
-        every = self.config.matching.log_matching_interval
-        measures = self.config.matching.matching in ("random", "fixed") and every > 0
-        return self.matcher.needs_costs or (measures and self.iteration % every == 0)
-
     def _evaluation_is_due(self) -> bool:
         if self.eval_dataset is None:
             return False
@@ -258,33 +215,34 @@ class Trainer:
         return every is not None and self.iteration % every == 0
 
     def _row(
-        self,
-        batch: QuestionBatch,
-        assignments: list[Assignment],
-        plan: MicrobatchPlan,
-        metrics: StepMetrics,
-        seconds: float,
-        matching_seconds: float,
+        self, batch: QuestionBatch, matched: Matched, plan: MicrobatchPlan, metrics: StepMetrics, seconds: float
     ) -> dict[str, object]:
         """A line of metrics.jsonl. Costs are in nats a question: totals over its traces, averaged over questions."""
-        measured = [a for a in assignments if a.cost_NM is not None]
-        return {
+        training_flops = self.matching.accountant.training(plan)
+        row = {
             "iteration": self.iteration,
             "loss": metrics.loss,
             "lr": learning_rate(self.config.training, self.iteration, self.train_iters),
             "grad_norm": metrics.grad_norm,
-            "matching_cost": float(np.mean([a.cost for a in measured])) if measured else None,
-            "matching_gap": float(np.mean([assignment_gap(a.cost_NM) for a in measured])) if measured else None,
+            **matching_figures(matched.assignments),
             "pad_sequences": plan.pad_sequences,
             "pad_lower_bound": plan.pad_lower_bound,
             "makespan_over_bound": plan.makespan / plan.makespan_lower_bound,
             "questions": len(batch.sets),
             "trained_sequences": metrics.trained_sequences,
             "trained_tokens": metrics.trained_tokens,
+            "sequence_tokens": sum(s.num_tokens for s in plan.sequences),
             "epoch": batch.visits[0].epoch,
             "seconds": seconds,
-            "matching_seconds": matching_seconds,
+            "matching_seconds": matched.seconds,
+            "solving_seconds": matched.solving_seconds,
+            "training_flops": training_flops,
+            "matching_flops": matched.flops,
+            **matched.figures,
         }
+        if self.peak_flops is not None:
+            row["mfu"] = (training_flops + matched.flops) / (seconds * self.peak_flops)
+        return row
 
     def _open_log(self, folder: Path | None) -> RunLog | NoLog:
         if not self.topology.is_first_rank:
@@ -303,6 +261,11 @@ class Trainer:
             f"{p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} x context "
             f"{p.context_parallel_size} x data {t.dp_size} on {t.device.type} | {self.engine.num_parameters} "
             f"parameters on the first rank | steps {self.iteration + 1} to {self.train_iters}"
+        )
+        attention = self.engine.attention
+        log.say(
+            f"{self.config.training.sequence_layout} sequences | attention of streams through {attention.name} "
+            f"({attention.why})"
         )
 
 

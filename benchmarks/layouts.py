@@ -1,0 +1,131 @@
+"""Packed against padded, concatenated and unshared sequences: time, FLOPs, peak memory, in one process, interleaved.
+
+python benchmarks/layouts.py                                   # SmolLM2-135M's shape, random weights
+python benchmarks/layouts.py --shape qwen2.5-1.5b --bf16       # on a GPU
+
+Cost pass: every trace under every tag, `naive` being the padded layout (a sequence with its own prompt per pair).
+Training: one forward and backward over the same traces. `efficiency` is the measured speed-up over that of the FLOPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
+from megatron_ssft.records import Assignment, QuestionBatch
+from megatron_ssft.training.planning import Planner
+from megatron_ssft.training.trainer import Trainer
+
+LAYOUTS: dict[str, dict[str, object]] = {
+    "packed": {"sequence_layout": "packed"},
+    "concatenated": {"sequence_layout": "concatenated"},
+    "packed, prompts repeated": {"sequence_layout": "packed", "share_prompt": False},
+    "padded": {"sequence_layout": "padded"},
+}
+
+
+def planner_for(trainer: Trainer, layout: str, tokens: int) -> Planner:
+    """Plans in another layout for the same engine, with the same number of tokens a microbatch."""
+    config = trainer.config
+    training = dataclasses.replace(config.training, max_tokens_per_microbatch=None, **LAYOUTS[layout])
+    matching = dataclasses.replace(config.matching, matching_tokens_per_microbatch=tokens)
+    if layout != "padded":
+        training.max_tokens_per_microbatch = tokens
+    changed = dataclasses.replace(config, training=training, matching=matching)
+    return Planner(changed, trainer.vocabulary.tags, trainer.vocabulary.size, 1)
+
+
+def cost_pass(trainer: Trainer, prompt: int, matching_tokens: int, args: argparse.Namespace) -> dict[str, object]:
+    """Naive and shared, for questions with 4 traces at least as long as what is matched on."""
+    traces = [[matching_tokens] * args.traces] * args.questions
+    batch = made_up_batch(np.random.default_rng(0), [prompt] * args.questions, traces, 256)
+    plans = {
+        name: planner_for(trainer, name, args.tokens).costs(batch, matching_tokens) for name in ("packed", "padded")
+    }
+    costs: dict[str, list[np.ndarray]] = {}
+
+    def score(name: str) -> None:
+        costs[name] = trainer.engine.costs(batch, plans[name], matching_tokens)
+
+    seconds = interleaved({name: lambda name=name: score(name) for name in plans}, args.rounds)
+    flops = {name: trainer.matching.accountant.forward(plan) for name, plan in plans.items()}
+    speed_up, flop_ratio = ratio(seconds["padded"], seconds["packed"]), flops["padded"] / flops["packed"]
+    return {
+        "prompt": prompt,
+        "T_r": matching_tokens,
+        "naive_s": statistics.median(seconds["padded"]),
+        "ours_s": statistics.median(seconds["packed"]),
+        "speed-up": speed_up,
+        "FLOP_ratio": flop_ratio,
+        "efficiency": speed_up / flop_ratio,
+        "largest_difference": max(float(abs(a / b - 1).max()) for a, b in zip(costs["packed"], costs["padded"])),
+    }
+
+
+def training_batch(args: argparse.Namespace) -> QuestionBatch:
+    """Traces of heavy-tailed lengths, as real ones have them."""
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(np.log(args.trace_tokens) - 0.18, 0.6, (args.questions, args.traces)), 8, None)
+    lengths = np.minimum(lengths, args.tokens - args.prompt - 1).astype(int).tolist()
+    return made_up_batch(rng, [args.prompt] * args.questions, lengths, 256)
+
+
+def training(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A step without the optimizer, in every layout."""
+    batch = training_batch(args)
+    assignments = [Assignment(tuple(range(s.num_traces))) for s in batch.sets]
+    planners = {name: planner_for(trainer, name, args.tokens) for name in LAYOUTS}
+    plans = {name: planner.train(batch, assignments) for name, planner in planners.items()}
+    losses: dict[str, float] = {}
+
+    def step(name: str) -> None:
+        losses[name] = trainer.engine.train(batch, plans[name], 1000.0, lr=0.0).loss
+
+    seconds = interleaved({name: lambda name=name: step(name) for name in plans}, args.rounds)
+    rows = []
+    for name, plan in plans.items():
+        useful = sum(s.num_tokens for s in plan.sequences)
+        rows.append(
+            {
+                "layout": name,
+                "seconds": statistics.median(seconds[name]),
+                "over_packed": ratio(seconds[name], seconds["packed"]),
+                "tokens_computed": plan.size.tokens,
+                "tokens_in_sequences": useful,
+                "tokens/s": useful / statistics.median(seconds[name]),
+                "peak_MiB": peak_memory(lambda name=name: step(name)) / 2**20,
+                "loss": losses[name],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="random weights [%(default)s]")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--matching-tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--questions", type=int, default=1)
+    parser.add_argument("--traces", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=128, help="prompt of the training step [%(default)s]")
+    parser.add_argument("--trace-tokens", type=int, default=256, help="mean trace of the training step [%(default)s]")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a microbatch [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape] | {"bf16": args.bf16, "attention_backend": args.attention_backend}
+    trainer = start_trainer(shape | {"seq_length": args.tokens, "micro_batch_size": 1})
+    rows = [cost_pass(trainer, prompt, t, args) for prompt in args.prompts for t in args.matching_tokens]
+    report(f"Cost pass, {args.shape}, 6 tags x {args.traces} traces", rows, args.json)
+    report("Training step", training(trainer, args), args.json and args.json.with_suffix(".training.json"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Configuration: one dataclass a concern, a docstring a field, validated when built.
+
+Field names are flag names with underscores and carry Megatron's names where Megatron has the flag. The names are
+unique over all sections, so a YAML file holds them flat. `arguments.py` turns this into flags and files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_ssft.config.checks import require
+from megatron_ssft.config.data import DataConfig, ForkingTokenConfig
+from megatron_ssft.config.model import ModelConfig, ParallelConfig
+from megatron_ssft.config.run import CheckpointConfig, LoggingConfig
+from megatron_ssft.config.training import MatchingConfig, TrainingConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ForkingTokenConfig",
+    "LoggingConfig",
+    "MatchingConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass
+class Config:
+    """Everything one run is decided by."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    forking: ForkingTokenConfig
+    matching: MatchingConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    def __post_init__(self) -> None:
+        """Checks that span sections."""
+        model, parallel = self.model, self.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        require(
+            parallel.context_parallel_size == 1 or model.transformer_impl == "transformer_engine",
+            "--context-parallel-size above 1 needs --transformer-impl transformer_engine: only its attention "
+            "can share a sequence between ranks",
+        )
+        require(
+            parallel.context_parallel_size == 1 or self.training.sequence_layout == "padded",
+            "--context-parallel-size above 1 needs --sequence-layout padded: a stream cannot be shared between ranks",
+        )
+        require(
+            parallel.context_parallel_size == 1
+            or not (self.checkpoint.export_hf_at_save and self.checkpoint.verify_hf),
+            "--export-hf-at-save cannot be verified with --context-parallel-size above 1; give --no-verify-hf and run "
+            "tools/convert_hf.py verify afterwards",
+        )
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            require(
+                getattr(model, name) % tp == 0,
+                f"--{name.replace('_', '-')} {getattr(model, name)} is not divisible by "
+                f"--tensor-model-parallel-size {tp}",
+            )
+        chunk = parallel.num_layers_per_virtual_pipeline_stage
+        per_stage = model.num_layers / pp
+        require(
+            per_stage == int(per_stage),
+            f"--num-layers {model.num_layers} is not divisible by --pipeline-model-parallel-size {pp}",
+        )
+        if chunk is not None:
+            require(
+                per_stage % chunk == 0 and per_stage > chunk,
+                f"{int(per_stage)} layers a pipeline stage must be a multiple (2 or more) of "
+                f"--num-layers-per-virtual-pipeline-stage {chunk}",
+            )
+        require(
+            self.matching.matching_precision == "model" or not parallel.bf16,
+            "--matching-precision bf16: with --bf16 the cost pass is in bfloat16 already; leave it out",
+        )
+        require(
+            self.logging.eval_interval is None or bool(self.data.eval_data_path),
+            "--eval-interval needs --eval-data-path",
+        )
+
+    @property
+    def train_tokens_per_microbatch(self) -> int:
+        """--max-tokens-per-microbatch, by default as much as the longest microbatch of the padded layout has."""
+        return self.training.max_tokens_per_microbatch or self.training.micro_batch_size * self.data.seq_length
+
+    @property
+    def cost_tokens_per_microbatch(self) -> int:
+        """--matching-tokens-per-microbatch, by default what a training microbatch may hold."""
+        return self.matching.matching_tokens_per_microbatch or self.train_tokens_per_microbatch
+
+    @property
+    def virtual_pipeline_size(self) -> int | None:
+        """Model chunks a rank holds under the interleaved schedule, or None."""
+        chunk = self.parallel.num_layers_per_virtual_pipeline_stage
+        if chunk is None:
+            return None
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size // chunk
+
+    def flat(self) -> dict[str, object]:
+        """All fields by name, without their sections: the form of config.yaml."""
+        return {
+            f.name: getattr(getattr(self, section.name), f.name)
+            for section in dataclasses.fields(self)
+            for f in dataclasses.fields(getattr(self, section.name))
+        }

@@ -1,0 +1,23 @@
+"""What configuration sections check their values with."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_ssft.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def choice(value: str | None, flag: str, *choices: str) -> None:
+    require(value in choices, f"--{flag} {value}: choose one of {', '.join(choices)}")
+
+
+def positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        ok = value is None or 0 < value < math.inf
+        require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number greater than 0")

@@ -1,0 +1,54 @@
+"""What a run leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ssft.config.checks import positive, require
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save: str | None = None
+    """Folder of the run: checkpoints, metrics, assignments, resolved configuration."""
+    load: str | None = None
+    """Folder of a run to continue (with the same --save its logs go on where the checkpoint was taken), or a Hugging
+    Face folder to start from."""
+    save_interval: int | None = None
+    """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+    finetune: bool = False
+    """Load only the weights: start at step 0 with a fresh optimizer."""
+    export_hf_at_save: bool = False
+    """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder); needs a run that
+    started from one."""
+    verify_hf: bool = True
+    """Compare every --export-hf-at-save with the checkpoint, tensor by tensor, and its logits with transformers."""
+
+    def __post_init__(self) -> None:
+        positive(self, "save_interval")
+        require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
+        require(not self.finetune or self.load is not None, "--finetune needs --load")
+        require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written while training."""
+
+    eval_interval: int | None = None
+    """Steps between evaluations on --eval-data-path; one also follows the last step."""
+    eval_questions: int | None = None
+    """Evaluate on the first this many held-out questions only."""
+    gpu_peak_tflops: float | None = None
+    """Peak TFLOP/s of one GPU, to log model FLOPs utilisation by; default: known for common GPUs with --bf16."""
+    tensorboard_dir: str | None = None
+    """TensorBoard folder; default: tensorboard in the --save folder."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project too."""
+    wandb_exp_name: str | None = None
+    """Name of the run there."""
+
+    def __post_init__(self) -> None:
+        positive(self, "eval_interval", "eval_questions", "gpu_peak_tflops")
