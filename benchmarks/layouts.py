@@ -15,8 +15,8 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-
 from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
+
 from megatron_ssft.records import Assignment, QuestionBatch
 from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.trainer import Trainer

@@ -6,6 +6,7 @@ b micro-batch size, s padded sequence length, T tokens, R data-parallel ranks, K
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -232,7 +233,7 @@ class Segment:
     context: tuple[tuple[int, int], ...]
     """Ranges (start, length) of the stream, in order of position: what precedes the segment in its sequences."""
 
-    @property
+    @functools.cached_property
     def num_context(self) -> int:
         return sum(length for _, length in self.context)
 

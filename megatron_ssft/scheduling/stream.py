@@ -86,8 +86,8 @@ def build_stream(
         first = prompt if train_forking_token else prompt + len(tag_ids)
         targets = np.concatenate([tag_ids[max(0, first - prompt) :], completion])
         if first == 0:  # nothing predicts the first token of a sequence
-            first, targets = 1, targets[1:]
-        writer.score(path, first - 1, targets, owner, 1.0 / len(targets) if loss_normalization == "sequence" else 1.0)
+            targets = targets[1:]
+        writer.score(path, targets, owner, 1.0 / len(targets) if loss_normalization == "sequence" else 1.0)
     return writer.finish(pad_to_multiple)
 
 
@@ -100,7 +100,8 @@ class _Writer:
         self.positions: list[np.ndarray] = []
         self.places: dict[tuple, tuple[tuple[int, int], ...]] = {}  # node -> ranges from the root to it
         self.segments: list[Segment] = []
-        self.scores: list[tuple[np.ndarray, np.ndarray, int, float]] = []
+        self.places_scored: list[np.ndarray] = []
+        self.scores: list[tuple[np.ndarray, int, float]] = []  # targets, owner, weight of each
 
     def node(self, path: tuple[tuple[int, int], ...], ids: np.ndarray, key: tuple) -> tuple[tuple[int, int], ...]:
         """Ranges from the root to this node, which is written if it is new; an empty node adds nothing."""
@@ -116,25 +117,30 @@ class _Writer:
         self.places[key] = path
         return path
 
-    def score(
-        self, path: tuple[tuple[int, int], ...], first: int, targets: np.ndarray, owner: int, weight: float
-    ) -> None:
-        """Ask for `targets` at consecutive positions of a sequence, from its position `first` on."""
-        places = np.concatenate([np.arange(start, start + length) for start, length in path])
-        self.scores.append((places[first : first + len(targets)], targets, owner, weight))
+    def score(self, path: tuple[tuple[int, int], ...], targets: np.ndarray, owner: int, weight: float) -> None:
+        """Ask for `targets` at the last places of a sequence."""
+        missing, places = len(targets), []
+        for start, length in reversed(path):
+            count = min(length, missing)
+            places.append(np.arange(start + length - count, start + length))
+            missing -= count
+            if not missing:
+                break
+        self.places_scored += places[::-1]
+        self.scores.append((targets, owner, weight))
 
     def finish(self, multiple: int) -> ModelInput:
         filling = -self.length % multiple
         if filling:
             self.node((), np.zeros(filling, dtype=np.int32), key=("filling",))
-        counts = [len(targets) for _, targets, _, _ in self.scores]
+        counts = [len(targets) for targets, _, _ in self.scores]
         return ModelInput(
             tokens=_join(self.pieces)[None],
             position_ids=_join(self.positions)[None],
-            scored=_join([places for places, _, _, _ in self.scores]),
-            targets=_join([targets for _, targets, _, _ in self.scores]),
+            scored=_join(self.places_scored),
+            targets=_join([targets for targets, _, _ in self.scores]),
             weights=np.repeat(np.array([w for *_, w in self.scores], dtype=np.float32), counts),
-            owner=np.repeat(np.array([owner for _, _, owner, _ in self.scores], dtype=np.int64), counts),
+            owner=np.repeat(np.array([owner for _, owner, _ in self.scores], dtype=np.int64), counts),
             segments=tuple(_joined_chains(self.segments)),
         )
 
