@@ -108,6 +108,7 @@ def training(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, objec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="random weights [%(default)s]")
+    parser.add_argument("--layers", type=int, help="fewer layers of that shape, to be done sooner")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 128, 256])
@@ -120,10 +121,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shape = SHAPES[args.shape] | {"bf16": args.bf16, "attention_backend": args.attention_backend}
+    shape = SHAPES[args.shape] | ({"num_layers": args.layers} if args.layers else {})
+    shape |= {"bf16": args.bf16, "attention_backend": args.attention_backend}
     trainer = start_trainer(shape | {"seq_length": args.tokens, "micro_batch_size": 1})
     rows = [cost_pass(trainer, prompt, t, args) for prompt in args.prompts for t in args.matching_tokens]
-    report(f"Cost pass, {args.shape}, 6 tags x {args.traces} traces", rows, args.json)
+    report(f"Cost pass, {args.shape}, {shape['num_layers']} layers, 6 tags x {args.traces} traces", rows, args.json)
     report("Training step", training(trainer, args), args.json and args.json.with_suffix(".training.json"))
 
 
