@@ -113,26 +113,6 @@ class NoLog:
     def __exit__(self, *_: object) -> None: ...
 
 
-class GapWatch:
-    """Says so once when the tags stay interchangeable: matching then decides nothing."""
-
-    PATIENCE, LEVEL = 20, 1e-4
-
-    def __init__(self) -> None:
-        self.low = 0
-
-    def __call__(self, log: RunLog, row: dict[str, object]) -> None:
-        if row["matching_gap"] is None:
-            return
-        self.low = self.low + 1 if row["matching_gap"] < self.LEVEL else 0
-        if self.low == self.PATIENCE:
-            log.say(
-                f"warning: for {self.PATIENCE} steps optimal matching has been within {self.LEVEL} nats of a random "
-                "one: the tags are not separating. Does --matching-tokens reach the first token in which traces "
-                "differ? Otherwise spread the tags (--forking-token-noise) or speed them up (--forking-token-lr-mult)"
-            )
-
-
 def assignment_rows(iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> Iterable[dict[str, object]]:
     """Rows of assignments.jsonl. `tags` are 0-based rows of `cost`: tag k is written <think{k+1}>."""
     for visit, tokenized, assignment in zip(batch.visits, batch.sets, assignments):

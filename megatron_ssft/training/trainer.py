@@ -12,6 +12,7 @@ from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.matching.assignment import assignment_gap
+from megatron_ssft.matching.collapse import CollapseWatch
 from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
@@ -32,7 +33,7 @@ from megatron_ssft.training.resume import (
     resumable,
     run_state,
 )
-from megatron_ssft.training.run_log import GapWatch, NoLog, RunLog
+from megatron_ssft.training.run_log import NoLog, RunLog
 from megatron_ssft.training.set_matching import Matched, SetMatching, matching_figures
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 from megatron_ssft.training.signals import StopSignal
@@ -63,6 +64,7 @@ class Trainer:
         self.planner = Planner(config, tags, size, topology.dp_size)
         self.matching = SetMatching(config, topology, self.engine, self.planner, tags.num_tags)
         self.peak_flops = job_peak_flops(config, topology)
+        self.watch = CollapseWatch(tags.num_tags, mode=config.matching.matching, seed=config.training.seed)
         self._start_or_resume()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -91,7 +93,6 @@ class Trainer:
         """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
         config = self.config
         folder = Path(config.checkpoint.save) if config.checkpoint.save and self.topology.is_first_rank else None
-        watch = GapWatch()
         saved_at = self.iteration if continues_in_place(config) else -1
         with self._open_log(folder) as log:
             self._greet(log, folder)
@@ -100,9 +101,11 @@ class Trainer:
                 if self._evaluation_is_due():
                     row |= self.evaluate()
                 if log is not None:
+                    warnings = self.watch.update(assignments, [s.sources for s in batch.sets])
                     log.assignments(self.iteration, batch, assignments)
-                    log.step(row)
-                    watch(log, row)
+                    log.step(row | self.watch.figures)
+                    for warning in warnings:
+                        log.say(warning)
                 if self._save_is_due():
                     saved_at = self._save(log)
             if config.checkpoint.save and saved_at != self.iteration:
@@ -154,13 +157,16 @@ class Trainer:
             self.queue.load_state_dict(state["queue"])
             if "reused_assignments" in state:
                 self.matching.store.load_state_dict(state["reused_assignments"])
+            if "collapse_watch" in state:
+                self.watch.load_state_dict(state["collapse_watch"])
             self.iteration = iteration
             if config.training.train_iters is None:  # the batch size may have changed since
                 self.train_iters = iteration + self.queue.remaining_batches()
 
     def _state(self) -> dict[str, object]:
         state = run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
-        return state | {"reused_assignments": self.matching.store.state_dict()}
+        watch = self.watch.state_dict()  # kept by the first rank, which writes the checkpoint
+        return state | {"reused_assignments": self.matching.store.state_dict(), "collapse_watch": watch}
 
     def _save(self, log: RunLog | None) -> int:
         begin = time.perf_counter()

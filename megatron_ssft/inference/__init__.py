@@ -1,0 +1,1 @@
+"""From an exported model to judged answers: rollouts, verifiers, votes, metrics."""

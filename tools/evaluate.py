@@ -1,0 +1,84 @@
+"""Turn scored rollouts into figures: pass@k, votes, tags, their agreement; one file or several side by side.
+
+    python tools/evaluate.py S.jsonl [S2.jsonl ...] --output DIR
+    python tools/evaluate.py S.jsonl --output DIR --protocol published --pass-tag 0
+    python tools/evaluate.py S.jsonl --output DIR --group-by subject --data Q.jsonl --answers math
+
+Writes DIR/evaluation.json (all figures; megatron_ssft/inference/evaluation.py lists its keys) and DIR/tables.md, and
+prints the tables. Tags are 0-based here and in files; tables write <think1> for tag 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ssft.cli import run_command
+from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
+from megatron_ssft.inference.evaluation import PROTOCOLS, Options, evaluate
+from megatron_ssft.inference.evaluation_tables import all_tables, to_markdown, to_rich
+from megatron_ssft.inference.math_equivalence import MathEquivalence
+from megatron_ssft.inference.scored_runs import load_runs, read_groups
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Files and what to make of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scored", nargs="+", type=Path, metavar="S.jsonl", help="made by tools/score.py")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="both", help="rules of the votes [%(default)s]")
+    parser.add_argument("--k", type=int, nargs="+", metavar="K", help="of pass@k and cons@k [powers of two, and N]")
+    parser.add_argument(
+        "--answers",
+        choices=("string", "math"),
+        default="string",
+        help="how our votes compare answers; the published rule always compares strings [%(default)s]",
+    )
+    parser.add_argument("--pass-tag", type=int, default=0, metavar="TAG", help="published pass@1 [%(default)s]")
+    parser.add_argument("--group-by", metavar="FIELD", help="best tag for each value of this field of --data")
+    parser.add_argument("--data", type=Path, metavar="Q.jsonl", help="the questions, for --group-by")
+    arguments = parser.parse_args(argv)
+    if arguments.k and min(arguments.k) < 1:
+        raise UserError(f"--k {min(arguments.k)}: must be at least 1")
+    if (arguments.group_by is None) != (arguments.data is None):
+        raise UserError("--group-by and --data go together; give both or neither")
+    return arguments
+
+
+def main() -> None:
+    """Parse, evaluate, write, print."""
+    arguments = parse()
+    runs = load_runs(arguments.scored)
+    with ExitStack() as stack:
+        by = arguments.group_by
+        options = Options(
+            protocol=arguments.protocol,
+            ks=None if arguments.k is None else tuple(arguments.k),
+            answers=arguments.answers,
+            equivalent=stack.enter_context(MathEquivalence()) if arguments.answers == "math" else None,
+            pass_tag=arguments.pass_tag,
+            group_by=by,
+            groups=None if by is None else read_groups(arguments.data, by),
+        )
+        record = evaluate(runs, options)
+    tables = all_tables(record)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_durably(arguments.output / "evaluation.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_durably(arguments.output / "tables.md", to_markdown(tables))
+    except OSError as error:
+        raise UserError(f"{error.filename or arguments.output}: {error.strerror}; give another --output") from error
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    for table in tables:
+        console.print(to_rich(table), "")
+    print(f"figures: {arguments.output / 'evaluation.json'}, tables: {arguments.output / 'tables.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
