@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.inference.verifiers import isolation, sandbox
+from megatron_ssft.inference.verifiers import code, isolation, sandbox
+from megatron_ssft.inference.verifiers.common import Judgement, Settings, UnusableQuestion
 from megatron_ssft.inference.verifiers.function_tests import run_function_tests
 from megatron_ssft.inference.verifiers.sandbox import Limits, run_program
 from tests.hostile_programs import CHEATS, CONTAINED, HONEST, HONEST_FUNCTIONS, RIGHT, TESTS
@@ -194,3 +195,20 @@ def test_honest_functions_pass(walls, name):
 
 def test_function_tests_that_pass_more_than_data_say_so(walls):
     assert run_function_tests(RIGHT, "assert f(lambda: 1) == 2", "f", LIMITS, walls) == "unsupported test"
+
+
+def test_a_preamble_stands_before_the_solution(walls):
+    """Imports and helpers that a benchmark gives every solution; what is imported from the future stays in front."""
+    tests = {"type": "stdin", "cases": [{"input": "3 4", "output": "7"}], "preamble": "def add(a, b): return a + b"}
+    program = "```python\nfrom __future__ import annotations\nprint(add(*map(int, input().split())))\n```"
+    settings = Settings(None, timeout=10, memory_mb=512, walls=walls)
+    assert code.judge(program, {"tests": tests}, settings) == Judgement("correct", code.extract(program, None))
+    without = {name: value for name, value in tests.items() if name != "preamble"}
+    assert code.judge(program, {"tests": without}, settings).verdict.startswith("crash")
+    function = {"type": "function", "code": "assert candidate([1, 2]) == 3", "entry_point": "total"}
+    program = "```python\ndef total(numbers: List[int]) -> int:\n    return sum(numbers)\n```"
+    assert code.judge(program, {"tests": function}, settings).verdict.startswith("crash")
+    function["preamble"] = "from typing import List"
+    assert code.judge(program, {"tests": function}, settings).correct
+    with pytest.raises(UnusableQuestion, match="preamble"):
+        code.check_question({"tests": function | {"preamble": 3}})

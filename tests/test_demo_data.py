@@ -75,7 +75,9 @@ def test_counts_disjointness_and_ids(sets):
     train, held_out = sets
     for rows, size in ((train, 2048), (held_out, 256)):
         assert Counter(_parse(r)[0] for r in rows) == dict.fromkeys(OPS, size // 4)
-        assert all(set(r) == {"id", "question", "answer", "traces"} and len(r["traces"]) == 4 for r in rows)
+        assert all(
+            set(r) == {"id", "question", "answer", "operation", "traces"} and len(r["traces"]) == 4 for r in rows
+        )
         assert all(set(t) == {"text", "source", "correct"} for r in rows for t in r["traces"])
         # In random order: no operation comes in a block.
         runs = sum(_parse(x)[0] != _parse(y)[0] for x, y in zip(rows, rows[1:]))
@@ -89,7 +91,7 @@ def test_every_trace_parses_and_its_working_is_right(sets):
         name, digits = _parse(row)
         op = OPS[name]
         gold = op(op(op(digits[0], digits[1]), digits[2]), digits[3])
-        assert row["answer"] == str(gold)
+        assert row["answer"] == str(gold) and row["operation"] == name
         for trace in row["traces"]:
             working, answer = trace["text"].split("#")
             assert re.fullmatch(SYNTAX[trace["source"]], working)

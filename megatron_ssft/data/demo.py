@@ -25,6 +25,7 @@ import json
 import operator
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ TEACHERS: tuple[Teacher, ...] = (
 def make_demo_sets(
     train: int = 2048, held_out: int = 256, traces: int = 4, seed: int = 1234
 ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Training and held-out rows `{"id", "question", "answer", "traces": [{"text", "source", "correct"}]}`.
+    """Training and held-out rows {"id", "question", "answer", "operation", "traces": [{"text", "source", "correct"}]}.
 
     The two lists share no question, each holds every operation equally often, in random order. Each question gets
     `traces` different teachers, in random order. The same arguments give the same rows. Raises UserError for counts
@@ -141,6 +142,7 @@ def _question_row(name: str, digits: Digits, traces: int, rng: random.Random) ->
         "id": f"{name}-{text}",
         "question": f"{name} {text}",
         "answer": str(gold),
+        "operation": name,
         "traces": [_trace_row(t, name, digits, gold, rng) for t in chosen],
     }
 
@@ -180,3 +182,19 @@ def write_demo_data(
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot write the data: {error.strerror}") from error
     return paths
+
+
+_STYLES = {
+    "left_fold": r"[0-7](>[0-7]){3}",
+    "right_fold": r"[0-7](<[0-7]){3}",
+    "pairs": r"\([0-7]{2}\)[0-7]\([0-7]{2}\)[0-7]",
+    "verbose": r"[0-7]\.[0-7]=[0-7](;[0-7]\.[0-7]=[0-7]){2}",
+    "guess": r"\?",
+    "code": r"x=[0-7](;x=[0-7]){3}",
+}
+"""What each teacher writes before `#`, right or wrong."""
+
+
+def writing_style(text: str) -> str | None:
+    """The teacher whose way `text` is written in, by its form alone; None for what no teacher would write."""
+    return next((name for name, form in _STYLES.items() if re.fullmatch(form + "#[0-7]", text)), None)

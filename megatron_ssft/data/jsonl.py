@@ -90,7 +90,7 @@ def read_examples(
             for line, raw in _numbered_rows(path):
                 rows += 1
                 try:
-                    example = _parse_row(raw, str(path), line)
+                    example = parse_row(raw, str(path), line)
                     if example.id in first_use:
                         raise RowError(
                             f"id {example.id!r} is already used at {first_use[example.id]}; ids must be unique"
@@ -157,11 +157,11 @@ def _check_num_traces(example: SetExample, num_tags: int | None) -> None:
         )
 
 
-def _parse_row(raw: bytes, file: str, line: int) -> SetExample:
+def parse_row(raw: bytes, file: str, line: int) -> SetExample:
     """One line of the file. Raises RowError with the first thing that is wrong with it."""
-    row = _parse_json(raw)
+    row = parse_json(raw)
     if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {_kind(row)}")
+        raise RowError(f"expected a JSON object, found {kind_of(row)}")
     given = [name for name in _PROMPT_FIELDS if row.get(name) is not None]
     row_id = _parse_id(row)
     if len(given) != 1:
@@ -171,9 +171,9 @@ def _parse_row(raw: bytes, file: str, line: int) -> SetExample:
     if given == ["messages"]:
         messages = _parse_messages(row["messages"])
     elif given == ["question"]:
-        messages = ({"role": "user", "content": _filled_string(row["question"], "'question'")},)
+        messages = ({"role": "user", "content": filled_string(row["question"], "'question'")},)
     else:
-        prompt = _filled_string(row["prompt"], "'prompt'")
+        prompt = filled_string(row["prompt"], "'prompt'")
     return SetExample(
         id=row_id,
         file=file,
@@ -185,7 +185,7 @@ def _parse_row(raw: bytes, file: str, line: int) -> SetExample:
     )
 
 
-def _parse_json(raw: bytes) -> object:
+def parse_json(raw: bytes) -> object:
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -202,21 +202,21 @@ def _parse_id(row: dict[str, object]) -> str:
         raise RowError("'id' is missing; give every question its own")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _filled_string(value, "'id'")
+    return filled_string(value, "'id'")
 
 
 def _parse_messages(value: object) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
-        raise RowError(f"'messages' must be a list of turns, not {_kind(value)}")
+        raise RowError(f"'messages' must be a list of turns, not {kind_of(value)}")
     turns = []
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict):
-            raise RowError(f"turn {number} of 'messages' must be an object with role and content, not {_kind(turn)}")
-        role = _filled_string(turn.get("role"), f"'role' of turn {number}")
+            raise RowError(f"turn {number} of 'messages' must be an object with role and content, not {kind_of(turn)}")
+        role = filled_string(turn.get("role"), f"'role' of turn {number}")
         turns.append({"role": role, "content": _string(turn.get("content"), f"'content' of turn {number}")})
     if turns[-1]["role"] != "user":
         raise RowError(f"'messages' must end in a user turn, not in one of role {turns[-1]['role']!r}")
-    _filled_string(turns[-1]["content"], f"'content' of turn {len(turns)}")
+    filled_string(turns[-1]["content"], f"'content' of turn {len(turns)}")
     return tuple(turns)
 
 
@@ -224,19 +224,19 @@ def _parse_traces(value: object) -> tuple[Trace, ...]:
     if value is None:
         raise RowError("'traces' is missing")
     if not isinstance(value, list):
-        raise RowError(f"'traces' must be a list, not {_kind(value)}")
+        raise RowError(f"'traces' must be a list, not {kind_of(value)}")
     if not value:
         raise RowError("'traces' is empty; a question needs at least one trace")
     traces = []
     for number, trace in enumerate(value, start=1):
         if not isinstance(trace, dict):
-            raise RowError(f"trace {number} must be an object with 'text', not {_kind(trace)}")
+            raise RowError(f"trace {number} must be an object with 'text', not {kind_of(trace)}")
         correct = trace.get("correct")
         if correct is not None and not isinstance(correct, bool):
-            raise RowError(f"'correct' of trace {number} must be true or false, not {_kind(correct)}")
+            raise RowError(f"'correct' of trace {number} must be true or false, not {kind_of(correct)}")
         traces.append(
             Trace(
-                text=_filled_string(trace.get("text"), f"'text' of trace {number}"),
+                text=filled_string(trace.get("text"), f"'text' of trace {number}"),
                 source=_optional_string(trace.get("source"), f"'source' of trace {number}"),
                 correct=correct,
                 answer=_optional_string(trace.get("answer"), f"'answer' of trace {number}"),
@@ -249,7 +249,7 @@ def _string(value: object, what: str) -> str:
     if value is None:
         raise RowError(f"{what} is missing")
     if not isinstance(value, str):
-        raise RowError(f"{what} must be a string, not {_kind(value)}")
+        raise RowError(f"{what} must be a string, not {kind_of(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, tokenizers cannot read it
@@ -257,7 +257,7 @@ def _string(value: object, what: str) -> str:
     return value
 
 
-def _filled_string(value: object, what: str) -> str:
+def filled_string(value: object, what: str) -> str:
     text = _string(value, what)
     if not text.strip():
         raise RowError(f"{what} is {'blank' if text else 'empty'}")
@@ -268,7 +268,7 @@ def _optional_string(value: object, what: str) -> str | None:
     return None if value is None else _string(value, what)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """What a JSON value is, for messages."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)

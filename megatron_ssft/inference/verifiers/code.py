@@ -34,6 +34,8 @@ def check_question(question: Question) -> None:
     tests = question.get("tests")
     if not isinstance(tests, Mapping):
         raise UnusableQuestion("'tests' is missing; expected an object with 'type' stdin or function")
+    if not isinstance(tests.get("preamble", ""), str):
+        raise UnusableQuestion("'preamble' of 'tests' must be a string of Python")
     if tests.get("type") == "stdin":
         cases = tests.get("cases")
         if not isinstance(cases, list) or not cases:
@@ -83,16 +85,25 @@ def judge(text: str, question: Question, settings: Settings) -> Judgement:
         return NO_ANSWER
     limits = Limits(settings.timeout, settings.memory_mb, settings.processor)
     tests = question["tests"]
+    answer, source = source, _with_preamble(tests.get("preamble", ""), source)
     if tests["type"] == "function":
         verdict = run_function_tests(source, tests["code"], tests["entry_point"], limits, settings.walls)
-        return Judgement(verdict, source)
+        return Judgement(verdict, answer)
     for case in tests["cases"]:
         output, problem = run_program(source, case["input"].encode("utf-8", "replace"), limits, settings.walls)
         if problem is not None:
-            return Judgement(problem, source)
+            return Judgement(problem, answer)
         if not same_output(output.decode("utf-8", "replace"), case["output"]):
-            return Judgement("wrong", source)
-    return Judgement("correct", source)
+            return Judgement("wrong", answer)
+    return Judgement("correct", answer)
+
+
+def _with_preamble(preamble: str, source: str) -> str:
+    """What a benchmark gives every solution (imports, helpers), in front; imports from the future stay first."""
+    if not preamble:
+        return source
+    future = re.compile(r"^from __future__ import .*$", re.MULTILINE)
+    return "\n".join([*future.findall(source), preamble, future.sub("", source)])
 
 
 def extract(text: str, answer_after: str | None) -> str | None:
