@@ -8,6 +8,7 @@ import random
 import pytest
 
 from megatron_ssft.conversion.assets import copy_assets, find_tokenizer, write_assets
+from megatron_ssft.conversion.forking_tokens_file import FORKING_TOKENS
 from megatron_ssft.data.forking_tokens import build_forking_tokens
 from megatron_ssft.data.tokenizer import build_tokenizer
 from megatron_ssft.errors import UserError
@@ -37,6 +38,13 @@ GENERATION = '{"eos_token_id": [2, 0],\n "do_sample": false}'
 
 def files(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def but_forking_tokens(folder):
+    """The files of an export, of which one says what the tags are."""
+    found = files(folder)
+    del found[FORKING_TOKENS]
+    return found
 
 
 def edit(file, change):
@@ -168,7 +176,7 @@ def test_export_changes_two_keys_of_the_configuration_and_nothing_else(tmp_path)
     assert (target / "generation_config.json").read_text() == GENERATION
     assert (target / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     assert (target / "model.safetensors").read_text() == "weights"
-    assert set(files(target)) == {*files(source), "model.safetensors"}
+    assert set(files(target)) == {*files(source), "model.safetensors", FORKING_TOKENS}
 
 
 def test_the_dtype_goes_where_the_configuration_has_it(tmp_path):
@@ -186,10 +194,12 @@ def test_an_export_without_changes_is_the_same_bytes(tmp_path):
     text = build_forking_tokens(build_tokenizer("HuggingFaceTokenizer", str(source)), 6, "text", None)
     write_assets(source, tmp_path / "text", text, 290, "float32")
     write_assets(source, tmp_path / "none", None, 290, "float32")
-    assert files(tmp_path / "text") == files(tmp_path / "none") == files(source)
+    assert files(tmp_path / "none") == files(source) == but_forking_tokens(tmp_path / "text")
     write_assets(source, tmp_path / "once", special_tags(source), 384, "float32")
     write_assets(tmp_path / "once", tmp_path / "twice", special_tags(source), 384, "float32")
     assert files(tmp_path / "twice") == files(tmp_path / "once") != files(source)
+    write_assets(tmp_path / "once", tmp_path / "thrice", None, 384, "float32")  # nothing is known of tags: they stay
+    assert files(tmp_path / "thrice") == files(tmp_path / "once")
 
 
 @pytest.mark.parametrize("decoder", [False, True])
@@ -297,7 +307,7 @@ def test_tags_beside_reserved_special_tokens_that_are_kept(tmp_path):
     source = checkpoint(tmp_path / "in")
     tags = ForkingTokens(("<|im_start|>", "<|endoftext|>"), ((1,), (0,)), "special")
     write_assets(source, tmp_path / "out", tags, 290, "float32")
-    assert files(tmp_path / "out") == files(source)
+    assert but_forking_tokens(tmp_path / "out") == files(source)
 
 
 def test_an_export_onto_its_source_is_refused(tmp_path):

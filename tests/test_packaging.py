@@ -67,7 +67,7 @@ def test_requirements(metadata):
     assert "<" not in requirements["torch"] and "==" not in requirements["torch"]
     assert "<0.17" in requirements["megatron-core"] and ">=0.16.1" in requirements["megatron-core"]
     assert all(">=" in versions for versions in requirements.values())
-    assert set(metadata["Provides-Extra"]) == {"te", "wandb", "test", "dev"}
+    assert set(metadata["Provides-Extra"]) == {"te", "wandb", "vllm", "parquet", "test", "dev"}
     assert not any(line.startswith("apex") for line in metadata["Requires-Dist"])  # another project on PyPI
 
 

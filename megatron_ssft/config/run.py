@@ -21,8 +21,7 @@ class CheckpointConfig:
     finetune: bool = False
     """Load only the weights: start at step 0 with a fresh optimizer."""
     export_hf_at_save: bool = False
-    """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder); needs a run that
-    started from one."""
+    """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder)."""
     verify_hf: bool = True
     """Compare every --export-hf-at-save with the checkpoint, tensor by tensor, and its logits with transformers."""
 

@@ -6,12 +6,15 @@ installed version (class names, key names), which other versions and other progr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ssft.conversion.forking_tokens_file import FORKING_TOKENS, write_forking_tokens
 from megatron_ssft.conversion.sentencepiece_files import convert_sentencepiece, piece_names
 from megatron_ssft.conversion.tokenizer_files import add_forking_tokens, load_tokenizer, read_json, write_json
 from megatron_ssft.errors import UserError
@@ -36,6 +39,7 @@ _ASSETS = (
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
+    FORKING_TOKENS,
 )
 _NEVER = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
@@ -50,22 +54,29 @@ def copy_assets(hf_dir: Path, target: Path) -> None:
     read_json(hf_dir / "config.json")
     if target.is_dir() and target.samefile(hf_dir):
         return
-    old = target.with_name(f"{target.name}.old")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:
-            fresh = Path(parent) / target.name
-            fresh.mkdir()
-            _copy_files(hf_dir, fresh)
-            _ensure_tokenizer_json(fresh, hf_dir)
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                target.rename(old)
-            fresh.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        sync_folder(target.parent)
+        with replacement(target) as fresh:
+            copy_files(hf_dir, fresh)
+            ensure_tokenizer_json(fresh, hf_dir)
     except OSError as error:
         raise UserError(f"{target}: cannot copy the files of {hf_dir}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacement(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` where the block ends well; else `target` stays. Raises OSError."""
+    old = target.with_name(f"{target.name}.old")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:
+        fresh = Path(parent) / target.name
+        fresh.mkdir()
+        yield fresh
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(target.parent)
 
 
 def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_size: int, torch_dtype: str) -> None:
@@ -74,7 +85,8 @@ def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_s
     Args:
         source: a folder of `copy_assets` or a checkpoint.
         target: made where it is missing.
-        tags: in format `special`, tag i becomes the tokenizer entry ids[i][0], which no setting strips from the text.
+        tags: listed in forking_tokens.json; in format `special`, tag i becomes the tokenizer entry ids[i][0], which no
+            setting strips from the text. None: there are none, or nothing is known of them.
         vocab_size: rows of the exported embedding.
         torch_dtype: of the exported weights, e.g. `bfloat16`.
 
@@ -95,6 +107,7 @@ def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_s
                 if max(max(ids) for ids in tags.ids) >= vocab_size:
                     raise UserError(f"{source}: forking tokens {tags.ids} do not fit an embedding of {vocab_size} rows")
                 add_forking_tokens(fresh, source, tags)
+                write_forking_tokens(fresh, tags)
             for file in _files_in(fresh):
                 (target / file).parent.mkdir(exist_ok=True)
                 os.replace(fresh / file, target / file)
@@ -116,11 +129,12 @@ def find_tokenizer(hf_dir: Path) -> tuple[str, Path]:
     raise UserError(f"{hf_dir}: neither tokenizer.json nor tokenizer.model; name a tokenizer by --tokenizer-model")
 
 
-def _copy_files(hf_dir: Path, target: Path) -> None:
-    """Contents only: files of a download cache are links, maybe read-only."""
+def copy_files(hf_dir: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Copy the assets that are there but for `leave_out`. Raises OSError."""
+    # Contents only: files of a download cache are links, maybe read-only.
     for pattern in _ASSETS:
         for file in sorted(hf_dir.glob(pattern)):
-            if file.is_file() and file.suffix not in _NEVER:
+            if file.is_file() and file.suffix not in _NEVER and file.name not in leave_out:
                 copy = target / file.relative_to(hf_dir)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -134,8 +148,11 @@ def _has_vocab_and_merges(folder: Path) -> bool:
     return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
 
 
-def _ensure_tokenizer_json(folder: Path, source: Path) -> None:
-    """Write tokenizer.json from the older forms. `source` is where the files come from, for messages."""
+def ensure_tokenizer_json(folder: Path, source: Path) -> None:
+    """Write tokenizer.json from the older forms. `source` is where the files come from, for messages.
+
+    Raises UserError where it cannot be written so that it gives the same ids.
+    """
     if (folder / "tokenizer.json").is_file():
         return
     if (folder / "tokenizer.model").is_file():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import yaml
 
-from megatron_ssft.arguments import build_config
+from megatron_ssft.arguments import build_config, read_config_file
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import copy_assets
 from megatron_ssft.conversion.safetensors_io import HFWeights
+from megatron_ssft.conversion.scratch_assets import NotExpressible, write_scratch_assets
 from megatron_ssft.conversion.startup import ASSETS, complete_values, is_hf_folder, read_hf_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
@@ -72,11 +76,9 @@ def export_run(source: Path, target: Path, options: dict[str, object]) -> None:
     if target.exists():
         raise UserError(f"{target}: exists; choose another folder")
     config, topology, vocabulary, engine = _start(source, _precision(source) | options)
-    iteration = _load(engine, source)
-    if not (source / ASSETS).is_dir():
-        raise UserError(f"{source}: has no {ASSETS} folder: the run did not start from a Hugging Face folder")
-    folder = checkpoint_folder(source, iteration)
-    report = export_hf(engine, config, vocabulary, source / ASSETS, target, folder if verify else None)
+    with _assets_of(source, config, vocabulary, topology) as assets:
+        folder = checkpoint_folder(source, _load(engine, source))
+        report = export_hf(engine, config, vocabulary, assets, target, folder if verify else None)
     _say(topology, f"exported {folder} to {target}" + (f"; verified: {report}" if report else "; not verified"))
     destroy_topology()
 
@@ -95,6 +97,28 @@ def _start(folder: Path, options: dict[str, object]) -> tuple[Config, Topology, 
     topology = initialize_topology(config)
     vocabulary = build_vocabulary(config)
     return config, topology, vocabulary, Engine(config, topology, vocabulary.tags, vocabulary.size)
+
+
+@contextlib.contextmanager
+def _assets_of(run: Path, config: Config, vocabulary: Vocabulary, topology: Topology) -> Iterator[Path]:
+    """The folder of a run's Hugging Face files, made for the occasion where the run has none. Collective."""
+    with tempfile.TemporaryDirectory() as parent:
+        made = Path(parent) / ASSETS
+
+        def find() -> bool:
+            if (run / ASSETS).is_dir():
+                return True
+            trained = read_config_file(str(run / "config.yaml")).get("seq_length", config.data.seq_length)
+            data = dataclasses.replace(config.data, seq_length=trained)
+            try:
+                write_scratch_assets(
+                    dataclasses.replace(config, data=data), vocabulary.tokenizer, vocabulary.size, made
+                )
+            except NotExpressible as error:
+                raise UserError(f"{run}: cannot be exported: {error}") from error
+            return False
+
+        yield run / ASSETS if on_first_rank(find, topology) else made
 
 
 def _precision(run: Path) -> dict[str, object]:

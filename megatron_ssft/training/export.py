@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import write_assets
+from megatron_ssft.conversion.scratch_assets import check_tokenizer
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.checkpoint import load_folder
 from megatron_ssft.parallel.collectives import barrier, on_first_rank
@@ -44,6 +46,8 @@ def export_hf(
         partial.mkdir(parents=True)
         tags = vocabulary.tags if vocabulary.tags.num_tags else None
         write_assets(assets, partial, tags, engine.vocab_size, dtype)
+        if config.data.tokenizer_type != "HuggingFaceTokenizer":  # whose files are the run's own
+            check_tokenizer(partial, vocabulary.tokenizer)
 
     on_first_rank(prepare, topology)
     report = None
@@ -74,8 +78,10 @@ def verify_folder(
     `new_rows`: vocabulary rows of tags that the folder does not have yet; where there are none, every tag is part of
     the sample.
     """
+    # A run from random weights has no size of the vocabulary in its configuration.
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or engine.vocab_size)
     return verify_logits(
-        config,
+        dataclasses.replace(config, model=model),
         engine.topology,
         vocabulary.tags,
         engine.vocab_size,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import copy_assets
+from megatron_ssft.conversion.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
 from megatron_ssft.conversion.startup import ASSETS, is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.data.sampler import QuestionQueue
+from megatron_ssft.data.tokenizer import build_tokenizer
 from megatron_ssft.errors import UserError
-from megatron_ssft.training.setup import Vocabulary
+from megatron_ssft.training.setup import Vocabulary, build_vocabulary
 
 STATE_FORMAT = 1
 
@@ -104,20 +107,35 @@ def check_writable(config: Config) -> None:
 
 
 def keep_assets(config: Config) -> None:
-    """Copy the Hugging Face files that an export needs besides weights into the run. Raises UserError, OSError."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save is None:
+    """Put the Hugging Face files that an export needs besides weights into the run, where the model has such files.
+
+    They come from what the run is loaded from, else they are made for its model and tokenizer. Raises UserError, for
+    --export-hf-at-save also where there are none, and OSError.
+    """
+    if config.checkpoint.save is None:
         return
-    target = Path(save) / ASSETS
-    if load is not None and not continues_in_place(config):
-        source = Path(load) if is_hf_folder(Path(load)) else Path(load) / ASSETS
+    target, exporting = Path(config.checkpoint.save) / ASSETS, config.checkpoint.export_hf_at_save
+    try:
+        if not continues_in_place(config) or (exporting and not target.is_dir()):
+            _place_assets(config, target)
+        if exporting and config.data.tokenizer_type != "HuggingFaceTokenizer":
+            # Found out before the training rather than after it.
+            check_tokenizer(target, build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model))
+    except NotExpressible as error:
+        if exporting:
+            raise UserError(f"--export-hf-at-save: {error}") from error
+        shutil.rmtree(target, ignore_errors=True)  # of another model, left by a start that came to nothing
+
+
+def _place_assets(config: Config, target: Path) -> None:
+    if config.checkpoint.load is not None:
+        source = Path(config.checkpoint.load)
+        source = source if is_hf_folder(source) else source / ASSETS
         if source.is_dir():
             copy_assets(source, target)
-    if config.checkpoint.export_hf_at_save and not target.is_dir():
-        raise UserError(
-            "--export-hf-at-save: this run did not start from a Hugging Face folder, so there is no config.json and no "
-            "tokenizer to export with"
-        )
+            return
+    vocabulary = build_vocabulary(config)
+    write_scratch_assets(config, vocabulary.tokenizer, vocabulary.size, target)
 
 
 def continues_in_place(config: Config) -> bool:
