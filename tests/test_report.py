@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.report import dynamics
 from megatron_ssft.report.runs import (
     configuration,
     configuration_counts,
@@ -185,142 +181,3 @@ def _fake_run(folder, kind, epochs=3, questions=60):
         row = {"iteration": i, "loss": 2 / i, "matching_gap": gap, "seconds": 0.5, "matching_seconds": 0.1}
         metrics.append(row)
     return _write(folder / kind, metrics, visits)
-
-
-def test_pictures_are_drawn_for_what_the_runs_hold(tmp_path):
-    runs = [load_run(_fake_run(tmp_path, kind)) for kind in ("optimal", "random", "single")]
-    paths = dynamics.draw_all(runs, tmp_path / "figures")
-    names = ["matching_gap.png", "distinct_matchings.png", "tag_sources.png", "matchings_over_epochs.png"]
-    assert [p.name for p in paths] == names
-    for path in paths:
-        pixels = matplotlib.image.imread(path)
-        assert pixels.shape[1] >= 1000
-        assert len(np.unique(pixels[..., :3].sum(-1))) > 20
-    assert dynamics.draw_all(runs[2:], tmp_path / "none") == []
-
-
-def test_a_run_keeps_its_colour_whichever_runs_are_drawn(tmp_path):
-    optimal, random = (load_run(_fake_run(tmp_path, kind)) for kind in ("optimal", "random"))
-    assert dynamics._styles([random]) == dynamics._styles([optimal, random])[1:]
-    assert len(set(dynamics._styles([optimal, random]))) == 2
-
-
-def test_edges_are_labelled_in_columns_by_tag():
-    labels = dynamics._edge_labels([((0, "code"), (2, "a")), ((0, "b"), (1, "long"))])
-    assert labels == ["1:code          3:a", "1:b     2:long     "]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_summary_and_bars(demo, tmp_path):
-    optimal, random, single = (
-        demo.summarize(load_run(_fake_run(tmp_path, kind))) for kind in ("optimal", "random", "single")
-    )
-    assert optimal.gap_first == pytest.approx(0.012)
-    assert optimal.gap_final == pytest.approx(np.mean([1e-2 * 1.2**i for i in range(45, 61)]))
-    assert optimal.distinct_first > 50 and optimal.distinct_last <= 15
-    assert optimal.seconds == pytest.approx(30) and optimal.matching_share == pytest.approx(0.2)
-    assert optimal.bits > 2 > random.bits
-    assert math.isnan(single.gap_final) and math.isnan(single.distinct_last) and single.seconds == pytest.approx(30)
-    assert all(met for met, _ in demo.check_bars(optimal, random))
-    assert not any(met for met, _ in demo.check_bars(random, optimal))
-    assert not any(met for met, _ in demo.check_bars(single, single))  # nothing measured, nothing met
-
-
-@pytest.mark.parametrize(
-    ("optimal", "random", "met"),
-    [
-        ((3.0, 120, 60), (0.3, 1000, 900), [True, True, True, True]),
-        ((2.9, 121, 61), (0.31, 1000, 899), [False, False, False, False]),
-        ((9.0, 100, 51), (0.0, 1000, 1000), [True, True, False, True]),
-    ],
-)
-def test_bars_at_their_edges(demo, optimal, random, met):
-    def summary(name, gap, first, last):
-        return demo.Summary(name, 1.0, gap_final=gap, distinct_first=first, distinct_last=last)
-
-    bars = demo.check_bars(summary("optimal", *optimal), summary("random", *random))
-    assert [ok for ok, _ in bars] == met
-
-
-def test_only_its_own_output_is_replaced(demo, tmp_path):
-    output = tmp_path / "out"
-    demo.prepare_output(output)
-    (output / "optimal" / "iter_0000001").mkdir(parents=True)
-    (output / "data").mkdir()
-    demo.prepare_output(output)
-    assert [p.name for p in output.iterdir()] == [demo.MARKER]
-
-    (output / "thesis.tex").write_text("precious")
-    (output / "optimal").mkdir()
-    with pytest.raises(UserError, match="thesis.tex"):
-        demo.prepare_output(output)
-    assert (output / "thesis.tex").exists() and (output / "optimal").exists()
-
-
-def test_a_folder_without_the_marker_is_left_alone(demo, tmp_path):
-    (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match="not the demo's own"):
-        demo.prepare_output(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="give another --output"):
-        demo.prepare_output(tmp_path / "file")
-
-
-def test_a_link_inside_is_removed_and_not_followed(demo, tmp_path):
-    demo.prepare_output(tmp_path / "out")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "kept").write_text("")
-    (tmp_path / "out" / "optimal").symlink_to(elsewhere)
-    demo.prepare_output(tmp_path / "out")
-    assert (elsewhere / "kept").exists() and not (tmp_path / "out" / "optimal").exists()
-
-
-def test_a_failing_run_ends_the_demo_with_its_status(demo, tmp_path, monkeypatch, capfd):
-    started = []
-
-    def command(output, matching, *_):
-        started.append(matching)
-        return [sys.executable, "-c", "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"]
-
-    monkeypatch.setattr(demo, "training_command", command)
-    assert demo.main(["--output", str(tmp_path / "out")]) == 7
-    assert started == ["optimal"]
-    out, err = capfd.readouterr()
-    assert "\n1\n" in out and "optimal matching ended with exit status 7" in err
-
-
-@pytest.mark.parametrize(("swap", "status"), [(False, 0), (True, 1)])
-def test_the_demo_from_data_to_pictures(demo, tmp_path, monkeypatch, capsys, swap, status):
-    """The training replaced by ready-made runs; with optimal and random swapped no bar is met."""
-
-    def command(output, matching, nproc, iters, train, held_out):
-        assert train.exists() and held_out.exists() and (nproc, iters) == (2, 256)
-        kind = {"optimal": "random", "random": "optimal"}.get(matching, matching) if swap else matching
-        return ["mv", str(_fake_run(tmp_path / matching, kind)), str(output / matching)]
-
-    monkeypatch.setattr(demo, "training_command", command)
-    assert demo.main(["--output", str(tmp_path / "out")]) == status
-    out = capsys.readouterr().out
-    assert "optimal" in out and "single" in out and "matching_gap.png" in out
-    assert out.count("NOT MET") == (4 if swap else 0)
-
-
-def test_the_flags_given_to_the_trainer_exist(demo, tmp_path):
-    from megatron_ssft.arguments import parse_arguments
-
-    for matching in demo.MATCHINGS:
-        command = demo.training_command(tmp_path / "a b", matching, 2, 256, Path("train"), Path("held"))
-        config, _ = parse_arguments("", command[command.index(str(ROOT / "pretrain_ssft.py")) + 1 :])
-        assert config.matching.matching == matching
-        assert config.checkpoint.save == str(tmp_path / "a b" / matching)
-        assert config.data.data_cache_path == str(tmp_path / "a b" / "data_cache")

@@ -74,9 +74,7 @@ def check_report(plan, work=WORK):
     microbatches = [mb for rank in plan.ranks for mb in rank]
     assert plan.pad_sequences == sum(s == PAD for mb in microbatches for s in mb.sequences)
     assert PAD.num_tokens == 1
-    each = [
-        [len(mb.sequences) * alone(max(s.num_tokens for s in mb.sequences), work) for mb in r] for r in plan.ranks
-    ]
+    each = [[len(mb.sequences) * alone(max(s.num_tokens for s in mb.sequences), work) for mb in r] for r in plan.ranks]
     assert plan.makespan == pytest.approx(max(map(sum, each)))
     flat = [w for rank in each for w in rank]
     assert plan.makespan_lower_bound == pytest.approx(max(sum(flat) / len(each), max(flat)))

@@ -1,76 +1,53 @@
-"""Train the synthetic multi-teacher set under optimal, random and single matching; print a table, draw the dynamics.
+"""The whole way on synthetic data: train under optimal, random and single matching, export, generate, score, report.
 
-Runs on two CPU processes in a few minutes. Exit status: 0 if all bars of the table are met, 1 if one is not, 2 for a
-wrong argument, else that of the training run that failed.
+Runs on two CPU processes in a few minutes. Exit status: 0 if all bars are met, 1 if one is not, 2 for a wrong
+argument, else that of the stage that failed. The stages are the project's own commands; each is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from megatron_ssft.data.demo import write_demo_data
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.dynamics import draw_all
-from megatron_ssft.report.runs import (
-    Run,
-    distinct_configurations,
-    final_mean,
-    gap_by_iteration,
-    load_run,
-    mutual_information_bits,
-    tag_source_counts,
-    whole_epochs,
-)
+from megatron_ssft.report.demo_result import check_evaluation, evaluation_table, read_evaluation
+from megatron_ssft.report.demo_training import check_training, summarize, training_table
+from megatron_ssft.report.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 MATCHINGS = ("optimal", "random", "single")
+SAMPLES_PER_TAG = 4
+TAGS = 6
 MARKER = ".megatron_ssft_demo"
 """Its presence says that a folder was made by this program and may be replaced by it."""
-OWN = {MARKER, "data", "data_cache", "figures", *MATCHINGS}
+OWN = {MARKER, "data", "data_cache", "figures", "rollouts", "scores", "evaluation", "report.html", *MATCHINGS}
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A run's row in the table; NaN where a figure does not apply."""
+class StageFailure(Exception):
+    """A command ended with another status than 0."""
 
-    name: str
-    loss: float
-    """Mean over the last 16 iterations."""
-    gap_first: float = np.nan
-    """Nats, where first evaluated."""
-    gap_final: float = np.nan
-    """Nats, mean over the last 16 iterations that have one."""
-    distinct_first: float = np.nan
-    """Different matchings in the first epoch."""
-    distinct_last: float = np.nan
-    """Different matchings in the last whole epoch."""
-    bits: float = np.nan
-    """Mutual information of tag and teacher in the last whole epoch."""
-    seconds: float = np.nan
-    """Sum over the steps."""
-    matching_share: float = np.nan
-    """Share of `seconds` spent on matching."""
+    def __init__(self, command: list[str], status: int) -> None:
+        super().__init__(f"exit status {status}: {shlex.join(command)}")
+        self.status = status
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="[%(default)s]")
     parser.add_argument("--nproc", type=int, default=2, choices=(1, 2, 4), help="tensor-parallel ranks [%(default)s]")
-    parser.add_argument("--train-iters", type=int, default=256, help="steps a run; 64 are an epoch [%(default)s]")
+    parser.add_argument("--train-iters", type=int, default=512, help="steps a run; 64 are an epoch [%(default)s]")
     args = parser.parse_args(argv)
     started, console = time.monotonic(), Console()
     try:
@@ -78,26 +55,29 @@ def main(argv: list[str] | None = None) -> int:
         train, held_out = write_demo_data(args.output / "data")
         for matching in MATCHINGS:
             console.rule(f"{matching} matching")
-            status = run_training(
-                training_command(args.output, matching, args.nproc, args.train_iters, train, held_out)
-            )
-            if status != 0:
-                print(f"the run with {matching} matching ended with exit status {status}", file=sys.stderr)
-                return status
+            run([training_command(args.output, matching, args.nproc, args.train_iters, train, held_out)])
+        training_seconds = time.monotonic() - started
+        console.rule("held-out questions")
+        rollouts = evaluate(args.output, held_out)
         runs = [load_run(args.output / matching) for matching in MATCHINGS]
-        summaries = {run.name: summarize(run) for run in runs}
-        console.rule("result")
-        console.print(result_table(list(summaries.values())))
-        print("The data is synthetic: this shows that the mechanism works, and says nothing about any benchmark.")
-        for path in draw_all(runs, args.output / "figures"):
-            print(f"picture: {path}")
+        summaries = {trained.name: summarize(trained) for trained in runs}
+        evaluated = read_evaluation(args.output / "evaluation", rollouts)
+        write_report(args.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    bars = check_bars(summaries["optimal"], summaries["random"])
+    except StageFailure as failure:
+        print(failure, file=sys.stderr)
+        return failure.status
+    console.rule("result")
+    console.print(training_table(list(summaries.values())))
+    console.print(evaluation_table(evaluated))
+    print("The data is synthetic: this shows that the mechanism works, and says nothing about any benchmark.")
+    print(f"report: {args.output / 'report.html'}, its pictures: {args.output / 'figures'}")
+    bars = check_training(summaries["optimal"], summaries["random"]) + check_evaluation(*evaluated)
     for met, text in bars:
         print(f"{'met    ' if met else 'NOT MET'}  {text}")
-    print(f"{time.monotonic() - started:.0f} s in all")
+    print(f"{time.monotonic() - started:.0f} s in all, {training_seconds:.0f} s of them for training")
     return 0 if all(met for met, _ in bars) else 1
 
 
@@ -127,8 +107,8 @@ def training_command(
         "--num-layers 3 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 64 "
         f"--micro-batch-size 128 --global-batch-size 128 --train-iters {train_iters} "
         "--lr 5e-3 --lr-warmup-fraction 0.05 --lr-decay-style cosine --weight-decay 0.01 --adam-beta2 0.95 "
-        "--clip-grad 1 --seed 1 --eval-interval 64 --tokenizer-type CharTokenizer "
-        "--num-forking-tokens 6 --forking-token-init noise "
+        "--export-hf-at-save --clip-grad 1 --seed 1 --eval-interval 64 --tokenizer-type CharTokenizer "
+        f"--num-forking-tokens {TAGS} --forking-token-init noise "
         f"--matching {matching} --matching-tokens 4 --matching-tokens-per-microbatch 8192"
     )
     if matching == "random":
@@ -143,93 +123,67 @@ def training_command(
     return [*launcher, script, *flags.split(), *(str(x) for pair in paths.items() for x in pair)]
 
 
-def run_training(command: list[str]) -> int:
-    """Run `command` with its output passed through; its exit status (128 + signal number if it was killed)."""
-    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
+    """Generate from the exported models, score, evaluate; the rollout files by name of the run."""
+    rollouts = {matching: output / "rollouts" / f"{matching}.jsonl" for matching in MATCHINGS}
+    scores = {matching: output / "scores" / f"{matching}.jsonl" for matching in MATCHINGS}
+    for folder in ("rollouts", "scores"):
+        (output / folder).mkdir()
+    generated = []
+    for matching, path in rollouts.items():
+        exported = max((output / matching).glob("iter_*/hf"))
+        under = ["each", "--samples-per-tag", SAMPLES_PER_TAG]
+        if matching == "single":  # all traces were trained under the first tag: as many samples under that
+            under = ["fixed", "--tag", 0, "--samples", TAGS * SAMPLES_PER_TAG]
+        generated.append(
+            tool("generate", "--model", exported, "--data", held_out, "--output", path, "--tags", *under,
+                 "--temperature", 0.7, "--top-p", 1, "--max-new-tokens", 48, "--seed", 1)
+        )  # fmt: skip
+    run(generated)
+    run(
+        tool("score", rollouts[m], "--data", held_out, "--verifier", "exact", "--output", scores[m], "--workers", 1)
+        for m in MATCHINGS
+    )
+    run([tool("evaluate", *scores.values(), "--output", output / "evaluation", "--group-by", "operation",
+              "--data", held_out, "--k", 1, 2, 3, 4, 6, 12, 24)])  # fmt: skip
+    return rollouts
+
+
+def write_report(output: Path) -> None:
+    """report.html and figures/ from the runs and their evaluation."""
+    runs, html = [output / matching for matching in MATCHINGS], output / "report.html"
+    run([tool("report", *runs, "--eval", output / "evaluation", "--output", html, "--png-dir", output / "figures")])
+
+
+def tool(name: str, *arguments: object) -> list[str]:
+    """The command line of one of the project's tools."""
+    return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+
+
+def run(commands: Iterable[list[str]]) -> None:
+    """Run the commands, two at a time, with their output passed through. Raises StageFailure."""
+    waiting, running = list(commands), []
     try:
-        status = child.wait()
-    except BaseException:  # an interrupt must not leave training processes behind
-        child.terminate()
-        child.wait()
-        raise
-    return status if status >= 0 else 128 - status
+        while waiting or running:
+            while waiting and len(running) < 2:
+                command = waiting.pop(0)
+                print("$", shlex.join(command), flush=True)
+                running.append((command, subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})))
+            time.sleep(0.1)
+            for command, child in running:
+                if child.poll():
+                    status = child.returncode
+                    raise StageFailure(command, status if status > 0 else 128 - status)
+            running = [(command, child) for command, child in running if child.poll() is None]
+    finally:
+        for _, child in running:  # a failure or an interrupt must not leave processes behind
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
-
-
-def summarize(run: Run) -> Summary:
-    """The table's row for `run`."""
-    seconds = float(np.nansum(run.metrics["seconds"]))
-    loss = final_mean(run.metrics["loss"])
-    if run.name == "single":  # one tag for all traces: nothing is matched
-        return Summary(run.name, loss, seconds=seconds)
-    _, gaps = gap_by_iteration(run.metrics)
-    epochs = whole_epochs(run.visits)
-    distinct = distinct_configurations(run.visits)
-    counts, _ = tag_source_counts(run.visits, epochs[-1], run.num_tags)
-    return Summary(
-        run.name,
-        loss,
-        gap_first=float(gaps[0]) if len(gaps) else np.nan,
-        gap_final=final_mean(gaps),
-        distinct_first=distinct[epochs[0]],
-        distinct_last=distinct[epochs[-1]],
-        bits=mutual_information_bits(counts),
-        seconds=seconds,
-        matching_share=float(np.nansum(run.metrics["matching_seconds"])) / seconds,
-    )
-
-
-def check_bars(optimal: Summary, random: Summary) -> list[tuple[bool, str]]:
-    """What the demo promises: (met, the promise with the measured value). A figure that is missing meets no bar."""
-    return [
-        (optimal.gap_final >= 3, f"optimal: final gap {optimal.gap_final:.2f} nats, at least 3"),
-        (random.gap_final <= 0.3, f"random: final gap {random.gap_final:.2f} nats, at most 0.3"),
-        (
-            optimal.distinct_last <= min(60, optimal.distinct_first / 2),
-            f"optimal: {optimal.distinct_last:.0f} distinct matchings in the last epoch, at most 60 and at most half "
-            f"of the first epoch's {optimal.distinct_first:.0f}",
-        ),
-        (
-            random.distinct_last >= 0.9 * random.distinct_first,
-            f"random: {random.distinct_last:.0f} distinct matchings in the last epoch, at least 0.9 of the first "
-            f"epoch's {random.distinct_first:.0f}",
-        ),
-    ]
-
-
-def result_table(summaries: list[Summary]) -> Table:
-    """One row a run; fits 80 columns. `bits` is the mutual information of tag and teacher in the last epoch."""
-
-    def show(value: float, form: str) -> str:
-        return "-" if np.isnan(value) else format(value, form)
-
-    table = Table(title="Matching on the synthetic demo set", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("matching", no_wrap=True)
-    for header in (
-        "final\nloss\n(nats)",
-        "gap\nfirst / final\n(nats)",
-        "distinct\nmatchings,\nfirst -> last",
-        "mutual\ninf.\n(bits)",
-        "seconds",
-        "spent in\nmatching",
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
-    for s in summaries:
-        gap = f"{show(s.gap_first, '.2f')} / {show(s.gap_final, '.2f')}"
-        distinct = f"{show(s.distinct_first, ',.0f')} -> {show(s.distinct_last, ',.0f')}"
-        table.add_row(
-            s.name,
-            show(s.loss, ".3f"),
-            "-" if np.isnan(s.gap_final) else gap,
-            "-" if np.isnan(s.distinct_first) else distinct,
-            show(s.bits, ".2f"),
-            show(s.seconds, ".1f"),
-            show(s.matching_share, ".0%"),
-        )
-    return table
 
 
 if __name__ == "__main__":

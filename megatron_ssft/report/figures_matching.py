@@ -1,0 +1,180 @@
+"""How the matching develops: its costs and gap, what tags say of sources, how many different matchings there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, number, slugs, thin
+from megatron_ssft.report.figures_training import add_curves
+from megatron_ssft.report.line_charts import Chart, draw_curves
+from megatron_ssft.report.run_facts import MatchingCosts, RunFacts
+from megatron_ssft.report.runs import mutual_information_bits, tag_source_counts
+from megatron_ssft.report.style import DASHES, MARKERS, OKABE_ITO, house_style, legend, new_figure, render
+
+NOT_MATCHED = "all its traces were trained under one tag, so nothing was matched"
+
+
+def dynamics_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
+    """Every curve of the matching that the logs have."""
+    section = Section(
+        "matching",
+        "Matching over the training",
+        "Costs are in nats a question: the mean negative log-likelihood of a trace's first tokens under its tag, "
+        "summed over the question's traces and averaged over the questions of a step.",
+    )
+    matched = [facts for facts in runs if not facts.is_single]
+    section.remarks += [f"{clean(f.name)} has no pictures of its matching: {NOT_MATCHED}." for f in runs if f.is_single]
+    slug = slugs([facts.name for facts in runs])
+    for facts in matched:
+        _add_costs(section, facts, f"matching_costs_{slug[facts.name]}")
+    chart = Chart(
+        "matching_gap", "Matching gap", "mean cost minus least cost", "gap (nats a question)", log=True, known=known,
+        note="How much the choice of tags matters to the model; next to 0 as long as the tags are interchangeable.",
+    )  # fmt: skip
+    _add(section, chart, matched, "matching_gap", "no matching costs were evaluated")
+    chart = Chart(
+        "tag_source_information", "What tags say of sources", "normalised mutual information of tag and source",
+        "information (0 to 1)", known=known,
+        note="Over a sliding window of steps, corrected for chance: about 0 for a matching that ignores the sources, 1 "
+        "where one follows from the other.",
+    )  # fmt: skip
+    _add(section, chart, matched, "tag_source_information", "the log has no value of it")
+    chart = Chart(
+        "matching_margin", "Second-best margin", "second-best minus least cost", "margin (nats a question)", log=True,
+        known=known, note="Median over a step's questions; next to 0 where tags are copies of each other.",
+    )  # fmt: skip
+    _add(
+        section, chart, [f for f in matched if f.matching != "random"], "matching_margin", "the log has no value of it"
+    )
+    _add_unmatched(section, matched, known)
+    _add_distinct(section, matched, known)
+    _add_regret(section, runs, known)
+    return section
+
+
+def _add(section: Section, chart: Chart, runs: Sequence[RunFacts], column: str, reason: str) -> None:
+    add_curves(section, chart, runs, lambda facts: facts.run.metrics[column], reason)
+
+
+def _add_costs(section: Section, facts: RunFacts, key: str) -> None:
+    if facts.costs is None:
+        name = clean(facts.name)
+        section.remarks.append(
+            f"The matching costs of {name} are not drawn: none were evaluated"
+            + (" (--log-matching-interval evaluates them now and then)." if facts.matching == "random" else ".")
+        )
+    else:
+        section.exhibits.append(draw_costs(facts, facts.costs, key))
+
+
+@house_style
+def draw_costs(facts: RunFacts, costs: MatchingCosts, key: str) -> Exhibit:
+    """Optimal, random and mean cost of one run over its steps; of other than optimal tags also what was trained."""
+    curves = {"optimal": costs.optimal, "random": costs.random, "mean": costs.mean}
+    if not np.allclose(costs.optimal, costs.chosen, atol=1e-4):
+        curves["trained"] = costs.chosen
+    figure, axes = new_figure(3.1)
+    for slot, (label, values) in enumerate(curves.items()):
+        x, y, run = thin(costs.iteration, values)
+        every = max(1, len(x) // 8)
+        axes.plot(
+            x, y, color=OKABE_ITO[slot], linestyle=DASHES[slot], marker=MARKERS[slot], markevery=every, label=label
+        )
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cost (nats a question)")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_ylim(bottom=0 if min(costs.optimal) >= 0 else None)
+    legend(axes, list(curves))
+    name = clean(facts.name)
+    first, last = costs.iteration[0], costs.iteration[-1]
+    told = [f"{label} {number(values[0])} and {number(values[-1])}" for label, values in curves.items()]
+    text = f"Nats a question at steps {first:,.0f} and {last:,.0f}: {', '.join(told)}.\n"
+    text += f"The optimal assignment is {number((costs.mean - costs.optimal)[-1])} nats below the mean at the end. "
+    text += "Random is one assignment drawn for each question, mean the average over all assignments."
+    text += " Trained are the tags that the run gave out." if "trained" in curves else ""
+    text += f" A point of the picture is the mean of {run} steps." if run > 1 else ""
+    alt = f"Line chart: matching cost of {name} over training steps, at the first and the last: {', '.join(told)}."
+    picks = np.unique(np.linspace(0, len(costs.iteration) - 1, 9).astype(int))
+    rows = [[f"{costs.iteration[k]:,.0f}", *(number(values[k]) for values in curves.values())] for k in picks]
+    table = TableData(f"Matching cost of {name}, nats a question", ["training step", *curves], rows)
+    return Exhibit(key, f"Matching cost: {name}", render(figure), alt, text, (table,))
+
+
+def _add_unmatched(section: Section, runs: Sequence[RunFacts], known: Sequence[str]) -> None:
+    """Only where some tag was unmatched at some time: a line at 0 needs no picture."""
+    logged = {
+        f.name: f.run.metrics["unmatched_tags"] for f in runs if np.isfinite(f.run.metrics["unmatched_tags"]).any()
+    }
+    if not logged:
+        return
+    if all(np.nanmax(values) == 0 for values in logged.values()):
+        section.remarks.append(f"No tag ever stayed unmatched in {join(map(clean, logged))}: nothing to draw.")
+        return
+    chart = Chart(
+        "unmatched_tags", "Tags without a trace", "tags that no trace was matched to", "tags", known=known,
+        note="Over a sliding window of steps.",
+    )  # fmt: skip
+    _add(section, chart, [f for f in runs if f.name in logged], "unmatched_tags", "")
+
+
+def _add_distinct(section: Section, runs: Sequence[RunFacts], known: Sequence[str]) -> None:
+    """Different configurations by epoch."""
+    enough = [facts for facts in runs if len(facts.epochs) > 1]
+    for facts in runs:
+        if facts not in enough:
+            epochs = "no epoch is complete" if not facts.epochs else "only one epoch is complete"
+            section.remarks.append(f"Matchings by epoch are not drawn for {clean(facts.name)}: {epochs}.")
+    curves = {f.name: (np.array(f.epochs) + 1, np.array([len(f.counts[e]) for e in f.epochs])) for f in enough}
+    chart = Chart(
+        "distinct_matchings", "Different matchings in an epoch", "different matchings", "matchings (count)", log=True,
+        known=known, x_label="epoch",
+    )  # fmt: skip
+    exhibit = draw_curves(chart, curves)
+    if exhibit is None:
+        return
+    of = [
+        f"{clean(f.name)} {len(f.counts[f.epochs[0]]):,} in epoch {f.epochs[0] + 1} and "
+        f"{len(f.counts[f.epochs[-1]]):,} in epoch {f.epochs[-1] + 1}"
+        for f in enough
+    ]
+    text = f"Different sets of edges between tags and sources: {join(of)}. Counts ignore by how much one matching is "
+    text += "better than another; read them beside the gap."
+    tables = (*exhibit.tables, _information_table(enough))
+    section.exhibits.append(Exhibit(exhibit.key, exhibit.title, exhibit.picture, exhibit.alt, text, tables))
+
+
+def _information_table(runs: Sequence[RunFacts]) -> TableData:
+    """Mutual information by epoch, of all visits and uncorrected."""
+    epochs = sorted({epoch for facts in runs for epoch in facts.epochs})
+
+    def bits(facts: RunFacts, epoch: int) -> str:
+        if epoch not in facts.epochs:
+            return "-"
+        return f"{mutual_information_bits(tag_source_counts(facts.run.visits, epoch, facts.num_tags)[0]):.2f}"
+
+    rows = [[str(epoch + 1), *(bits(facts, epoch) for facts in runs)] for epoch in epochs]
+    return TableData("Mutual information of tag and source, bits", ["epoch", *(clean(f.name) for f in runs)], rows)
+
+
+def _add_regret(section: Section, runs: Sequence[RunFacts], known: Sequence[str]) -> None:
+    """What an approximated matching loses; nothing is said where none was approximated."""
+    approximated = [f for f in runs if np.isfinite(f.run.metrics["matching_regret"]).any()]
+    chart = Chart(
+        "matching_regret", "Regret of the approximated matching", "cost above the least one",
+        "regret (nats a question)", known=known, note=join(map(_saved, approximated)),
+    )  # fmt: skip
+    if approximated:
+        _add(section, chart, approximated, "matching_regret", "")
+
+
+def _saved(facts: RunFacts) -> str:
+    metrics = facts.run.metrics
+    seconds = metrics["exact_matching_seconds"], metrics["matching_seconds"]
+    measured = np.isfinite(seconds[0]) & np.isfinite(seconds[1])
+    if not measured.any():
+        return f"For {clean(facts.name)} the log has no times of the exact matching"
+    exact, taken = (float(values[measured].mean()) for values in seconds)
+    return f"{clean(facts.name)} took {taken:.3g} s a step where the exact matching takes {exact:.3g} s"

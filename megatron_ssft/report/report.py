@@ -1,0 +1,87 @@
+"""The report: training runs and an evaluation in, one HTML page and its pictures as PNG files out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
+from megatron_ssft.report.evaluation_record import Record, load_evaluation
+from megatron_ssft.report.exhibits import Section, clean, join
+from megatron_ssft.report.figures_evaluation import evaluation_section
+from megatron_ssft.report.figures_matching import dynamics_section
+from megatron_ssft.report.figures_tags import tags_section
+from megatron_ssft.report.figures_training import cost_section, training_section
+from megatron_ssft.report.html import page
+from megatron_ssft.report.run_facts import RunFacts, load_facts
+from megatron_ssft.report.summary import summary_section
+
+FOOTER = (
+    "Tags are written <think1>, <think2>, ...; costs and losses are in nats. A matching, or configuration, is the set "
+    "of edges between tags and sources chosen for one visit of a question; learned matchings are those that have not "
+    "lost their share in the last complete epoch, and g* is the tag that they match to most sources. Sources are known "
+    "to this report alone; the model never sees them."
+)
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path,
+    evaluation: str | Path | None = None,
+    png_folder: str | Path | None = None,
+) -> list[Path]:
+    """Write the report on the runs in `folders` to `output`, its pictures as PNG files to `png_folder`.
+
+    Args:
+        evaluation: the output folder of tools/evaluate.py.
+        png_folder: by default `<output's name without its ending>_figures` beside the report.
+
+    Returns:
+        The files written, the page first. Equal input gives equal bytes.
+
+    Raises:
+        UserError: a folder is no run or no evaluation, a file of theirs is damaged, or the output cannot be written.
+    """
+    output = Path(output)
+    png_folder = output.with_name(f"{output.stem}_figures") if png_folder is None else Path(png_folder)
+    runs = load_facts(folders)
+    sections = build_sections(runs, load_evaluation(evaluation) if evaluation is not None else None)
+    names = join(clean(facts.name) for facts in runs)
+    lead = (
+        f"{len(runs)} training run{'s' if len(runs) > 1 else ''}, read from {'their' if len(runs) > 1 else 'its'} logs."
+    )
+    text = page(f"Set Supervised Fine-Tuning: {names}", lead, sections, FOOTER)
+    exhibits = [exhibit for section in sections for exhibit in section.exhibits]
+    paths = [output, *(png_folder / f"{exhibit.key}.png" for exhibit in exhibits)]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        png_folder.mkdir(parents=True, exist_ok=True)
+        write_durably(output, text)
+        for path, exhibit in zip(paths[1:], exhibits):
+            path.write_bytes(exhibit.picture.png)
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror}; give another --output") from error
+    return paths
+
+
+def build_sections(runs: Sequence[RunFacts], record: Record | None) -> list[Section]:
+    """All parts of the page, in reading order. A run looks the same in all of them."""
+    known = [facts.name for facts in runs]
+    known += [run["name"] for run in record["runs"] if run["name"] not in known] if record is not None else []
+    sections = [
+        summary_section(runs, record),
+        training_section(runs, known),
+        dynamics_section(runs, known),
+        tags_section(runs),
+        cost_section(runs, known),
+    ]
+    if record is not None:
+        sections.append(evaluation_section(record, known))
+    else:
+        sections.append(
+            Section(
+                "evaluation", "Generated answers", "No evaluation was given (--eval), so there are no pictures of it."
+            )
+        )
+    return sections

@@ -1,0 +1,151 @@
+"""The top of the report: which runs, which model and data, g* and why, and what the evaluation came to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+
+import numpy as np
+
+from megatron_ssft.report.evaluation_record import Record
+from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
+from megatron_ssft.report.figures_evaluation import common_k, votes_of
+from megatron_ssft.report.run_facts import RunFacts
+from megatron_ssft.report.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
+
+
+def summary_section(runs: Sequence[RunFacts], record: Record | None) -> Section:
+    """Sentences on each run, and a table of what they were made with."""
+    section = Section("summary", "Summary")
+    section.tables.append(_facts_table(runs))
+    for facts in runs:
+        section.remarks += [_run_sentence(facts), _choice(facts)]
+    if record is not None:
+        k = common_k(record["runs"]) if record["runs"][0]["ours"] else 0
+        section.remarks += [_evaluation_sentence(run, k) for run in record["runs"]]
+        section.remarks += _accuracy_of_choice(runs, record)
+    return section
+
+
+def _run_sentence(facts: RunFacts) -> str:
+    metrics, name = facts.run.metrics, clean(facts.name)
+    if not facts.steps:
+        return f"{name} has not trained a step yet."
+    gaps = gap_by_iteration(metrics)[1]
+    text = f"{name}: {facts.steps:,} steps, training loss {number(final_mean(metrics['loss']))} nats a token"
+    if len(gaps):
+        text += f", matching gap {number(gaps[0])} nats at first and {number(final_mean(gaps))} in the end"
+    bits = _bits(facts)
+    return text + (f", {bits} bits between tag and source." if bits != "-" else ".")
+
+
+def _bits(facts: RunFacts) -> str:
+    """Mutual information in the last complete epoch."""
+    if facts.is_single or not facts.epochs:
+        return "-"
+    return f"{mutual_information_bits(tag_source_counts(facts.run.visits, facts.epochs[-1], facts.num_tags)[0]):.2f}"
+
+
+def _choice(facts: RunFacts) -> str:
+    """g* of the run, and why."""
+    if not facts.ranking:
+        return f"{clean(facts.name)} has no g*: {facts.why_no_choice}."
+    best = facts.ranking[0]
+    text = f"g* of {clean(facts.name)} is {tag_name(best.tag)}: {best.reason} (epoch {facts.epochs[-1] + 1})."
+    if facts.matching in ("random", "fixed"):
+        text += f" With {facts.matching} matching the tags were given out blindly, so this means nothing."
+    return text
+
+
+def _evaluation_sentence(run: Record, k: int) -> str:
+    name = clean(run["name"])
+    if run["ours"]:
+        figures = [(label, estimate) for label, estimate in votes_of(run, k) if estimate]
+    else:
+        labels = {"pass@1": "pass@1", "native_cons": "native cons", "cons_grouped": "cons@32 grouped"}
+        figures = [(label, run["published"][key]) for key, label in labels.items() if (run["published"] or {}).get(key)]
+    told = join(f"{label} {estimate['value']:.3f}" for label, estimate in figures)
+    return f"Answers of {name} to {run['questions']:,} questions: {told or 'too few samples for any figure'}."
+
+
+def _accuracy_of_choice(runs: Sequence[RunFacts], record: Record) -> list[str]:
+    """How right g* is, where a training run and an evaluated one have the same name."""
+    told = []
+    evaluated = {run["name"]: run for run in record["runs"]}
+    for facts in runs:
+        if facts.ranking and facts.name in evaluated:
+            entries = {e["tag"]: e["accuracy"] for e in evaluated[facts.name]["per_tag"]}
+            mine, best = entries.get(facts.ranking[0].tag), max(entries, key=lambda tag: entries[tag]["value"])
+            if mine is not None:
+                top = "the most accurate tag"
+                if best != facts.ranking[0].tag:
+                    top = f"the most accurate tag, {tag_name(best)}, has {entries[best]['value']:.3f}"
+                told.append(
+                    f"Accuracy of g* of {clean(facts.name)}, {tag_name(facts.ranking[0].tag)}: {mine['value']:.3f}; "
+                    + (top if best != facts.ranking[0].tag else f"it is {top}")
+                    + "."
+                )
+    return told
+
+
+def _facts_table(runs: Sequence[RunFacts]) -> TableData:
+    rows = {
+        "matching": [clean(f.matching or "-") for f in runs],
+        "model": [_model(f) for f in runs],
+        "tags": [_tags(f) for f in runs],
+        "data": [_data(f) for f in runs],
+        "traces a question": [_traces(f) for f in runs],
+        "tokens compared (T_r)": [_setting(f, "matching_tokens") for f in runs],
+        "traces a step": [_setting(f, "global_batch_size") for f in runs],
+        "highest learning rate": [number(float(np.nanmax(f.run.metrics["lr"]))) if _has_lr(f) else "-" for f in runs],
+        "steps": [f"{f.steps:,}" for f in runs],
+        "epochs completed": [f"{len(f.epochs)}" if f.run.visits else "-" for f in runs],
+        "loss at the end": [number(final_mean(f.run.metrics["loss"])) for f in runs],
+        "matching gap at the end": [number(final_mean(gap_by_iteration(f.run.metrics)[1])) for f in runs],
+        "bits between tag and source": [_bits(f) for f in runs],
+        "seconds in all": [number(float(np.nansum(f.run.metrics["seconds"]))) for f in runs],
+    }
+    title = "The runs"
+    rule = "at the end: mean over the last 16 values; bits: in the last complete epoch"
+    return TableData(
+        title, ["", *(clean(f.name) for f in runs)], [[k, *v] for k, v in rows.items()], rule, numeric=False
+    )
+
+
+def _has_lr(facts: RunFacts) -> bool:
+    return bool(np.isfinite(facts.run.metrics["lr"]).any())
+
+
+def _setting(facts: RunFacts, key: str) -> str:
+    return clean(facts.settings[key]) if facts.settings.get(key) is not None else "-"
+
+
+def _model(facts: RunFacts) -> str:
+    load = facts.settings.get("load")
+    shape = [
+        f"{_setting(facts, key)} {what}"
+        for key, what in (("num_layers", "layers"), ("hidden_size", "wide"), ("num_attention_heads", "heads"))
+        if key in facts.settings
+    ]
+    start = (
+        f" from {clean(PurePath(load).name)}" if isinstance(load, str) and load != facts.settings.get("save") else ""
+    )
+    return (", ".join(shape) or "-") + start
+
+
+def _tags(facts: RunFacts) -> str:
+    kind = _setting(facts, "forking_token_format")
+    return f"{facts.num_tags}" + (f", {kind}" if kind != "-" else "")
+
+
+def _data(facts: RunFacts) -> str:
+    """File names without their folders, which mean nothing elsewhere."""
+    paths = facts.settings.get("data_path")
+    names = [clean(PurePath(str(path)).name) for path in paths] if isinstance(paths, list) else []
+    questions = f"{facts.num_questions:,} questions" if facts.num_questions is not None else ""
+    return ": ".join(part for part in (", ".join(names), questions) if part) or "-"
+
+
+def _traces(facts: RunFacts) -> str:
+    sizes = sorted({len(visit.tags) for visit in facts.run.visits})
+    return "-" if not sizes else f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
