@@ -1,4 +1,4 @@
-"""Run statistics against values computed by hand, pictures that can be read back, and the demo's own checks."""
+"""Run statistics against values computed by hand, and damaged logs."""
 
 from __future__ import annotations
 
