@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.report import tag_selection
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "select_tag.py"
@@ -282,3 +283,24 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     assert good.returncode == 0 and "g* = <think2>" in good.stdout and good.stderr == ""
     bad = command(tmp_path / "nothing")
     assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
+
+
+def test_samples_of_another_model_are_refused(tool, tmp_path, capsys, monkeypatch):
+    """Where the run has an export to compare with; where not, it says that it did not check."""
+    run = make_run(tmp_path / "run")
+    scored = write_scored(run / "eval" / "s.jsonl", {0: [[1, 1]], 1: [[1, 0]]}, model="m1")
+    assert any("Not checked" in note for note in as_json(tool, capsys, run)["notes"])
+    (run / "iter_0000002" / "hf").mkdir()
+    monkeypatch.setattr(tag_selection, "model_fingerprint", lambda folder: "m1")
+    assert not any("Not checked" in note for note in as_json(tool, capsys, run)["notes"])
+    monkeypatch.setattr(tag_selection, "model_fingerprint", lambda folder: "m2")
+    assert refused(tool, run).startswith(f"{scored}: samples of another model")
+    monkeypatch.setattr(tag_selection, "MAX_FINGERPRINTED", -1)
+    assert any("Not checked" in note for note in as_json(tool, capsys, run)["notes"])
+
+
+def test_without_scores_it_says_how_to_give_them(tool, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    assert "give them with --scored S.jsonl" in text(tool, capsys, run)
+    assert "not fallen by more than 2 standard deviations" in text(tool, capsys, run)
+    assert "not fallen by more than 0.5 standard deviations" in text(tool, capsys, run, "--tolerance", 0.5)

@@ -32,7 +32,7 @@ SAMPLES_PER_TAG = 4
 TAGS = 6
 MARKER = ".megatron_ssft_demo"
 """Its presence says that a folder was made by this program and may be replaced by it."""
-OWN = {MARKER, "data", "data_cache", "figures", "rollouts", "scores", "evaluation", "report.html", *MATCHINGS}
+OWN = {MARKER, "data", "data_cache", "figures", "rollouts", "evaluation", "report.html", *MATCHINGS}
 
 
 class StageFailure(Exception):
@@ -126,9 +126,9 @@ def training_command(
 def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
     """Generate from the exported models, score, evaluate; the rollout files by name of the run."""
     rollouts = {matching: output / "rollouts" / f"{matching}.jsonl" for matching in MATCHINGS}
-    scores = {matching: output / "scores" / f"{matching}.jsonl" for matching in MATCHINGS}
-    for folder in ("rollouts", "scores"):
-        (output / folder).mkdir()
+    scores = {matching: output / matching / "eval" / f"{matching}.jsonl" for matching in MATCHINGS}  # for select_tag.py
+    for path in (*rollouts.values(), *scores.values()):
+        path.parent.mkdir(exist_ok=True)
     generated = []
     for matching, path in rollouts.items():
         exported = max((output / matching).glob("iter_*/hf"))

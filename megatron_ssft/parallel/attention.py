@@ -9,6 +9,7 @@ that to any kernel it is one sequence with more keys than queries and a causal m
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,15 +169,19 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: f
 
 
 def _transformer_engine(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
-    from transformer_engine.pytorch import DotProductAttention
-
-    attention = DotProductAttention(
-        q.size(1), q.size(2), num_gqa_groups=k.size(1), attention_dropout=0.0, qkv_format="thd",
-        attn_mask_type="padding_causal_bottom_right", softmax_scale=scale,
-    )  # fmt: skip
-    return attention(
+    return _te_module(q.size(1), k.size(1), q.size(2), scale)(
         q, k, v, cu_seqlens_q=lengths.cu_queries, cu_seqlens_kv=lengths.cu_keys,
         max_seqlen_q=lengths.max_queries, max_seqlen_kv=lengths.max_keys,
+    )  # fmt: skip
+
+
+@functools.cache
+def _te_module(heads: int, groups: int, channels: int, scale: float | None) -> nn.Module:
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads, channels, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right", softmax_scale=scale,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ssft.arguments import read_config_file
+from megatron_ssft.conversion.fingerprints import model_fingerprint
 from megatron_ssft.errors import UserError
 from megatron_ssft.inference.metrics import Estimate, estimate
 from megatron_ssft.inference.rollouts import OWN_MODES, ScoredRollout, read_scored
@@ -28,6 +29,8 @@ from megatron_ssft.matching.coverage import (
 )
 from megatron_ssft.report.runs import Run, load_run
 
+MAX_FINGERPRINTED = 8 << 30
+"""Bytes of exported weights that are read to tell whose samples they are."""
 Shares = list[dict[str, float]]
 """For each tag: question's id -> share of its samples that are correct."""
 
@@ -44,6 +47,8 @@ class Selection:
     """Configurations in Omega*."""
     distinct: int
     """Configurations of that epoch."""
+    tolerance: float
+    """Standard deviations by which a share may have fallen."""
     ranking: list[TagCoverage]
     scored: list[str]
     """Files."""
@@ -86,6 +91,7 @@ def select(
     ranking = select_forking_token(learned_matchings(persistent), num_tags)
     files = list(dict.fromkeys(path.resolve() for path in scored)) or find_scored(folder)
     shares, notes = correct_shares(files, num_tags)
+    notes = [*check_model(folder, files), *notes]
     accuracy = {tag: e for tag in range(num_tags) if (e := estimate(list(shares[tag].values()))) is not None}
     if by == "accuracy" and not accuracy:
         raise UserError(
@@ -103,6 +109,7 @@ def select(
         epoch=epochs[-1],
         persistent=len(persistent),
         distinct=len(counts[epochs[-1]]),
+        tolerance=tolerance,
         ranking=ranking,
         scored=[str(path) for path in files],
         accuracy=accuracy,
@@ -146,6 +153,20 @@ def find_scored(folder: Path) -> list[Path]:
             raise UserError(f"{path}: cannot read the file: {error.strerror}; or give others by --scored") from error
 
     return [path for path in sorted((folder / "eval").glob("*.jsonl")) if is_scored(path)]
+
+
+def check_model(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Remarks on whose samples these are. Raises UserError for samples of another model than the run's exports."""
+    if not files:
+        return [f"No scored rollouts in {folder / 'eval'}: give them with --scored S.jsonl to see accuracies."]
+    exports = sorted(folder.glob("iter_*/hf"))
+    size = sum(file.stat().st_size for export in exports for file in export.glob("*.safetensors"))
+    if not exports or size > MAX_FINGERPRINTED:
+        return ["Not checked: whether the samples are of this run's model."]
+    model = read_scored(files[0])[0].model
+    if model not in {model_fingerprint(export) for export in exports}:
+        raise UserError(f"{files[0]}: samples of another model than those exported in {folder}; give this run's own")
+    return []
 
 
 def correct_shares(files: Sequence[Path], num_tags: int) -> tuple[Shares, list[str]]:
@@ -248,7 +269,8 @@ def show(s: Selection, by: str, console: Console) -> None:
     console.print(table, markup=False)
     lines = [
         f"g* = <think{s.g_star + 1}>: {s.ranking[0].reason}. Counted over the {s.persistent:,} of {s.distinct:,} "
-        f"configurations of epoch {s.epoch + 1} that have not lost their share since the one before."
+        f"configurations of epoch {s.epoch + 1} whose share has not fallen by more than {s.tolerance:g} standard "
+        "deviations since the one before."
     ]
     if s.best is not None:
         lines.append(_by_accuracy(s))
