@@ -1,7 +1,7 @@
 """All of it on one CUDA GPU, in under eight minutes: kernels, cost pass, layouts, matching overhead, MFU.
 
 python benchmarks/gpu.py                                # Qwen2.5-1.5B's shape, random weights, bf16
-python benchmarks/gpu.py --shape qwen2.5-7b             # needs about 120 GB for weights and optimizer
+python benchmarks/gpu.py --shape qwen2.5-7b --layers 14 # whole it takes 18 bytes a parameter, 137 GB, and activations
 python benchmarks/gpu.py --rehearse                     # a toy, on any machine: does the code run?
 
 TransformerEngine and flash-attn are compared where they are installed; neither is needed.
@@ -13,6 +13,7 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import layouts
@@ -27,6 +28,9 @@ from megatron_ssft.parallel.topology import job_peak_flops
 from megatron_ssft.records import Assignment
 from megatron_ssft.scheduling.stream import build_stream
 from megatron_ssft.training.trainer import Trainer
+
+LAST_START = 360
+"""Seconds after which no further part is begun, so that the whole ends within eight minutes."""
 
 
 def available_backends(trainer: Trainer) -> dict[str, AttentionBackend]:
@@ -137,6 +141,7 @@ def utilisation(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, ob
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
+    parser.add_argument("--layers", type=int, help="fewer layers of that shape")
     parser.add_argument("--rehearse", action="store_true", help="run a toy in a few seconds, without a GPU as well")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a microbatch [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5)
@@ -152,6 +157,7 @@ def main() -> None:
     args = argparse.Namespace(**vars(args) | shared | {"matching_tokens": [1024 // scale], "data": None})
     trainer = start_trainer(
         SHAPES[args.shape]
+        | ({"num_layers": args.layers} if args.layers else {})
         | {
             "bf16": on_gpu,
             "recompute_granularity": "full",
@@ -161,21 +167,28 @@ def main() -> None:
     )
     begin = time.monotonic()
 
-    def write(title: str, name: str, rows: list[dict[str, object]]) -> None:
-        report(title, rows, args.json and args.json / f"{name}.json")
+    def write(title: str, name: str, measure: Callable[[], list[dict[str, object]]]) -> None:
+        if time.monotonic() - begin > LAST_START:
+            print(f"{title}: left out, {LAST_START} s are over")
+            return
+        report(title, measure(), args.json and args.json / f"{name}.json")
         print(f"{time.monotonic() - begin:.0f} s so far\n", flush=True)
 
     if args.json:
         args.json.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{args.shape} on {where}, torch {torch.__version__}, streams through {trainer.engine.attention}")
-    write("Attention kernels, forward and backward", "kernels", kernels(trainer, args))
-    cost_rows = [layouts.cost_pass(trainer, p // scale, args.matching_tokens[-1], args) for p in (256, 1024)]
-    write("Cost pass, 6 tags x 4 traces a question", "cost_pass", cost_rows)
-    write("Training step by layout", "layouts", layouts.training(trainer, args))
-    write("Optimizer steps", "utilisation", utilisation(trainer, args))
+    write("Attention kernels, forward and backward", "kernels", lambda: kernels(trainer, args))
+    prompts, cut = (256 // scale, 1024 // scale), args.matching_tokens[-1]
+    write(
+        "Cost pass, 6 tags x 4 traces a question",
+        "cost_pass",
+        lambda: [layouts.cost_pass(trainer, prompt, cut, args) for prompt in prompts],
+    )
+    write("Training step by layout", "layouts", lambda: layouts.training(trainer, args))
+    write("Optimizer steps", "utilisation", lambda: utilisation(trainer, args))
     args.seq_length = args.tokens
-    write("A step with and without matching", "matching_overhead", matching_overhead.run(trainer, args))
+    write("A step with and without matching", "matching_overhead", lambda: matching_overhead.run(trainer, args))
     peak = peak_memory(lambda: None)
     print(f"memory held between steps: {peak / 2**30:.1f} GiB")
 

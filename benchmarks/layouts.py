@@ -29,13 +29,18 @@ LAYOUTS: dict[str, dict[str, object]] = {
 }
 
 
-def planner_for(trainer: Trainer, layout: str, tokens: int) -> Planner:
-    """Plans in another layout for the same engine, with the same number of tokens a microbatch."""
+def planner_for(trainer: Trainer, layout: str, tokens: int, longest: int | None = None) -> Planner:
+    """Plans in another layout for the same engine, with the same number of tokens a microbatch.
+
+    `longest`: sequence of a training batch, which decides how many padded rows those are.
+    """
     config = trainer.config
     training = dataclasses.replace(config.training, max_tokens_per_microbatch=None, **LAYOUTS[layout])
     matching = dataclasses.replace(config.matching, matching_tokens_per_microbatch=tokens)
     if layout != "padded":
         training.max_tokens_per_microbatch = tokens
+    elif longest is not None:
+        training.micro_batch_size = max(1, tokens // longest)
     changed = dataclasses.replace(config, training=training, matching=matching)
     return Planner(changed, trainer.vocabulary.tags, trainer.vocabulary.size, 1)
 
@@ -79,7 +84,8 @@ def training(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, objec
     """A step without the optimizer, in every layout."""
     batch = training_batch(args)
     assignments = [Assignment(tuple(range(s.num_traces))) for s in batch.sets]
-    planners = {name: planner_for(trainer, name, args.tokens) for name in LAYOUTS}
+    longest = args.prompt + 1 + max(len(c) for s in batch.sets for c in s.completion_ids)
+    planners = {name: planner_for(trainer, name, args.tokens, longest) for name in LAYOUTS}
     plans = {name: planner.train(batch, assignments) for name, planner in planners.items()}
     losses: dict[str, float] = {}
 

@@ -112,7 +112,7 @@ OTHER_VALUES = {
     "transformer_impl": "transformer_engine",
     "recompute_granularity": "full",
     "recompute_method": "block",
-    "attention_backend": "flash",
+    "attention_backend": "auto",
     "sequence_layout": "padded",
     "share_prompt": True,
     "max_tokens_per_microbatch": None,
@@ -168,7 +168,12 @@ def unusual_config():
 
 def configs():
     """Three that are legal and differ from the defaults in every field between them."""
-    streams = {"sequence_layout": "concatenated", "share_prompt": False, "max_tokens_per_microbatch": 77}
+    streams = {
+        "attention_backend": "sdpa",
+        "sequence_layout": "concatenated",
+        "share_prompt": False,
+        "max_tokens_per_microbatch": 77,
+    }
     less = {"matching_precision": "bf16", "matching_interval": 2, "matching_first_tokens": 9, "matching_certainty": 0.5}
     return [parse(), unusual_config(), parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less)]
 
@@ -268,6 +273,8 @@ REFUSED = [
     ),
     ({"context_parallel_size": 2, "sequence_layout": "padded"}, "--context-parallel-size"),
     ({"context_parallel_size": 2, "transformer_impl": "transformer_engine"}, "--sequence-layout padded"),
+    ({"sequence_layout": "padded", "attention_backend": "sdpa"}, "--attention-backend sdpa"),
+    ({"matching": "single", "matching_precision": "bf16"}, "--matching-precision bf16"),
     ({"sequence_layout": "thd"}, "--sequence-layout thd"),
     ({"sequence_layout": "padded", "share_prompt": False}, "--no-share-prompt"),
     ({"sequence_layout": "padded", "max_tokens_per_microbatch": 9}, "--max-tokens-per-microbatch"),

@@ -69,8 +69,8 @@ def test_an_assignment_is_reused_for_the_epochs_asked_for(data):
 def test_regret_is_measured_against_the_exact_costs(data):
     ((rows, visits),) = train(data, {"matching_interval": 3})
     measured = [row for row in rows if "matching_regret" in row]
-    assert [row["iteration"] for row in measured] == [1, 5, 9]
-    assert measured[0]["matching_regret"] == pytest.approx(0, abs=1e-6)
+    windows = [(row["iteration"] - 1) // 4 for row in measured]
+    assert len(set(windows)) == len(windows) and {0, 1} <= set(windows)
     done = 0
     for row in rows:
         mine = visits[done : done + row["questions"]]
@@ -80,7 +80,7 @@ def test_regret_is_measured_against_the_exact_costs(data):
             regrets = [assignment_regret(cost, tags) for _, _, tags, cost, *_ in mine]
             assert row["matching_regret"] == pytest.approx(np.mean(regrets), abs=1e-5)
             assert row["exact_matching_seconds"] > 0
-    assert measured[-1]["matching_regret"] > 0  # the model has moved since, at this learning rate
+    assert any(row["matching_reused"] and row["matching_regret"] > 0 for row in measured)
 
 
 @pytest.mark.parametrize(("certainty", "share"), [(1e-9, 1.0), (1e6, 0.0), (0.005, None)])

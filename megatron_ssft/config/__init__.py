@@ -79,6 +79,15 @@ class Config:
                 f"--num-layers-per-virtual-pipeline-stage {chunk}",
             )
         require(
+            parallel.attention_backend == "auto" or self.training.sequence_layout != "padded",
+            f"--attention-backend {parallel.attention_backend} is for streams: it needs --sequence-layout packed or "
+            "concatenated",
+        )
+        require(
+            self.matching.matching_precision == "model" or self.matching.matching != "single",
+            "--matching-precision bf16: with --matching single nothing is scored; leave it out",
+        )
+        require(
             self.matching.matching_precision == "model" or not parallel.bf16,
             "--matching-precision bf16: with --bf16 the cost pass is in bfloat16 already; leave it out",
         )

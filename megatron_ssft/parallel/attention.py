@@ -81,6 +81,9 @@ class SdpaAttend:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         n, g, d = query.size(1), key.size(1), query.size(2)
+        if query.is_cuda and n != g:  # with a mask and grouped heads no fused CUDA kernel is found
+            key, value = (t.repeat_interleave(n // g, dim=1) for t in (key, value))
+            g = n
         query, key, value = (t.flatten(1) for t in (query, key, value))
         outputs = []
         for group in self.groups:
@@ -164,7 +167,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: f
 
     return flash_attn_varlen_func(
         q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
-        softmax_scale=scale, causal=True,
+        softmax_scale=scale, causal=True, deterministic=True,
     )  # fmt: skip
 
 

@@ -56,9 +56,12 @@ class VocabParallelHead:
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """float32 hidden @ weight^T. Logits rounded to bfloat16 first would be off by up to 2^-8 of their size."""
-    if hidden.dtype == weight.dtype == torch.bfloat16 and _sums_stay_float32(hidden.device):
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return (hidden @ weight.t()).float()
+    device = hidden.device
+    wants_bf16 = hidden.dtype == torch.bfloat16 or torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False):  # which would round the result
+        if wants_bf16 and _sums_stay_float32(device):
+            return torch.mm(hidden.bfloat16(), weight.bfloat16().t(), out_dtype=torch.float32)
+        return (hidden.to(weight.dtype) @ weight.t()).float()
 
 
 @functools.cache

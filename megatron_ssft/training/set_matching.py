@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,10 +54,17 @@ class SetMatching:
         begin = time.perf_counter()
         matched = self._approximate(batch) if self.config.approximates else self._exact(batch, iteration)
         matched.seconds = time.perf_counter() - begin
-        every = self.config.regret_interval
-        if self.config.approximates and every and iteration % every == 0:
+        if self.config.approximates and self._is_sampled(iteration):
             self._measure_regret(batch, matched)
         return matched
+
+    def _is_sampled(self, iteration: int) -> bool:
+        """One step in every --regret-interval, at a place that does not keep time with epochs and their visits."""
+        every = self.config.regret_interval
+        if every == 0:
+            return False
+        digest = hashlib.blake2b(f"{self.matcher.seed}/{iteration // every}".encode(), digest_size=8).digest()
+        return iteration % every == int.from_bytes(digest, "big") % every
 
     def optimal(self, batch: QuestionBatch) -> list[Assignment]:
         """By the exact costs where the mode asks for costs at all: what an evaluation uses."""
