@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.inference.evaluation import Options, evaluate
-from megatron_ssft.inference.evaluation_tables import all_tables, to_markdown
+from megatron_ssft.inference.evaluation_tables import all_tables, to_markdown, warnings
 from megatron_ssft.inference.rollouts import ScoredRollout, write_scored
 from megatron_ssft.inference.scored_runs import load_runs, read_groups, run_names
 
@@ -133,8 +133,10 @@ def test_a_tag_missing_for_a_question_is_marked_and_does_not_shift_the_others(tm
     assert run["ours"]["native_cons"]["questions"] == run["best_tag"]["oracle"]["questions"] == 1
     assert [entry["pooled"]["questions"] for entry in run["ours"]["pass@k"]] == [2, 2, 1, 1]
     assert run["best_tag"]["per_question"][1]["accuracy"] == [1.0, None, 1.0]
-    text = to_markdown(all_tables({"answers": "string", "runs": [run]}))
-    assert "1 questions have no sample under some tag" in text and "[1]" in text
+    record = {"answers": "string", "runs": [run]}
+    text = to_markdown(all_tables(record), warnings(record))
+    assert text.startswith("incomplete: 1 question lacks samples under some tag; pooled figures are biased\n\n##")
+    assert "[1]" in text
 
 
 def test_the_order_of_lines_does_not_matter_but_for_the_order_of_questions(tmp_path):
@@ -273,7 +275,14 @@ def test_the_tool_compares_answers_mathematically(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"), [(["--k", "0"], "--k 0: must be at least 1"), (["--group-by", "op"], "go together")]
+    ("arguments", "reason"),
+    [
+        (["--k", "0"], "--k 0: must be at least 1"),
+        (["--group-by", "op"], "go together"),
+        (["--k", "1", "67"], "--k 67: no question has more than 66 samples; the largest possible k is 66"),
+        (["--pass-tag", "7"], "--pass-tag 7: tags in use are 0"),
+        (["--pass-tag", "-1"], "--pass-tag -1: tags in use are 0"),
+    ],
 )
 def test_wrong_arguments_end_in_one_line(files, tmp_path, arguments, reason):
     done = run_tool(files / "mixed.jsonl", "--output", tmp_path, *arguments)
@@ -298,3 +307,95 @@ def test_other_questions_are_pointed_out(tmp_path):
     write_scored(paths[1], question("b", "1"))
     record = evaluate(load_runs(paths), Options())
     assert "NOT THE SAME QUESTIONS" in all_tables(record)[0].rule
+
+
+@pytest.mark.parametrize("mode", ["own", "own-greedy"])
+def test_published_pass_at_1_of_tags_the_model_chose(tmp_path, mode):
+    """The first 32 of all samples in the order drawn, whatever their tags; votes over tags mean nothing."""
+    rows = [scored("a", s % 3 or None, s, "1" if s < 8 or s >= 32 else "2", mode=mode) for s in range(40)]
+    rows += [scored("b", 1, s, "1", mode=mode) for s in range(40)]
+    (run,) = evaluated(tmp_path, rows[::-1], pass_tag=1)
+    published = run["published"]
+    assert (published["pass@1"]["value"], published["pass_tag"]) == ((8 / 32 + 1) / 2, None)
+    assert published["pass_samples"] == [32, 32] and run["incomplete"] == []
+    for figure in ("native_cons", "cons_grouped", "cons_interleaved"):
+        assert published[figure] is None
+    (table,) = (t for t in all_tables({"answers": "string", "runs": [run]}) if "published" in t.title)
+    assert [row[:2] for row in table.rows] == [["pass@1, the model's own tags", "32 samples"]]
+
+
+def test_tags_the_model_chose_are_not_compared(tmp_path):
+    own = [scored("a", s, s, "12"[s], mode="own") for s in range(2)]
+    runs = evaluated(tmp_path, own, question("a", "1", "2"))
+    ours, published = all_tables({"answers": "string", "runs": runs})[:2]
+    column = ours.header.index("best tag's")
+    assert [row[column] for row in ours.rows] == ["-", "1.000"]
+    assert "of run0: pass@1, the model's own tags" in published.rule and "run1" not in published.rule
+
+
+def published_rows(tmp_path, rows):
+    tables = all_tables({"answers": "string", "runs": evaluated(tmp_path, rows, protocol="published")})
+    return {row[0]: row[1:] for table in tables if "published" in table.title for row in table.rows}
+
+
+def test_the_published_table_says_what_is_missing(tmp_path):
+    rows = published_rows(tmp_path, question("a", *["1" * 4] * 6))
+    assert rows["cons@32, grouped by tag"] == rows["cons@32, interleaved by tag"]
+    assert rows["cons@32, grouped by tag"] == ["needs 32 samples, there are 24", "-"]
+    assert rows["native cons@6"][0] == "4 votes" and rows["pass@1 under <think1>"][0] == "4 samples"
+    rows = published_rows(tmp_path, question("a", "1", "1"))
+    assert rows["native cons@2"][0] == "1 vote" and rows["pass@1 under <think1>"][0] == "1 sample"
+    rows = published_rows(tmp_path, question("a", "1" * 40, "1" * 39))
+    assert rows["cons@32, grouped by tag"] == rows["native cons@2"] == ["needs as many samples under every tag", "-"]
+    rows = published_rows(tmp_path, question("a", "1" * 32))
+    assert not any(name.startswith("native") for name in rows) and rows["cons@32, grouped by tag"][0] == "1 vote"
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ([[("11", "11"), ("11", "11")]], []),
+        ([[("11", "1"), ("11", "1")]], []),  # in turn: the first tag has one more everywhere
+        ([[("11", "11"), ("1", "11"), ("11", "")]], ["incomplete: 2 questions lack samples under some tag"]),
+        ([[("11",), ("1",)], [("1",)]], ["run0: incomplete: 1 question lacks samples under some tag"]),
+    ],
+)
+def test_incomplete_files_are_told_once(tmp_path, files, line):
+    rows = [[row for q, tags in enumerate(file) for row in question(f"q{q}", *tags)] for file in files]
+    runs = evaluated(tmp_path, *rows)
+    assert warnings({"runs": runs}) == [f"{text}; pooled figures are biased" for text in line]
+
+
+def test_incomplete_files_of_tags_the_model_chose(tmp_path):
+    rows = [scored("a", 0, s, "1", mode="own") for s in range(2)] + [scored("b", 1, 0, "1", mode="own")]
+    assert warnings({"runs": evaluated(tmp_path, rows)}) == [
+        "incomplete: 1 question lacks samples; pooled figures are biased"
+    ]
+
+
+def test_the_tool_prints_and_writes_what_is_incomplete(tmp_path):
+    write_scored(tmp_path / "s.jsonl", [*question("a", "11", "12"), *question("b", "1", "12")])
+    done = run_tool(tmp_path / "s.jsonl", "--output", tmp_path)
+    line = "incomplete: 1 question lacks samples under some tag; pooled figures are biased"
+    assert done.stdout.count(line) == 1 and (tmp_path / "tables.md").read_text().count(line) == 1
+
+
+def test_a_tag_for_pass_at_1_must_be_in_use(files, tmp_path):
+    own = [scored("q0", s, s, "1", mode="own") for s in range(2)]
+    write_scored(tmp_path / "own.jsonl", own)
+    for names, tag, said in (
+        ([files / "tagged.jsonl"], 7, "--pass-tag 7: tags in use are 0 to 5\n"),
+        ([files / "tagged.jsonl", files / "mixed.jsonl"], 6, "--pass-tag 6: tags in use in tagged are 0 to 5\n"),
+        ([files / "tagged.jsonl", files / "mixed.jsonl"], 5, ""),
+        ([tmp_path / "own.jsonl"], 7, ""),
+    ):
+        done = run_tool(*names, "--output", tmp_path / "out", "--protocol", "published", "--pass-tag", tag)
+        assert (done.stderr, done.returncode) == (said, 2 if said else 0)
+
+
+def test_a_file_that_is_not_scored(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "tag": 0, "text": "x"}\n')
+    with pytest.raises(UserError) as caught:
+        load_runs([path])
+    assert str(caught.value) == f"{path}:1: not scored yet; run tools/score.py first"

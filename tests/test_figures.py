@@ -328,7 +328,13 @@ def test_known_accuracies_come_out(tmp_path):
     assert lengths.tables[0].rows[1] == ["<think2>", "20.0", "20", "0.0%"]
     votes = exhibit_of(section, "votes")
     assert votes.tables[0].rows[0] == ["pass@1", "0.500 ±" + votes.tables[0].rows[0][1][-5:], "0.500 ±0.080"]
-    assert column(votes.tables[0], 0) == ["pass@1", "best tag's pass@1", "cons@2", "pass@2", "oracle: best tag"]
+    assert column(votes.tables[0], 0) == [
+        "pass@1",
+        "best tag's pass@1",
+        "cons@2",
+        "pass@2",
+        figures_evaluation.BEST_PER_QUESTION,
+    ]
     passed = exhibit_of(section, "pass_at_k")
     # all samples of a tag are alike, so more than one a tag adds nothing
     rows = {row[0]: row[1][:5] for row in passed.tables[0].rows}
@@ -385,6 +391,38 @@ def test_samples_without_a_tag_and_many_tags(tmp_path):
     assert "first 24 of 30 tags" in exhibit_of(section, "tag_accuracy").text
     assert column(exhibit_of(section, "tag_accuracy").tables[0], 0)[-1] == "no tag"
     exhibit_of(section, "agreement_own")
+
+
+def test_tags_the_model_chose_do_not_compare(tmp_path):
+    path = make_scored(tmp_path / "own.jsonl", [0.2, 0.8], mode="own")
+    record = evaluate(load_runs([path]), Options())
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    votes = exhibit_of(figures_evaluation.evaluation_section(load_evaluation(tmp_path), ["own"]), "votes")
+    assert dict(row[:2] for row in votes.tables[0].rows)["best tag's pass@1"] == "-"
+    assert "they do not compare" in votes.text
+    record["runs"][0]["published"]["pass_tag"] = 0  # an evaluation of before, whose pass@1 is of that tag alone
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="chose its tags; make it anew"):
+        load_evaluation(tmp_path)
+
+
+def test_the_best_tag_per_question_is_chosen_on_other_samples(tmp_path):
+    record = load_evaluation(make_evaluation(tmp_path, {"a": [0.25, 0.75]}))
+    (run,) = record["runs"]
+    run["best_tag"]["other_samples"] = {"value": 0.125, "stderr": None, "questions": 40}
+    label = "best tag per question, chosen on other samples"
+    assert dict(figures_evaluation.votes_of(run, 2))[label]["value"] == 0.125
+    votes = exhibit_of(figures_evaluation.evaluation_section(record, ["a"]), "votes")
+    assert f"{label} 0.125" in votes.text and "oracle" not in (votes.text + votes.alt).lower()
+    run["best_tag"]["other_samples"] = None
+    assert dict(figures_evaluation.votes_of(run, 2))[label] is None  # never the figure of the same samples
+
+
+def test_incomplete_evaluations_are_remarked_on(tmp_path):
+    record = load_evaluation(make_evaluation(tmp_path, {"a": [0.25, 0.75]}))
+    record["runs"][0]["incomplete"] = ["q0"]
+    section = figures_evaluation.evaluation_section(record, ["a"])
+    assert "incomplete: 1 question lacks samples under some tag; pooled figures are biased" in section.remarks
 
 
 def _paths(value, path=()):

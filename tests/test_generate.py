@@ -90,7 +90,8 @@ def test_lines_hold_what_is_promised(model, data, tmp_path):
     rows = lines(tmp_path / "r.jsonl")
     assert len(rows) == 5 * 3 * 2
     assert set(rows[0]) == {
-        *("id", "tag", "sample", "text", "token_ids", "finish_reason", "seed", "sampling", "model", "tokenizer")
+        *("id", "tag", "sample", "text", "token_ids", "finish_reason", "seed", "sampling", "model", "tokenizer"),
+        "prompt",
     }
     assert rows[0]["sampling"] == {
         "mode": "each",
@@ -248,6 +249,23 @@ def test_what_does_not_fit_the_file_is_refused(model, data, tmp_path):
         arguments = {"model": model, "data": data, "output": output, **changes}
         with pytest.raises(UserError, match=reason):
             generate(**arguments)
+    assert output.read_bytes() == before
+
+
+def test_a_question_asked_otherwise_under_its_id_is_refused(model, data, tmp_path):
+    output = tmp_path / "r.jsonl"
+    generate(model, data, output)
+    before, rows = output.read_bytes(), lines(data)
+    assert len({(row["id"], row["prompt"]) for row in lines(output)}) == 5  # one prompt under all tags
+    rows[1]["answer"] = "!"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(model, data, output)
+    rows[1]["question"] += "?"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = next(number for number, row in enumerate(lines(output), start=1) if row["id"] == "q1")
+    reason = f"r.jsonl:{line}: id 'q1': the question's prompt is not .*; give another --output"
+    with pytest.raises(UserError, match=reason):
+        generate(model, data, output, samples_per_tag=2)
     assert output.read_bytes() == before
 
 

@@ -21,6 +21,7 @@ from megatron_ssft.inference.generation.requests import (
     TagPlan,
     build_requests,
     plan_tags,
+    prompt_mark,
     sample_seed,
 )
 from megatron_ssft.inference.questions import read_questions
@@ -142,6 +143,15 @@ def test_seeds_depend_on_the_sample_alone(tmp_path):
 def test_seeds_are_the_same_in_every_version():
     """Files are gone on with by later versions."""
     assert [sample_seed(1, "q", tag, 3) for tag in (0, None)] == [1834692381, 630197710]
+
+
+def test_prompts_are_told_apart_but_for_the_tag(tmp_path):
+    model = char_model()
+    known = {r.key: prompt_mark(r) for r in requests_of(model, tmp_path, TagPlan("each", 2))}
+    assert len(set(known.values())) == len(ROWS)
+    reworded = [ROWS[0] | {"question": "What is 2 plus 4?"}, ROWS[1] | {"answer": "9"}]
+    for request in requests_of(model, tmp_path, TagPlan("each", 1), reworded, seed=2):
+        assert (prompt_mark(request) == known[request.key]) == (request.id == "7")
 
 
 def test_a_prompt_without_room_is_named_by_line(tmp_path):
@@ -274,6 +284,7 @@ def test_text_leaves_out_prompt_tag_and_stop_token(tmp_path):
     assert (done.tag, done.text, done.token_ids) == (None, "", (eos,))
     done = rollout_of(tmp_path, "own-greedy", (a, tag, eos), chosen=1)  # a later tag is part of the text
     assert (done.tag, done.token_ids, done.key) == (1, (a, tag, eos), ("a", None, 0))
+    assert done.prompt == prompt_mark(requests_of(char_model(), tmp_path, TagPlan("each", 1))[0])
     done = rollout_of(tmp_path, "none", (a, eos))
     assert (done.tag, done.text) == (None, "a")
 

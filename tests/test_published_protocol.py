@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_ssft.inference.published_protocol import published_figures
+from megatron_ssft.inference.published_protocol import own_tag_figures, published_figures
 
 
 def restated_winner(answers):
@@ -76,3 +76,10 @@ def test_what_the_samples_do_not_allow_is_none():
     assert absent.native_cons is None and absent.pass_at_1 is None and absent.native_votes == 0
     alone = published_figures([["1"] * 32], [[True] * 32], pass_tag=0)
     assert alone.native_cons is None and alone.cons_grouped == alone.cons_interleaved == 1
+
+
+def test_tags_the_model_chose_are_pooled_in_the_order_drawn():
+    figures = own_tag_figures([True] * 8 + [False] * 24 + [True] * 8)
+    assert (figures.pass_at_1, figures.pass_samples) == (0.25, 32)
+    assert figures.native_cons is figures.cons_grouped is figures.cons_interleaved is None
+    assert own_tag_figures([True, False]).pass_at_1 == 0.5 and own_tag_figures([]).pass_at_1 is None

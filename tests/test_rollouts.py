@@ -16,6 +16,7 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.inference.rollouts import (
     Rollout,
     RolloutWriter,
+    mark,
     read_rollouts,
     read_scored,
     resume_rollouts,
@@ -92,6 +93,8 @@ def test_scored_lines_drop_text_and_tokens_and_keep_the_rest(tmp_path):
         ({"sampling": {"mode": "every"}}, "'sampling'"),
         ({"sampling": []}, "'sampling'"),
         ({"model": 3}, "'model'"),
+        ({"prompt": 7}, "'prompt' must be 16 hexadecimal digits, or null"),
+        ({"prompt": "0123456789abcdeF"}, "'prompt'"),
     ],
 )
 def test_wrong_fields_are_named_with_their_line(tmp_path, change, reason):
@@ -102,7 +105,7 @@ def test_wrong_fields_are_named_with_their_line(tmp_path, change, reason):
     assert message.startswith(f"{path}:3: ") and reason in message
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Rollout)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Rollout) if f.name != "prompt"])
 def test_missing_fields_are_named(tmp_path, field):
     row = json.loads(to_line(rollout()))
     del row[field]
@@ -168,6 +171,30 @@ def test_two_origins_are_refused_by_name_in_one_file_and_on_resuming(tmp_path, c
     message = refusal(resume_rollouts, path, **{**ORIGIN, **change})
     assert message.startswith(f"{path}:1: ") and all(name in message for name in named)
     assert path.read_bytes() == before  # nothing was cut off a file that is refused
+
+
+def test_lines_without_marks_can_be_read(tmp_path):
+    path = write(tmp_path / "r.jsonl", [rollout()])
+    assert "prompt" not in json.loads(path.read_text())
+    assert next(read_rollouts(path)).prompt is None
+    scored = score_rollout(rollout(), correct=True, answer="1", verdict="correct", verifier="exact")
+    write_scored(path, [scored])
+    assert "judged" not in json.loads(path.read_text())
+    assert read_scored(path) == [scored]
+
+
+def test_samples_of_another_prompt_are_refused_on_resuming(tmp_path):
+    marks = {"q1": mark([1, 2]), "q2": mark([3])}
+    path = write(tmp_path / "r.jsonl", [rollout(prompt=marks["q1"]), rollout("q2", prompt=marks["q2"])])
+    before = path.read_bytes() + to_line(rollout("q9")).encode()[:-9]
+    path.write_bytes(before)
+    message = refusal(resume_rollouts, path, **ORIGIN, prompts=marks | {"q2": mark([4])})
+    assert message.startswith(f"{path}:2: id 'q2': the question's prompt is not") and "--output" in message
+    assert path.read_bytes() == before
+    assert len(resume_rollouts(path, **ORIGIN, prompts={"q1": marks["q1"]})) == 2
+    write(path, [rollout(prompt=marks["q1"]), rollout("q2")])
+    message = refusal(resume_rollouts, path, **ORIGIN, prompts=marks)
+    assert message.startswith(f"{path}:2: id 'q2': the line has no 'prompt'")
 
 
 def test_a_file_cut_off_at_any_byte_resumes_without_loss_or_duplicates(tmp_path):

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ssft.data.demo import make_demo_sets
-from megatron_ssft.inference.rollouts import read_scored
+from megatron_ssft.inference.rollouts import Rollout, read_scored
+from megatron_ssft.inference.scoring import LocatedQuestion, Marks
 from megatron_ssft.inference.verifiers import isolation
+from megatron_ssft.inference.verifiers.common import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,13 +132,90 @@ def test_an_output_of_something_else_is_refused_and_kept(demo, tmp_path):
     assert re.fullmatch(rf"{re.escape(str(output))}:1: scored by exact, not math; .*\n", error)
     other = [json.loads(line) | {"model": "m2"} for line in rollouts.read_text().splitlines()]
     write(rollouts, other)
-    assert "of model m, not m2" in score(*arguments, "--verifier", "exact", rc=2).stderr
+    assert 'model "m" before and "m2" now' in score(*arguments, "--verifier", "exact", rc=2).stderr
     write(rollouts, other[6:])
     assert "no such rollout" in score(*arguments, "--verifier", "exact", rc=2).stderr
     assert output.read_bytes() == kept
     output.write_text("notes")
     assert "does not look like" in score(*arguments, "--verifier", "exact", rc=2).stderr
     assert output.read_text() == "notes"
+
+
+def tiny(tmp_path, **question):
+    """Scored once: one question, two rollouts; its paths and how to score it again."""
+    questions = write(tmp_path / "q.jsonl", [{"id": "a", "question": "?", "answer": "B", **question}])
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", "#B"), rollout("a", "#C", 1)])
+    output = tmp_path / "s.jsonl"
+
+    def again(*flags, rc=0):
+        return score(rollouts, "--data", questions, "--verifier", "choice", "--output", output, *flags, rc=rc)
+
+    again()
+    return questions, rollouts, output, again
+
+
+def refused_and_kept(output, again, line, reason, *flags):
+    kept = output.read_bytes()
+    error = again(*flags, rc=2).stderr
+    assert error.startswith(f"{output}:{line}: id 'a', tag {line - 1}, sample 0: ") and error.count("\n") == 1
+    assert reason in error and error.endswith("; give another --output, or remove the file\n")
+    assert output.read_bytes() == kept
+
+
+def test_scores_of_other_rollouts_are_refused(tmp_path):
+    _, rollouts, output, again = tiny(tmp_path)
+    cut = rollout("a", "#C", 1, finish_reason="length")
+    for changed, line, reason in [
+        ([rollout("a", "#B"), rollout("a", "#B", 1)], 2, "another text"),
+        ([rollout("a", "#B"), rollout("a", "#C", 1, seed=2)], 2, "seed 1 before and 2 now"),
+        ([rollout("a", "#B"), cut], 2, 'finish_reason "stop" before and "length" now'),
+        ([rollout("a", "#B", sampling={"mode": "each", "temperature": 1.0})], 1, "temperature 0.7 before and 1.0 now"),
+        ([rollout("a", "#B", tokenizer="t2")], 1, 'tokenizer "t" before and "t2" now'),
+    ]:
+        write(rollouts, changed)
+        refused_and_kept(output, again, line, reason)
+
+
+def test_scores_by_other_gold_answers_are_refused(tmp_path):
+    questions, _, output, again = tiny(tmp_path, choices=["1", "2", "3"])
+    row = {"id": "a", "question": "?", "answer": "B", "choices": ["1", "2", "3"]}
+    for changes in ({"answer": "C"}, {"choices": ["1", "2", "4"]}, {"choices": ["1", "2", "3", "4"]}):
+        write(questions, [row | changes])
+        refused_and_kept(output, again, 1, "gold answer")
+    kept = output.read_bytes()
+    write(questions, [row | {"question": "what?", "level": "easy", "tests": {}}, {"id": "b", "answer": "A"}])
+    again()  # nothing of this is read by the verifier
+    assert output.read_bytes() == kept
+
+
+def test_scores_with_other_settings_are_refused(tmp_path):
+    _, _, output, again = tiny(tmp_path)
+    for flags in (("--answer-after", "#"), ("--timeout", "9"), ("--memory-mb", "2048")):
+        refused_and_kept(output, again, 1, flags[0], *flags)
+    again("--timeout", "10", "--memory-mb", "1024")
+
+
+def test_scores_without_a_mark_can_be_read_but_not_gone_on_with(tmp_path):
+    _, _, output, again = tiny(tmp_path)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len({row["judged"] for row in rows}) == 2
+    del rows[1]["judged"]
+    write(output, rows)
+    output.write_bytes(output.read_bytes() + b'{"id": "a", "ta')  # is not cut off either
+    refused_and_kept(output, again, 2, "the line has no 'judged'")
+    write(output, rows)
+    assert [row.judged for row in read_scored(output)] == [rows[0]["judged"], None]
+
+
+def test_changed_tests_are_refused(tmp_path):
+    """Without running a program: what is there is compared first."""
+    tests = {"type": "stdin", "cases": [{"input": "2", "output": "4"}]}
+    row = {"id": "a", "question": "?", "tests": tests}
+    marks = [
+        Marks({"a": LocatedQuestion(row | changes, 1)}, "code", Settings()).of(Rollout(**rollout("a", "x")))
+        for changes in ({}, {"answer": "4"}, {"tests": tests | {"preamble": "import math"}})
+    ]
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_unusable_gold_answers_are_errors_before_anything_is_scored(tmp_path):

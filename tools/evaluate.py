@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from megatron_ssft.cli import run_command
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.inference.evaluation import PROTOCOLS, Options, evaluate
-from megatron_ssft.inference.evaluation_tables import all_tables, to_markdown, to_rich
+from megatron_ssft.inference.evaluation_tables import all_tables, counted, to_markdown, to_rich, warnings
 from megatron_ssft.inference.math_equivalence import MathEquivalence
-from megatron_ssft.inference.scored_runs import load_runs, read_groups
+from megatron_ssft.inference.scored_runs import ScoredRun, load_runs, read_groups
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="string",
         help="how our votes compare answers; the published rule always compares strings [%(default)s]",
     )
-    parser.add_argument("--pass-tag", type=int, default=0, metavar="TAG", help="published pass@1 [%(default)s]")
+    parser.add_argument("--pass-tag", type=int, metavar="TAG", help="published pass@1 [0, or a file's only tag]")
     parser.add_argument("--group-by", metavar="FIELD", help="best tag for each value of this field of --data")
     parser.add_argument("--data", type=Path, metavar="Q.jsonl", help="the questions, for --group-by")
     arguments = parser.parse_args(argv)
@@ -51,10 +52,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def check_requests(arguments: argparse.Namespace, runs: Sequence[ScoredRun]) -> None:
+    """Raises UserError where the files do not have what is asked for."""
+    most = max(len(question.pooled) for run in runs for question in run.questions)
+    if arguments.k and max(arguments.k) > most:
+        found = f"no question has more than {counted(most, 'sample')}"
+        raise UserError(f"--k {max(arguments.k)}: {found}; the largest possible k is {most}")
+    tag = arguments.pass_tag
+    if tag is None:
+        return
+    judged = [run for run in runs if not run.own_tags and run.tags != (None,)]
+    several = [run for run in judged if len(run.tags) > 1]  # a file of one tag may stand beside those
+    missing = [run for run in several or judged if tag not in run.tags]
+    if missing and (several or len(missing) == len(judged)):
+        where = f" in {missing[0].name}" if len(runs) > 1 else ""
+        raise UserError(f"--pass-tag {tag}: tags in use{where} are {_tags_in_use(missing[0])}")
+    if tag < 0:
+        raise UserError(f"--pass-tag {tag}: must be at least 0")
+
+
+def _tags_in_use(run: ScoredRun) -> str:
+    tags = [tag for tag in run.tags if tag is not None]
+    if len(tags) > 2 and tags[-1] - tags[0] == len(tags) - 1:
+        return f"{tags[0]} to {tags[-1]}"
+    return ", ".join(map(str, tags[:-1])) + (" and " if tags[:-1] else "") + str(tags[-1])
+
+
 def main() -> None:
     """Parse, evaluate, write, print."""
     arguments = parse()
     runs = load_runs(arguments.scored)
+    check_requests(arguments, runs)
     with ExitStack() as stack:
         by = arguments.group_by
         options = Options(
@@ -62,21 +90,23 @@ def main() -> None:
             ks=None if arguments.k is None else tuple(arguments.k),
             answers=arguments.answers,
             equivalent=stack.enter_context(MathEquivalence()) if arguments.answers == "math" else None,
-            pass_tag=arguments.pass_tag,
+            pass_tag=arguments.pass_tag or 0,
             group_by=by,
             groups=None if by is None else read_groups(arguments.data, by),
         )
         record = evaluate(runs, options)
-    tables = all_tables(record)
+    tables, remarks = all_tables(record), warnings(record)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         write_durably(arguments.output / "evaluation.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-        write_durably(arguments.output / "tables.md", to_markdown(tables))
+        write_durably(arguments.output / "tables.md", to_markdown(tables, remarks))
     except OSError as error:
         raise UserError(f"{error.filename or arguments.output}: {error.strerror}; give another --output") from error
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for table in tables:
         console.print(to_rich(table), "")
+    for remark in remarks:
+        print(remark)
     print(f"figures: {arguments.output / 'evaluation.json'}, tables: {arguments.output / 'tables.md'}")
 
 

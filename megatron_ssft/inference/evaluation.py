@@ -6,11 +6,13 @@ A run:
 
     name, file, model, tokenizer, sampling, verifiers, questions, samples, samples_per_question [least, most]
     tags [N]          the tags in use, 0-based; null stands for samples in which the model wrote none
-    incomplete        ids of the questions that have no sample under some tag
+    incomplete        ids of the questions that have fewer samples than others: under some tag, or in all where the
+                      model chose the tags
     ours              rule, pass@1 E, pass@k [{k, pooled E, stratified E}], native_cons E, native_votes [least, most],
                       cons@k [{k, sets E, first_grouped E, first_interleaved E}]
     published         rule, pass_tag, pass@1 E, pass_samples, native_cons E, native_votes, cons_grouped E,
-                      cons_interleaved E; pass_samples and native_votes are [least, most]
+                      cons_interleaved E; pass_samples and native_votes are [least, most]; pass_tag null: the
+                      model's own tags, then nothing but pass@1 is defined, or no such tag, then pass@1 is null
     per_tag [N]       {tag, samples, accuracy E, tokens {mean, median, samples}, truncated, no_answer}, the last two
                       as shares of the samples
     length_histogram  {edges [B+1], counts [N][B]}: tokens; the edges are common to all runs
@@ -58,7 +60,7 @@ class Options:
     """How our votes compare answers: `string`, or `math` by `equivalent`."""
     equivalent: voting.Equivalent | None = None
     pass_tag: int = 0
-    """Tag of the published pass@1, 0-based."""
+    """Tag of the published pass@1, 0-based; not for runs of one tag, nor where the model chose the tags."""
     group_by: str | None = None
     """Name of the field that `groups` come from."""
     groups: Mapping[str, str] | None = None
@@ -117,7 +119,7 @@ def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: li
         "samples": len(run.rows),
         "samples_per_question": _range(len(question.pooled) for question in run.questions),
         "tags": run.tags,
-        "incomplete": [question.id for question in run.questions if not all(question.by_tag)],
+        "incomplete": _incomplete(run),
         "ours": None if options.protocol == "published" else _ours(run, votes, ks, options),
         "published": None if options.protocol == "ours" else _published(run, options),
         "per_tag": [_tag(run, place) for place in range(len(run.tags))],
@@ -127,6 +129,13 @@ def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: li
         "groups": None if options.groups is None else _groups(run, options),
         "verdicts": dict(Counter(row.verdict for row in run.rows).most_common()),
     }
+
+
+def _incomplete(run: ScoredRun) -> list[str]:
+    """How often the model chose a tag is no lack of samples; how often a tag was asked for is the same everywhere."""
+    sizes = [[len(q.pooled)] if run.own_tags else list(map(len, q.by_tag)) for q in run.questions]
+    most = list(map(max, zip(*sizes)))
+    return [question.id for question, own in zip(run.questions, sizes) if own != most]
 
 
 def _votes(question: Question, equivalent: voting.Equivalent | None) -> Votes:
@@ -200,11 +209,15 @@ def _cons_first(k: int, grouped: bool = False) -> Figure:
 def _published(run: ScoredRun, options: Options) -> dict[str, object]:
     """The protocol's figures; a file of one tag serves its pass@1 whatever the tag is."""
     place = 0 if len(run.tags) == 1 else run.tags.index(options.pass_tag) if options.pass_tag in run.tags else None
+    place = None if run.own_tags else place
     figures = []
     for question in run.questions:
         answers = [[row.answer for row in rows] for rows in question.by_tag]
         correct = [[row.correct for row in rows] for rows in question.by_tag]
-        figures.append(published_protocol.published_figures(answers, correct, pass_tag=place))
+        if run.own_tags:
+            figures.append(published_protocol.own_tag_figures([row.correct for row in question.pooled]))
+        else:
+            figures.append(published_protocol.published_figures(answers, correct, pass_tag=place))
 
     def mean(name: str) -> metrics.Estimate | None:
         values = [getattr(figure, name) for figure in figures]
@@ -218,8 +231,8 @@ def _published(run: ScoredRun, options: Options) -> dict[str, object]:
         "pass_samples": _range(figure.pass_samples for figure in figures),
         "native_cons": mean("native_cons") if design else None,
         "native_votes": _range(figure.native_votes for figure in figures) if design else None,
-        "cons_grouped": None if run.own_tags else mean("cons_grouped"),
-        "cons_interleaved": None if run.own_tags else mean("cons_interleaved"),
+        "cons_grouped": mean("cons_grouped"),
+        "cons_interleaved": mean("cons_interleaved"),
     }
 
 

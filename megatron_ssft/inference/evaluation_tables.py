@@ -9,8 +9,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from megatron_ssft.inference.published_protocol import SAMPLES
+from megatron_ssft.inference.rollouts import OWN_MODES
+
 Record = dict[str, "object"]
 ERROR = "± standard error over questions"
+UNEVEN = "needs as many samples under every tag"
+OWN_PASS = "pass@1, the model's own tags"
 WIDEST_MATRIX = 6
 """More tags than this do not fit beside each other; their matrix is in evaluation.json alone."""
 
@@ -44,6 +49,28 @@ def all_tables(record: Record) -> list[TableData]:
     return tables
 
 
+def own_tags(run: Record) -> bool:
+    """The model chose the tags: each tag's accuracy is over other questions, so that tags do not compare."""
+    return run["sampling"].get("mode") in OWN_MODES
+
+
+def warnings(record: Record) -> list[str]:
+    """A line for each run in which questions lack samples."""
+    lines = []
+    for run in record["runs"]:
+        if run["incomplete"]:
+            lack = f"{counted(len(run['incomplete']), 'question')} {'lacks' if len(run['incomplete']) == 1 else 'lack'}"
+            where = "" if own_tags(run) else " under some tag"
+            name = f"{run['name']}: " if len(record["runs"]) > 1 else ""
+            lines.append(f"{name}incomplete: {lack} samples{where}; pooled figures are biased")
+    return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 vote`, `2 votes`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def to_rich(data: TableData) -> Table:
     """For the terminal. The first column is text, the others are figures."""
     table = Table(
@@ -62,9 +89,9 @@ def to_rich(data: TableData) -> Table:
     return table
 
 
-def to_markdown(tables: Sequence[TableData]) -> str:
-    """One file with all tables."""
-    parts = []
+def to_markdown(tables: Sequence[TableData], remarks: Sequence[str] = ()) -> str:
+    """One file with all tables, below `remarks`."""
+    parts = [f"{_cell(remark)}\n" for remark in remarks]
     for table in tables:
         lines = [table.header, [":--" if place == 0 else "--:" for place in range(len(table.header))], *table.rows]
         text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
@@ -91,7 +118,7 @@ def _compare_ours(runs: Sequence[Record]) -> TableData:
     header += [f"best tag of {runs[0]['groups']['field']}"] if by_group else []
     rows = []
     for run in runs:
-        figures = [run["ours"]["pass@1"], max(_accuracies(run), key=lambda figure: figure["value"])]
+        figures = [run["ours"]["pass@1"], best_tag(run)]
         figures += [
             _at(run, "pass@k", k, "stratified") or _at(run, "pass@k", k, "pooled"),
             _at(run, "cons@k", k, "sets"),
@@ -103,8 +130,9 @@ def _compare_ours(runs: Sequence[Record]) -> TableData:
     return TableData("Runs", rule + _other_questions(runs), header, rows)
 
 
-def _accuracies(run: Record) -> list[Record]:
-    return [entry["accuracy"] for entry in run["per_tag"]]
+def best_tag(run: Record) -> Record | None:
+    """The most accurate tag's accuracy, None where the model chose the tags."""
+    return None if own_tags(run) else max((e["accuracy"] for e in run["per_tag"]), key=lambda e: e["value"])
 
 
 def _other_questions(runs: Sequence[Record]) -> str:
@@ -118,6 +146,8 @@ def _compare_published(runs: Sequence[Record]) -> TableData:
     rows = [[run["name"], _samples(run), *(_show(run["published"][name], run) for name in names)] for run in runs]
     header = ["run", "samples", "pass@1", "native cons", "cons@32 grouped", "interleaved"]
     rule = f"{runs[0]['published']['rule']}; {ERROR}"
+    if any(map(own_tags, runs)):
+        rule += f"; of {', '.join(run['name'] for run in runs if own_tags(run))}: {OWN_PASS}"
     return TableData("Runs", rule + _other_questions(runs), header, rows)
 
 
@@ -137,7 +167,8 @@ def _ours(run: Record) -> TableData:
     rule += "the first k tag after tag"
     if ours["native_cons"]:
         rows.append(["native", "-", "-", _show(ours["native_cons"], run), "-", "-"])
-        rule += f"; native cons@{len(run['tags'])}: mean of {_span(ours['native_votes'])} votes of one sample a tag"
+        votes = _counted_span(ours["native_votes"], "vote")
+        rule += f"; native cons@{len(run['tags'])}: mean of {votes} of one sample a tag"
     header = ["k", "pass@k pooled", "pass@k by tag", "cons@k sets", "first k", "first k grouped"]
     return TableData(f"{run['name']}: pass@k and votes, {_samples(run)}", _rule(run, rule), header, rows)
 
@@ -145,15 +176,23 @@ def _ours(run: Record) -> TableData:
 def _published(run: Record) -> TableData:
     published = run["published"]
     tag = "its tag" if published["pass@1"] is None else tag_name(published["pass_tag"])
-    native = f"{_span(published['native_votes'])} votes" if published["native_cons"] else "-"
-    rows = [
-        [f"pass@1 under {tag}", f"{_span(published['pass_samples'])} samples", _show(published["pass@1"], run)],
-        [f"native cons@{len(run['tags'])}", native, _show(published["native_cons"], run)],
-        ["cons@32, grouped by tag", "1 vote", _show(published["cons_grouped"], run)],
-        ["cons@32, interleaved by tag", "1 vote", _show(published["cons_interleaved"], run)],
-    ]
+    label = OWN_PASS if own_tags(run) else f"pass@1 under {tag}"
+    rows = [[label, _counted_span(published["pass_samples"], "sample"), _show(published["pass@1"], run)]]
+    if not own_tags(run) and len(run["tags"]) > 1:
+        native = _counted_span(published["native_votes"], "vote") if published["native_cons"] else UNEVEN
+        rows.append([f"native cons@{len(run['tags'])}", native, _show(published["native_cons"], run)])
+    for form in () if own_tags(run) else ("grouped", "interleaved"):
+        figure = published[f"cons_{form}"]
+        rows.append([f"cons@{SAMPLES}, {form} by tag", "1 vote" if figure else _no_cons(run), _show(figure, run)])
     title = f"{run['name']}: published protocol, {_samples(run)}"
     return TableData(title, _rule(run, published["rule"]), ["figure", "over", "value"], rows)
+
+
+def _no_cons(run: Record) -> str:
+    """Why there is no cons@32."""
+    most = run["samples_per_question"][1]
+    there = f"there {'is' if most == 1 else 'are'} {_span(run['samples_per_question'])}"
+    return f"needs {SAMPLES} samples, {there}" if most < SAMPLES else UNEVEN
 
 
 def _tags(run: Record) -> TableData:
@@ -177,11 +216,11 @@ def _tags(run: Record) -> TableData:
 def _best_tags(run: Record) -> TableData:
     best = run["best_tag"]
     rows = [
-        ["chosen and measured on the same samples", _show(best["oracle"], run)],
+        ["oracle: chosen and measured on the same samples", _show(best["oracle"], run)],
         ["chosen on every other sample, measured on the rest", _show(best["other_samples"], run)],
     ]
     rule = "no votes, so the same under either rule; the first figure is too high by its own luck"
-    return TableData(f"{run['name']}: best tag of each question", _rule(run, rule), ["oracle", "accuracy"], rows)
+    return TableData(f"{run['name']}: best tag of each question", _rule(run, rule), ["best tag", "accuracy"], rows)
 
 
 def _agreement(run: Record, answers: str) -> TableData:
@@ -220,11 +259,8 @@ def _groups(run: Record) -> TableData:
 
 def _rule(run: Record, rule: str) -> str:
     """With a word on questions that had to be left out of some figures."""
-    low, high = run["samples_per_question"]
-    if low != high or run["incomplete"]:
+    if run["incomplete"] or any(entry["accuracy"]["questions"] != run["questions"] for entry in run["per_tag"]):
         rule += "; [n]: over n questions, the others lack samples for it"
-    if run["incomplete"]:
-        rule += f"; {len(run['incomplete'])} questions have no sample under some tag"
     return f"{rule}; {ERROR}"
 
 
@@ -234,6 +270,10 @@ def _samples(run: Record) -> str:
 
 def _span(least_most: Sequence[int]) -> str:
     return "-".join(map(str, sorted(set(least_most))))
+
+
+def _counted_span(least_most: Sequence[int], noun: str) -> str:
+    return _span(least_most) + (f" {noun}" if set(least_most) == {1} else f" {noun}s")
 
 
 def _at(run: Record, figure: str, k: int, form: str) -> Record | None:

@@ -5,7 +5,8 @@
 - Native cons@N: vote s takes the s-th sample of every tag; the mean over the votes.
 - cons@32 in two forms: over the first 32 of the list (tags 1 to 3 alone where each has 11 samples), and over the first
   32 of the list interleaved by tag.
-- pass@1: the first 32 samples under one tag (or all, where there are fewer), the share that is correct.
+- pass@1: the first 32 samples under one tag (or all, where there are fewer), the share that is correct; where the
+  model chose its tags (the RL evaluation), the first 32 of all samples in the order drawn, and no votes over tags.
 - Votes compare extracted answers by plain equality, ties go to the answer seen first, failed extractions vote together.
 
 Two things are not in a scored file and are stood in for: there, answers are compared as parsed expressions, here as the
@@ -38,6 +39,12 @@ class PublishedFigures:
     pass_at_1: float | None
     pass_samples: int
     """How many samples `pass_at_1` is over."""
+
+
+def own_tag_figures(correct: Sequence[bool], *, samples: int = SAMPLES) -> PublishedFigures:
+    """The published figures of one question whose samples (in the order drawn) have tags of the model's own choice."""
+    first = correct[:samples]
+    return PublishedFigures(None, 0, None, None, sum(first) / len(first) if first else None, len(first))
 
 
 def published_figures(

@@ -3,14 +3,20 @@
 A file holds the samples of one model with one tokenizer under one set of sampling settings; whatever mixes them is
 refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
 where the model chose the tag itself, so that a resumed run knows what is left without knowing what the model chose.
+
+Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Two fields are marks of
+what a line was made from, 16 hexadecimal digits each: `prompt` in R.jsonl, `judged` in S.jsonl. Files without them can
+be read but not gone on with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -59,6 +65,8 @@ class Rollout(Sample):
 
     text: str
     token_ids: tuple[int, ...]
+    prompt: str | None = None
+    """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +83,20 @@ class ScoredRollout(Sample):
     num_tokens: int
     truncated: bool
     """The sample ended at its token limit."""
+    judged: str | None = None
+    """`mark` of all that the verdict depends on: text, gold answer, verifier, its settings; None in files of earlier
+    versions."""
 
 
-def score_rollout(rollout: Rollout, *, correct: bool, answer: str | None, verdict: str, verifier: str) -> ScoredRollout:
-    """The scored line of `rollout`: its own fields without text and tokens, and what the verifier said."""
+def mark(value: object) -> str:
+    """16 hexadecimal digits that tell JSON values apart: BLAKE2b over their spelling with sorted keys."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode("ascii"), digest_size=8).hexdigest()
+
+
+def score_rollout(
+    rollout: Rollout, *, correct: bool, answer: str | None, verdict: str, verifier: str, judged: str | None = None
+) -> ScoredRollout:
+    """The scored line of `rollout`: its own fields without text, tokens and prompt, and what the verifier said."""
     return ScoredRollout(
         **{field.name: getattr(rollout, field.name) for field in dataclasses.fields(Sample)},
         correct=correct,
@@ -87,6 +105,7 @@ def score_rollout(rollout: Rollout, *, correct: bool, answer: str | None, verdic
         verifier=verifier,
         num_tokens=len(rollout.token_ids),
         truncated=rollout.finish_reason == "length",
+        judged=judged,
     )
 
 
@@ -100,6 +119,22 @@ def read_scored(path: str | Path) -> list[ScoredRollout]:
     return list(_read(Path(path), ScoredRollout))
 
 
+def read_finished_scored(path: str | Path) -> tuple[list[tuple[int, ScoredRollout]], int, bytes]:
+    """The lines of a scored file that end, each with its number from 1; their size in bytes; what follows them.
+
+    Raises OSError; UserError `file:line: ...` for the first wrong line.
+    """
+    checks, rows, whole = _FileChecks(Path(path), ScoredRollout), [], 0
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return rows, whole, raw
+            if raw.strip():
+                rows.append((number, checks.parse(number, raw)))
+            whole += len(raw)
+    return rows, whole, b""
+
+
 def write_scored(path: str | Path, rows: Iterable[ScoredRollout]) -> None:
     """Write the whole file at once: after a crash the old one or the new one is there. Raises UserError."""
     try:
@@ -109,8 +144,12 @@ def write_scored(path: str | Path, rows: Iterable[ScoredRollout]) -> None:
 
 
 def to_line(record: Sample) -> str:
-    """The record as one line, pure ASCII (generated text may hold line separators and halves of surrogate pairs)."""
+    """The record as one line, pure ASCII (generated text may hold line separators and halves of surrogate pairs).
+
+    A mark that is None is left out, as in the file it was read from.
+    """
     row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
     return json.dumps(row, allow_nan=False) + "\n"
 
 
@@ -156,11 +195,20 @@ class RolloutWriter:
         self.close() if kind is None else self._file.close()  # the first error is the one to tell
 
 
-def resume_rollouts(path: str | Path, *, model: str, tokenizer: str, sampling: Mapping[str, object]) -> set[RolloutKey]:
+def resume_rollouts(
+    path: str | Path,
+    *,
+    model: str,
+    tokenizer: str,
+    sampling: Mapping[str, object],
+    prompts: Mapping[str, str] | None = None,
+) -> set[RolloutKey]:
     """What a rollout file already holds, after cutting off a last line that was never finished.
 
-    An absent or empty file gives the empty set. Raises UserError, and leaves the file as it is, where a line is wrong,
-    another program is writing it, or it comes from another model, tokenizer or other sampling settings.
+    `prompts`: the `prompt` that the lines of each question must have, by id; questions it does not name are not
+    compared. An absent or empty file gives the empty set. Raises UserError, and leaves the file as it is, where a line
+    is wrong, another program is writing it, or it comes from another model, tokenizer, prompt or other sampling
+    settings.
     """
     path = Path(path)
     if not path.exists():
@@ -169,7 +217,7 @@ def resume_rollouts(path: str | Path, *, model: str, tokenizer: str, sampling: M
     try:
         with path.open("r+b") as file:
             _lock(file.fileno(), path)
-            finished, whole, torn = _scan(file, path, expected)
+            finished, whole, torn = _scan(file, path, expected, prompts or {})
             if torn:
                 if torn[: len(_START)] != _START[: len(torn)]:
                     raise UserError(f"{path}: does not look like a file of rollouts; give another --output")
@@ -180,15 +228,25 @@ def resume_rollouts(path: str | Path, *, model: str, tokenizer: str, sampling: M
     return finished
 
 
-def _scan(file: Iterable[bytes], path: Path, expected: dict[str, object]) -> tuple[set[RolloutKey], int, bytes]:
+def _scan(
+    file: Iterable[bytes], path: Path, expected: dict[str, object], prompts: Mapping[str, str]
+) -> tuple[set[RolloutKey], int, bytes]:
     """Keys of the whole lines, their size in bytes, and what follows the last line feed."""
     checks, whole = _FileChecks(path, Rollout, expected), 0
     for number, raw in enumerate(file, start=1):
         if not raw.endswith(b"\n"):
             return set(checks.lines), whole, raw
-        checks.parse(number, raw)
+        record = checks.parse(number, raw)
+        if record.prompt != prompts.get(record.id, record.prompt):
+            raise UserError(f"{path}:{number}: id {record.id!r}: {_other_prompt(record.prompt)}; give another --output")
         whole += len(raw)
     return set(checks.lines), whole, b""
+
+
+def _other_prompt(found: str | None) -> str:
+    if found is None:
+        return "the line has no 'prompt', so whether the question is still the same cannot be told"
+    return "the question's prompt is not the one this sample was made from"
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -232,13 +290,13 @@ class _FileChecks:
         """The record of line `number` (1-based). Raises UserError."""
         where = f"{self._path}:{number}"
         record = _record(where, raw, self._record)
-        origin = _origin(record.model, record.tokenizer, record.sampling)
+        origin = sample_origin(record)
         if self._expected is not None and origin != self._expected:
-            found = _differences(origin, self._expected)
+            found = differences(origin, self._expected)
             raise UserError(f"{where}: made by another run, {found} now; give another --output")
         self._first = self._first or origin
         if origin != self._first:
-            found = _differences(self._first, origin)
+            found = differences(self._first, origin)
             raise UserError(f"{where}: not of one run, {found} here; keep one model and one setting in a file")
         if record.key in self.lines:
             name = f"id {record.id!r}, tag {record.tag}, sample {record.sample}"
@@ -247,12 +305,17 @@ class _FileChecks:
         return record
 
 
+def sample_origin(sample: Sample) -> dict[str, object]:
+    """What `sample` must share with all samples of its file."""
+    return _origin(sample.model, sample.tokenizer, sample.sampling)
+
+
 def _origin(model: str, tokenizer: str, sampling: Mapping[str, object]) -> dict[str, object]:
     """What all samples of a file share."""
     return {"model": model, "tokenizer": tokenizer, **sampling}
 
 
-def _differences(before: dict[str, object], now: dict[str, object]) -> str:
+def differences(before: dict[str, object], now: dict[str, object]) -> str:
     """`temperature 0.7 before and 1.0`, for all that differs."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(now.get(key))}" for key in keys)
@@ -271,6 +334,9 @@ def _record(where: str, raw: bytes, record: type[Sample]) -> Sample:
     for name in names:
         holds, expected = _CHECKS[name]
         if name not in row:
+            if name in _OPTIONAL:
+                row[name] = None
+                continue
             raise UserError(f"{where}: {name!r} is missing, it must be {expected}; repair or remove the line")
         if not holds(row[name]):
             found = textwrap.shorten(json.dumps(row[name]), 40)
@@ -280,12 +346,17 @@ def _record(where: str, raw: bytes, record: type[Sample]) -> Sample:
     return record(**{name: row[name] for name in names})
 
 
+def _is_mark(value: object) -> bool:
+    return value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
 _NAME = (lambda v: isinstance(v, str) and bool(v), "a string that is not empty")
 _FLAG = (lambda v: isinstance(v, bool), "true or false")
+_OPTIONAL = ("prompt", "judged")
 _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("id", "model", "tokenizer", "verdict", "verifier"), _NAME),
     **dict.fromkeys(("correct", "truncated"), _FLAG),
@@ -296,5 +367,6 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "finish_reason": (lambda v: v in ("stop", "length"), "stop or length"),
     "seed": (lambda v: type(v) is int, "a whole number"),
     "sampling": (lambda v: isinstance(v, dict) and v.get("mode") in MODES, f"an object with mode {'|'.join(MODES)}"),
+    **dict.fromkeys(_OPTIONAL, (_is_mark, "16 hexadecimal digits, or null")),
     "answer": (lambda v: v is None or isinstance(v, str), "a string or null"),
 }

@@ -66,7 +66,20 @@ class ScoredRun:
 
 def load_runs(paths: Sequence[str | Path]) -> list[ScoredRun]:
     """The scored files, each under a name of its own. Raises UserError."""
+    for path in paths:
+        _check_scored(path)
     return [ScoredRun(name, str(path), tuple(read_scored(path))) for name, path in zip(run_names(paths), paths)]
+
+
+def _check_scored(path: str | Path) -> None:
+    """Raises UserError for a file of rollouts; whatever else is wrong with a file shows when it is read."""
+    try:
+        with Path(path).open("rb") as file:
+            row = json.loads(file.readline().decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(row, dict) and "text" in row and "correct" not in row:
+        raise UserError(f"{path}:1: not scored yet; run tools/score.py first")
 
 
 def run_names(paths: Sequence[str | Path]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,14 @@ from megatron_ssft.inference.rollouts import (
     Rollout,
     RolloutKey,
     RolloutWriter,
+    Sample,
     ScoredRollout,
+    differences,
+    mark,
+    read_finished_scored,
     read_rollouts,
     read_scored,
+    sample_origin,
     score_rollout,
 )
 from megatron_ssft.inference.verifiers import isolation, sandbox
@@ -25,6 +32,9 @@ from megatron_ssft.inference.verifiers.common import Question, Settings
 from megatron_ssft.inference.verifiers.workers import VerifierPool
 
 _START_OF_LINE = b'{"id": '
+_GOLD_FIELDS = {"exact": ("answer",), "math": ("answer",), "choice": ("answer", "choices"), "code": ("tests",)}
+"""What each verifier reads of a question."""
+_ADVICE = "give another --output, or remove the file"
 
 Progress = Callable[[Iterable[ScoredRollout], int, int], Iterator[ScoredRollout]]
 """(scored rollouts as they come, how many were there before, how many there will be) -> the same rollouts."""
@@ -37,6 +47,27 @@ class LocatedQuestion:
     row: Question
     line: int
     """1-based."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the scored line of a rollout must say."""
+
+    sample: Sample
+    judged: str
+
+
+class Marks:
+    """`judged` of scored lines: a mark of the text, what the verifier reads of the question, and the settings."""
+
+    def __init__(self, questions: dict[str, LocatedQuestion], verifier: str, settings: Settings) -> None:
+        self._common = [verifier, settings.answer_after, float(settings.timeout), settings.memory_mb]
+        fields = _GOLD_FIELDS[verifier]
+        self._golds = {name: mark([q.row.get(field) for field in fields]) for name, q in questions.items()}
+
+    def of(self, rollout: Rollout) -> str:
+        """16 hexadecimal digits; the rollout's question must be known."""
+        return mark([rollout.text, self._golds[rollout.id], *self._common])
 
 
 def read_questions(path: Path) -> dict[str, LocatedQuestion]:
@@ -93,20 +124,25 @@ def score_file(
     answer, for rollouts of other questions, for an output that does not fit, and for a disk that refuses; all but the
     last before anything is judged.
     """
-    keys = _check_rollouts(rollouts, questions, data)
+    marks = Marks(questions, verifier, settings)
+    keys = _check_rollouts(rollouts, questions, data, marks)
     done = resume(output, verifier=verifier, rollouts=keys)
     with VerifierPool(verifier, settings, workers) as pool:
         _check_golds(pool, questions, data)
         if len(done) < len(keys):
             missing = (rollout for rollout in read_rollouts(rollouts) if rollout.key not in done)
             with RolloutWriter(output) as writer:
-                for scored in progress(_scored(pool, missing, questions, verifier), len(done), len(keys)):
+                for scored in progress(_scored(pool, missing, questions, verifier, marks), len(done), len(keys)):
                     writer.write([scored])
     return read_scored(output)
 
 
 def _scored(
-    pool: VerifierPool, rollouts: Iterable[Rollout], questions: dict[str, LocatedQuestion], verifier: str
+    pool: VerifierPool,
+    rollouts: Iterable[Rollout],
+    questions: dict[str, LocatedQuestion],
+    verifier: str,
+    marks: Marks,
 ) -> Iterator[ScoredRollout]:
     """Each rollout with its judgement."""
     waiting: list[Rollout] = []
@@ -117,24 +153,32 @@ def _scored(
             yield rollout.text, questions[rollout.id].row
 
     for judgement in pool.judge(rows()):
+        rollout = waiting.pop(0)
         yield score_rollout(
-            waiting.pop(0),
+            rollout,
             correct=judgement.correct,
             answer=judgement.answer,
             verdict=judgement.verdict,
             verifier=verifier,
+            judged=marks.of(rollout),
         )
 
 
-def _check_rollouts(path: Path, questions: dict[str, LocatedQuestion], data: Path) -> dict[RolloutKey, str]:
-    """Every rollout's key -> its model's fingerprint, in the order of the file. Raises UserError."""
-    keys: dict[RolloutKey, str] = {}
+def _check_rollouts(
+    path: Path, questions: dict[str, LocatedQuestion], data: Path, marks: Marks
+) -> dict[RolloutKey, Expected]:
+    """Every rollout's key -> what its scored line must say, in the order of the file. Raises UserError."""
+    keys: dict[RolloutKey, Expected] = {}
+    names = [field.name for field in dataclasses.fields(Sample)]
+    sampling = None
     for rollout in read_rollouts(path):
         if rollout.id not in questions:
             raise UserError(
                 f"{path}: id {rollout.id!r} is not in {data}; give the questions the rollouts were made from"
             )
-        keys[rollout.key] = rollout.model
+        sampling = sampling or rollout.sampling  # equal in the whole file: keep one
+        fields = {name: getattr(rollout, name) for name in names}
+        keys[rollout.key] = Expected(Sample(**fields | {"sampling": sampling}), marks.of(rollout))
     return keys
 
 
@@ -157,45 +201,48 @@ def choose_walls(data: Path, unsafe: bool) -> str | None:
     return isolation.choose()
 
 
-def resume(path: Path, *, verifier: str, rollouts: dict[RolloutKey, str]) -> set[RolloutKey]:
+def resume(path: Path, *, verifier: str, rollouts: dict[RolloutKey, Expected]) -> set[RolloutKey]:
     """What a scored file already holds, after cutting off a last line that was never finished.
 
     `rollouts`: as `_check_rollouts` returns them. Raises UserError, and leaves the file as it is, where it holds
-    scores of another verifier, another model or other rollouts.
+    scores of another verifier, of other rollouts, gold answers or settings, or does not say of which.
     """
-    advice = "give another --output, or remove the file"
     try:
-        if not path.exists() or path.stat().st_size == 0:
+        if not path.exists():
             return set()
-        _cut_torn_line(path, advice)
-        if path.stat().st_size == 0:
-            return set()
+        rows, whole, torn = read_finished_scored(path)
+        for line, row in rows:
+            reason = _misfit(row, verifier, rollouts.get(row.key))
+            if reason is not None:
+                raise UserError(f"{path}:{line}: {reason}; {_ADVICE}")
+        if torn:
+            if torn[: len(_START_OF_LINE)] != _START_OF_LINE[: len(torn)]:
+                raise UserError(f"{path}: does not look like a file of scores; {_ADVICE}")
+            os.truncate(path, whole)
     except OSError as error:
         raise UserError(f"{path}: cannot read the scores: {error.strerror}; check the path") from error
-    scored = read_scored(path)
-    for line, row in enumerate(scored, start=1):
-        if row.verifier != verifier:
-            raise UserError(f"{path}:{line}: scored by {row.verifier}, not {verifier}; {advice}")
-        if row.key not in rollouts:
-            raise UserError(
-                f"{path}:{line}: id {row.id!r}, tag {row.tag}, sample {row.sample}: no such rollout; {advice}"
-            )
-        if row.model != rollouts[row.key]:
-            raise UserError(f"{path}:{line}: a rollout of model {row.model}, not {rollouts[row.key]}; {advice}")
-    return {row.key for row in scored}
+    return {row.key for _, row in rows}
 
 
-def _cut_torn_line(path: Path, advice: str) -> None:
-    """Raises OSError; UserError if what would be cut off was not written here."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    torn = data[whole:]
-    if not torn:
-        return
-    if torn[: len(_START_OF_LINE)] != _START_OF_LINE[: len(torn)]:
-        raise UserError(f"{path}: does not look like a file of scores; {advice}")
-    with open(path, "r+b") as file:
-        file.truncate(whole)
+def _misfit(row: ScoredRollout, verifier: str, expected: Expected | None) -> str | None:
+    """Why a scored line is not what would be written for its rollout now; None if it is."""
+    if row.verifier != verifier:
+        return f"scored by {row.verifier}, not {verifier}"
+    name = f"id {row.id!r}, tag {row.tag}, sample {row.sample}"
+    if expected is None:
+        return f"{name}: no such rollout"
+    # Apart from the origin, whose sampling settings have a seed and a tag of their own.
+    own = [{key: getattr(s, key) for key in ("seed", "tag", "finish_reason")} for s in (row, expected.sample)]
+    found = differences(sample_origin(row), sample_origin(expected.sample)) or differences(*own)
+    if found:
+        return f"{name}: scored for another rollout, {found} now"
+    if row.judged is None:
+        return f"{name}: the line has no 'judged', so what was scored cannot be compared"
+    if row.judged != expected.judged:
+        return (
+            f"{name}: scored with another text, gold answer or tests, --answer-after, --timeout or --memory-mb than now"
+        )
+    return None
 
 
 def reward_rows(scored: Sequence[ScoredRollout]) -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.inference.evaluation_tables import own_tags
 
 FILE = "evaluation.json"
 Record = dict[str, "object"]
@@ -178,6 +179,8 @@ def _check_entries(run: Record, first: Record) -> None:
             raise ValueError(f"{rule!r} is there for some runs only")
         if run[rule] and run[rule]["native_cons"] and run[rule]["native_votes"] is None:
             raise ValueError(f"run {run['name']!r} has a native_cons without native_votes")
+    if run["published"] and own_tags(run) and run["published"]["pass_tag"] is not None:
+        raise ValueError(f"run {run['name']!r} has a pass_tag though the model chose its tags")
     if run["ours"]:
         ks = [[entry["k"] for entry in of["ours"][key]] for of in (run, first) for key in ("pass@k", "cons@k")]
         if any(own != ks[0] for own in ks):

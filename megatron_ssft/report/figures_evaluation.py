@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_ssft.inference import evaluation_tables
+from megatron_ssft.inference.evaluation_tables import counted
 from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, slugs, tag_name
 from megatron_ssft.report.figures_answers import MOST_TAGS, draw_agreement, draw_lengths, room
@@ -20,6 +22,9 @@ from megatron_ssft.report.style import (
 )
 
 Figure = tuple[str, "Record | None"]
+BEST_TAG = "best tag's pass@1"
+"""Chosen on the samples that it is measured on."""
+BEST_PER_QUESTION = "best tag per question, chosen on other samples"
 
 
 def evaluation_section(record: Record, known: Sequence[str]) -> Section:
@@ -47,6 +52,7 @@ def evaluation_section(record: Record, known: Sequence[str]) -> Section:
                 f"Agreement between tags is not drawn for {clean(run['name'])}: it has one tag only."
             )
     _add_tables(section, record)
+    section.remarks += [clean(line, 200) for line in evaluation_tables.warnings(record)]
     if not any(run["groups"] for run in runs):
         section.remarks.append(
             "There is no table of the best tag of each group of questions: the evaluation was made without --group-by."
@@ -69,7 +75,7 @@ def _intro(runs: Sequence[Record]) -> str:
         sampling = run["sampling"]
         how = [f"{key.replace('_', ' ')} {clean(sampling[key])}" for key in ("temperature", "top_p") if key in sampling]
         how += [f"tags: {clean(sampling['mode'])}"] if "mode" in sampling else []
-        samples = f"{run['samples']:,} samples of {run['questions']:,} questions"
+        samples = f"{counted(run['samples'], 'sample')} of {counted(run['questions'], 'question')}"
         parts.append(
             f"{clean(run['name'])}: {samples} ({', '.join([*how, 'judged by ' + join(map(clean, run['verifiers']))])})."
         )
@@ -132,16 +138,16 @@ def votes_of(run: Record, k: int) -> list[Figure]:
     ours = run["ours"]
     return [
         ("pass@1", ours["pass@1"]),
-        ("best tag's pass@1", max((e["accuracy"] for e in run["per_tag"]), key=lambda e: e["value"])),
+        (BEST_TAG, evaluation_tables.best_tag(run)),
         (f"cons@{k}", next((e["sets"] for e in ours["cons@k"] if e["k"] == k), None)),
         (f"pass@{k}", next((best_pass(e) for e in ours["pass@k"] if e["k"] == k), None)),
-        ("oracle: best tag", run["best_tag"]["other_samples"] or run["best_tag"]["oracle"]),
+        (BEST_PER_QUESTION, run["best_tag"]["other_samples"]),
     ]
 
 
 @house_style
 def draw_votes(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
-    """A dot a run for pass@1, vote, pass@k and oracle."""
+    """A dot a run for pass@1, vote, pass@k and the best tag."""
     k = common_k(runs)
     figures = {run["name"]: dict(votes_of(run, k)) for run in runs}
     labels = list(next(iter(figures.values())))
@@ -156,7 +162,7 @@ def draw_votes(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
             color=style.color, linestyle="none", marker=style.marker, capsize=3, markersize=7,
             label=line_label(run["name"]),
         )  # fmt: skip
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, 20) for label in labels])
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share of questions answered correctly")
@@ -168,14 +174,16 @@ def draw_votes(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
         ".\n".join(parts) + f".\nThe vote cons@{k} is over sets of {k} samples, spread over the tags where tags were "
     )
     text += (
-        "asked for. The oracle knows each question's best tag; it is chosen on every other sample and measured on the "
+        "asked for. The best tag is chosen on the same samples; the best tag per question on every other sample, and "
     )
-    text += "rest where there are samples enough, else on the same ones."
+    text += "measured on the rest, where there are samples enough."
+    if any(map(evaluation_tables.own_tags, runs)):
+        text += " Where the model chose its tags, they do not compare: each was measured on other questions."
     rows = [[label, *(_show(mine[label]) for mine in figures.values())] for label in labels]
     table = TableData(
         "One sample, votes, any of k", ["figure", *map(clean, figures)], rows, clean(runs[0]["ours"]["rule"], 200)
     )
-    alt = f"Dot plot of pass@1, vote, pass@k and oracle. {'. '.join(parts)}."
+    alt = f"Dot plot of pass@1, vote, pass@k and the best tag. {'. '.join(parts)}."
     return Exhibit("votes", "One sample, a vote, any of k", render(figure), alt, text, (table,))
 
 

@@ -7,9 +7,10 @@ from pathlib import PurePath
 
 import numpy as np
 
+from megatron_ssft.inference.evaluation_tables import OWN_PASS, counted, own_tags
 from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
-from megatron_ssft.report.figures_evaluation import common_k, votes_of
+from megatron_ssft.report.figures_evaluation import BEST_TAG, common_k, votes_of
 from megatron_ssft.report.run_facts import RunFacts
 from megatron_ssft.report.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
 
@@ -32,7 +33,7 @@ def _run_sentence(facts: RunFacts) -> str:
     if not facts.steps:
         return f"{name} has not trained a step yet."
     gaps = gap_by_iteration(metrics)[1]
-    text = f"{name}: {facts.steps:,} steps, training loss {number(final_mean(metrics['loss']))} nats a token"
+    text = f"{name}: {counted(facts.steps, 'step')}, training loss {number(final_mean(metrics['loss']))} nats a token"
     if len(gaps):
         text += f", matching gap {number(gaps[0])} nats at first and {number(final_mean(gaps))} in the end"
     bits = _bits(facts)
@@ -60,12 +61,17 @@ def _choice(facts: RunFacts) -> str:
 def _evaluation_sentence(run: Record, k: int) -> str:
     name = clean(run["name"])
     if run["ours"]:
-        figures = [(label, estimate) for label, estimate in votes_of(run, k) if estimate]
+        marked = {BEST_TAG: f"{BEST_TAG} (chosen on the same samples)"}
+        figures = [(marked.get(label, label), estimate) for label, estimate in votes_of(run, k) if estimate]
     else:
-        labels = {"pass@1": "pass@1", "native_cons": "native cons", "cons_grouped": "cons@32 grouped"}
+        labels = {
+            "pass@1": OWN_PASS if own_tags(run) else "pass@1",
+            "native_cons": "native cons",
+            "cons_grouped": "cons@32 grouped",
+        }
         figures = [(label, run["published"][key]) for key, label in labels.items() if (run["published"] or {}).get(key)]
     told = join(f"{label} {estimate['value']:.3f}" for label, estimate in figures)
-    return f"Answers of {name} to {run['questions']:,} questions: {told or 'too few samples for any figure'}."
+    return f"Answers of {name} to {counted(run['questions'], 'question')}: {told or 'too few samples for any figure'}."
 
 
 def _accuracy_of_choice(runs: Sequence[RunFacts], record: Record) -> list[str]:

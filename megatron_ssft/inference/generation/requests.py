@@ -16,7 +16,7 @@ from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
 from megatron_ssft.inference.generation.model_folder import ModelFolder
 from megatron_ssft.inference.generation.own_tags import OwnTags
-from megatron_ssft.inference.rollouts import Rollout, RolloutKey
+from megatron_ssft.inference.rollouts import Rollout, RolloutKey, mark
 from megatron_ssft.records import ForkingTokens, SetExample
 
 TAG_MODES = ("each", "fixed", "round-robin", "own", "own-greedy", "none")
@@ -129,6 +129,11 @@ class Request:
         return self.id, self.slot, self.sample
 
 
+def prompt_mark(request: Request) -> str:
+    """The field `prompt` of a rollout's line: it changes with the question's wording, not with the tag."""
+    return mark(request.prompt)
+
+
 @dataclass(frozen=True)
 class Generated:
     """What a backend made of a request."""
@@ -231,4 +236,5 @@ class RolloutMaker:
             tokenizer=self._model.tokenizer_fingerprint,
             text=text,
             token_ids=ids,
+            prompt=prompt_mark(request),
         )

@@ -24,6 +24,7 @@ from megatron_ssft.inference.generation.requests import (
     build_requests,
     describe_tags,
     plan_tags,
+    prompt_mark,
     token_limit,
 )
 from megatron_ssft.inference.questions import read_questions
@@ -114,7 +115,11 @@ def generate_file(options: Options, console: Console) -> Summary:
     backend = make_backend(options, model, console)
     settings = sampling_record(options, model, plan, backend)
     done = resume_rollouts(
-        options.output, model=model.fingerprint, tokenizer=model.tokenizer_fingerprint, sampling=settings
+        options.output,
+        model=model.fingerprint,
+        tokenizer=model.tokenizer_fingerprint,
+        sampling=settings,
+        prompts={request.id: prompt_mark(request) for request in requests},
     )
     strangers = {key[0] for key in done} - {example.id for example in examples}
     if strangers:
