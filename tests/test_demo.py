@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import math
 import sys
 import time
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_ssft.data.demo import make_demo_sets, writing_style
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.demo_result import Evaluated, check_evaluation, tag_style_bits
+from megatron_ssft.report.demo_result import Evaluated, check_evaluation, evaluation_table, tag_style_bits
 from megatron_ssft.report.demo_training import Summary, check_training, summarize
 from megatron_ssft.report.runs import load_run
 from tests.test_report import _fake_run
@@ -199,3 +201,11 @@ def test_the_flags_given_to_the_trainer_exist(demo, tmp_path):
         assert config.matching.matching == matching
         assert config.checkpoint.save == str(tmp_path / "a b" / matching)
         assert config.data.data_cache_path == str(tmp_path / "a b" / "data_cache")
+
+
+def test_the_table_of_the_evaluation_fits_a_terminal():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(evaluation_table(list(EVALUATIONS.values())))
+    text = console.export_text()
+    assert "…" not in text and "optimal" in text and ".450 ±.010" in text and "2.50" in text
+    assert max(map(len, text.splitlines())) <= 80

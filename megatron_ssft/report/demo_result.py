@@ -101,11 +101,11 @@ def evaluation_table(runs: list[Evaluated]) -> Table:
     """A row a run, with standard errors over the questions."""
 
     def show(run: Evaluated, name: str) -> str:
-        return f"{getattr(run, name):.3f} ±{run.errors[name]:.3f}"
+        return f"{getattr(run, name):.3f} ±{run.errors[name]:.3f}".replace("0.", ".")
 
     table = Table(title="Held-out questions, T = 0.7", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("matching", no_wrap=True)
-    for header in ("pass@1", "pass@6", "cons@6", "tag and style\n(bits)", "best tag per\noperation"):
+    for header in ("pass@1", "pass@6", "cons@6", "tag and\nstyle\n(bits)", "best tag\nof each\noperation"):
         table.add_column(header, justify="right", no_wrap=True)
     for run in runs:
         bits = "-" if run.bits is None else f"{run.bits:.2f}"
