@@ -23,9 +23,7 @@ from megatron_ssft.records import ForkingTokens
 
 # tekken.json is left out: where it lies beside a tokenizer.json, machines with mistral-common would read it instead,
 # and it does not know the tags. Code (*.py) is never carried along.
-_ASSETS = (
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -36,6 +34,12 @@ _ASSETS = (
     "merges.txt",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
+)
+"""Whatever decides how a folder's text becomes ids."""
+_ASSETS = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",

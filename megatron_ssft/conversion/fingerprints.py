@@ -14,23 +14,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_ssft.conversion.assets import TOKENIZER_FILES
 from megatron_ssft.conversion.safetensors_io import HFWeights
 from megatron_ssft.conversion.tokenizer_files import read_json
 from megatron_ssft.errors import UserError
 
 _BLOCK_BYTES = 1 << 24
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-)
 _ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these makes a tokenizer."""
 _SAYS_NOTHING = ("transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "use_cache")
@@ -62,7 +51,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     Raises UserError for a folder without a tokenizer, and for damaged files.
     """
     folder = Path(folder)
-    files = [file for pattern in _TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+    files = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
     if not any(file.name in _ENOUGH for file in files):
         raise UserError(f"{folder}: holds no tokenizer ({', '.join(_ENOUGH)})")
     digest = hashlib.sha256()

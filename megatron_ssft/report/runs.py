@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.matching.coverage import count_configurations, make_configuration
 
 METRICS_FILE = "metrics.jsonl"
 ASSIGNMENTS_FILE = "assignments.jsonl"
@@ -164,7 +165,7 @@ def _visit(where: str, row: dict[str, object]) -> Visit:
 
 def configuration(visit: Visit) -> Configuration:
     """The edges tag <-> source of one visit, sorted by tag; the order of the traces does not matter."""
-    return tuple(sorted(zip(visit.tags, visit.labels)))
+    return make_configuration(visit.tags, visit.sources)
 
 
 def whole_epochs(visits: Sequence[Visit]) -> list[int]:
@@ -175,10 +176,7 @@ def whole_epochs(visits: Sequence[Visit]) -> list[int]:
 
 def configuration_counts(visits: Sequence[Visit]) -> dict[int, Counter[Configuration]]:
     """Epoch (ascending) -> how often each configuration was chosen in it."""
-    counts: dict[int, Counter[Configuration]] = {epoch: Counter() for epoch in sorted({v.epoch for v in visits})}
-    for visit in visits:
-        counts[visit.epoch][configuration(visit)] += 1
-    return counts
+    return count_configurations(visits)
 
 
 def distinct_configurations(visits: Sequence[Visit]) -> dict[int, int]:

@@ -2,11 +2,10 @@
 
 from megatron_ssft.scheduling.collate import collate, loss_denominator
 from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
-from megatron_ssft.scheduling.train_plan import TrainPlanner, plan_train_microbatches
+from megatron_ssft.scheduling.train_plan import plan_train_microbatches
 from megatron_ssft.scheduling.work import WorkModel
 
 __all__ = [
-    "TrainPlanner",
     "WorkModel",
     "collate",
     "loss_denominator",

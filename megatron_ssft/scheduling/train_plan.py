@@ -1,14 +1,9 @@
-"""Which trace is trained in which microbatch of which rank (padded layout, equal counts).
-
-Any planner with the signature `TrainPlanner` can take this one's place: the engine executes whatever MicrobatchPlan
-it gets, ranks with different numbers of microbatches included.
-"""
+"""Which trace is trained in which microbatch of which rank (padded layout, equal counts)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 from megatron_ssft.records import (
     PAD,
@@ -21,22 +16,6 @@ from megatron_ssft.records import (
 )
 from megatron_ssft.scheduling.balance import balance, makespan_lower_bound
 from megatron_ssft.scheduling.work import WorkModel, padded_microbatch
-
-
-class TrainPlanner(Protocol):
-    """A way to lay the traces of a batch out over ranks and microbatches."""
-
-    def __call__(
-        self,
-        batch: QuestionBatch,
-        assignments: Sequence[Assignment],
-        tags: ForkingTokens,
-        *,
-        num_ranks: int,
-        micro_batch_size: int,
-        group_size: int,
-        work: WorkModel,
-    ) -> MicrobatchPlan: ...
 
 
 def plan_train_microbatches(
