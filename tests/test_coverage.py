@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from megatron_ssft.errors import UserError
 from megatron_ssft.matching.coverage import (
-    CoverageState,
     accuracy_difference,
     complete_epochs,
     count_configurations,
@@ -21,7 +18,6 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.records import Assignment
 from megatron_ssft.report.runs import Visit, configuration_counts, whole_epochs
 
 
@@ -209,73 +205,6 @@ def test_ranking_by_brute_force(seed):
 
     assert sorted(found) == list(range(6))
     assert all(beats(i, j) for i, j in itertools.combinations(found, 2))
-
-
-def feed(state, visits):
-    """As a trainer would: step by step, a call for each epoch in the step."""
-    for k in range(0, len(visits), 7):
-        step = visits[k : k + 7]
-        for epoch in {v.epoch for v in step}:
-            chosen = [v for v in step if v.epoch == epoch]
-            state.update(epoch, [Assignment(v.tags) for v in chosen], [v.sources for v in chosen])
-    return state
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("cut", [0, 7, 56, 119])
-def test_the_state_counts_as_the_file_does_and_outlives_a_checkpoint(seed, cut):
-    visits = random_visits(seed)
-    saved = json.loads(json.dumps(feed(CoverageState(), visits[:cut]).state_dict()))
-    resumed = CoverageState()
-    resumed.update(9, [Assignment((0,))], [["x"]])  # is replaced
-    resumed.load_state_dict(saved)
-    assert resumed.counts == count_configurations(visits[:cut])
-    feed(resumed, visits[cut:])
-    assert resumed.counts == count_configurations(visits)
-    assert list(resumed.counts) == sorted(resumed.counts)
-    assert resumed.state_dict() == feed(CoverageState(), visits).state_dict()
-    assert json.dumps(resumed.state_dict()) == json.dumps(feed(CoverageState(), visits[::-1]).state_dict())
-
-
-def test_counts_given_out_are_a_copy():
-    state = feed(CoverageState(), SMALL)
-    state.counts[0].clear()
-    assert state.counts == count_configurations(SMALL)
-
-
-def test_old_epochs_can_be_let_go():
-    visits = random_visits(0, epochs=6)
-    everything = count_configurations(visits)
-    state = feed(CoverageState(keep_epochs=3), visits)
-    assert state.counts == {e: everything[e] for e in (3, 4, 5)}
-    assert persistent_configurations(state.counts, 30) == persistent_configurations(everything, 30)
-    with pytest.raises(ValueError, match="at least 3"):
-        CoverageState(keep_epochs=2)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {},
-        {"sources": ["a"]},
-        {"sources": ["a"], "epochs": {"0": [[1, 0, 1]]}},  # no such source
-        {"sources": ["a"], "epochs": {"0": [[1, 0, -1]]}},
-        {"sources": ["a"], "epochs": {"0": [[0, 0, 0]]}},
-        {"sources": ["a"], "epochs": {"0": [[1, 0]]}},
-        {"sources": ["a"], "epochs": {"0": [[1]]}},
-        {"sources": ["a"], "epochs": {"0": [[]]}},
-        {"sources": ["a"], "epochs": {"x": []}},
-        {"sources": ["a"], "epochs": [[]]},
-        {"sources": None, "epochs": {}},
-        None,
-    ],
-)
-def test_a_damaged_state_is_refused_and_changes_nothing(damage):
-    state = feed(CoverageState(), SMALL)
-    with pytest.raises(UserError, match="matching statistics are damaged") as error:
-        state.load_state_dict(damage)
-    assert "\n" not in str(error.value)
-    assert state.counts == count_configurations(SMALL)
 
 
 def shares(values):

@@ -20,9 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_ssft.errors import UserError
-from megatron_ssft.records import Assignment
-
 if TYPE_CHECKING:
     from megatron_ssft.report.runs import Visit
 
@@ -218,73 +215,3 @@ def accuracy_difference(
     return AccuracyDifference(
         float(differences.mean()), stderr, len(common), min(1.0, comparisons * as_far / (len(signs) + 1))
     )
-
-
-class CoverageState:
-    """The same counts, gathered step by step, in a form that a checkpoint can hold.
-
-    With `keep_epochs` only the newest so many epochs are kept, at least 3: the running one and the two that
-    `persistent_configurations` compares. All epochs of a random matching of 4 traces to 6 tags are some thousand
-    configurations; of 12 to 64, hardly two questions ever share one.
-    """
-
-    def __init__(self, keep_epochs: int | None = None) -> None:
-        if keep_epochs is not None and keep_epochs < 3:
-            raise ValueError(f"keep_epochs {keep_epochs}: expected at least 3")
-        self._keep = keep_epochs
-        self._counts: Counts = {}
-
-    @property
-    def counts(self) -> Counts:
-        """What `count_configurations` gives for all visits so far."""
-        return {epoch: Counter(self._counts[epoch]) for epoch in sorted(self._counts)}
-
-    def update(self, epoch: int, assignments: Sequence[Assignment], sources: Sequence[Sequence[str | None]]) -> None:
-        """Count the questions of one step that belong to `epoch`; call it once for each epoch in a step's batch.
-
-        Args:
-            epoch: 0-based; the visits of neighbouring epochs may come mixed.
-            assignments: one a question.
-            sources: those of each question's traces.
-        """
-        counter = self._counts.setdefault(int(epoch), Counter())
-        for assignment, names in zip(assignments, sources, strict=True):
-            counter[make_configuration(assignment.tags, names)] += 1
-        while self._keep is not None and len(self._counts) > self._keep:
-            del self._counts[min(self._counts)]
-
-    def state_dict(self) -> dict[str, object]:
-        """JSON values: `sources`, a list of names, and for each epoch rows of [count, tag, source, tag, source, ...]
-        with sources by their place in the list. Equal counts give equal states."""
-        names = sorted({name for counter in self._counts.values() for c in counter for _, name in c})
-        place = {name: k for k, name in enumerate(names)}
-        return {
-            "sources": names,
-            "epochs": {
-                str(epoch): [
-                    [count, *(part for tag, name in c for part in (tag, place[name]))]
-                    for c, count in sorted(counter.items())
-                ]
-                for epoch, counter in sorted(self._counts.items())
-            },
-        }
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on where `state_dict` was taken. Raises UserError if the state is damaged."""
-        try:
-            names = [str(name) for name in state["sources"]]
-            counts = {int(e): Counter(dict(_parse(row, names) for row in rows)) for e, rows in state["epochs"].items()}
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(
-                f"the checkpoint's matching statistics are damaged ({error!r}); load an older checkpoint, or only the "
-                "weights with --finetune"
-            ) from error
-        self._counts = counts
-
-
-def _parse(row: list[int], names: list[str]) -> tuple[Configuration, int]:
-    """(configuration, count) of a row of the state. Raises one of the errors that `load_state_dict` expects."""
-    count, *parts = (int(part) for part in row)
-    if count < 1 or not parts or len(parts) % 2 or min(parts) < 0:
-        raise ValueError(f"row {row}")
-    return tuple((tag, names[k]) for tag, k in zip(parts[::2], parts[1::2])), count
