@@ -7,7 +7,7 @@ b micro-batch size, s padded sequence length, T tokens, R data-parallel ranks, K
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -257,13 +257,17 @@ class ModelInput:
     scored: np.ndarray
     """int64 [n]: where the scored tokens stand, in sequence-major order (s index * b + b index)"""
     targets: np.ndarray
-    """int64 [n]"""
+    """int64 [n], or [n, k]: several tokens of interest at each place"""
     weights: np.ndarray
-    """float32 [n], all greater than 0: loss weights"""
+    """float32 [n], all greater than 0: loss weights of ordinary training"""
     owner: np.ndarray
     """int64 [n]: which sequence of the microbatch the target belongs to"""
     segments: tuple[Segment, ...] | None
     """Who sees whom in a stream (b = 1); None: every row is causal."""
+
+
+NO_TAG = ForkingTokens(strings=("",), ids=((),), format="text")
+"""For sequences without a tag between prompt and completion, such as a prompt followed by the tag itself."""
 
 
 @dataclass
@@ -274,3 +278,6 @@ class StepMetrics:
     grad_norm: float
     trained_sequences: int
     trained_tokens: int
+    """Scored places."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the loss terms report besides, summed over the step."""

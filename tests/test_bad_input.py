@@ -138,7 +138,7 @@ def save_poisoned(words, folder):
     trainer = Trainer(config, initialize_topology(config))
     trainer.train_step()
     poison(trainer)
-    save_checkpoint(trainer.engine, Path(folder), trainer.iteration, trainer._state())
+    save_checkpoint(trainer.engine, Path(folder), trainer.iteration, trainer.state())
 
 
 def complaint(result):

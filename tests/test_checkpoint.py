@@ -58,7 +58,7 @@ def train_and_save(values, run, *iterations):
     for iteration in iterations:
         while trainer.iteration < iteration:
             trainer.train_step()
-        save_checkpoint(trainer.engine, Path(run), iteration, trainer._state())
+        save_checkpoint(trainer.engine, Path(run), iteration, trainer.state())
     return state_of(trainer)
 
 
@@ -67,7 +67,7 @@ def load(values, save_to=None, steps=0):
     trainer = build(values)
     result = state_of(trainer)
     if save_to is not None:
-        save_checkpoint(trainer.engine, Path(save_to), trainer.iteration, trainer._state())
+        save_checkpoint(trainer.engine, Path(save_to), trainer.iteration, trainer.state())
     losses = [trainer.train_step()[2]["loss"] for _ in range(steps)]
     return result | {"losses": losses}
 
@@ -106,7 +106,7 @@ def die_while_saving(values, run, moment):
         shutil.rmtree = rmtree
     elif moment == "while writing":
         checkpoint.barrier = lambda topology: os._exit(9)
-    save_checkpoint(trainer.engine, Path(run), trainer.iteration, trainer._state())
+    save_checkpoint(trainer.engine, Path(run), trainer.iteration, trainer.state())
 
 
 # -- runs to look at -------------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def save_on_a_full_disk(values, run):
     torch.save, real = fail, torch.save
     FileSystemWriterAsync.write_preloaded_data = staticmethod(fail)
     try:
-        save_checkpoint(trainer.engine, Path(run), 3, trainer._state())
+        save_checkpoint(trainer.engine, Path(run), 3, trainer.state())
     finally:
         torch.save = real
 

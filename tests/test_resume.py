@@ -198,7 +198,7 @@ def final_state(values, steps_until, overrides):
     for _ in range(steps_until):
         trainer.train_step()
     run = Path(values["save"])
-    save_checkpoint(trainer.engine, run, trainer.iteration, trainer._state())
+    save_checkpoint(trainer.engine, run, trainer.iteration, trainer.state())
     resumed = Trainer(build_config(values | {"load": str(run)} | overrides), trainer.topology)
     steps, visits = resumed.train_iters - resumed.iteration, []
     for _ in range(steps):

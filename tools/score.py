@@ -74,7 +74,7 @@ def main() -> None:
         progress=functools.partial(score_tables.shown, console),
     )
     if arguments.rewards is not None:
-        scoring.write_rewards(arguments.rewards, scored)
+        scoring.write_rewards(arguments.rewards, scored, arguments.rollouts, arguments.output)
     rows = {name: question.row for name, question in questions.items()}
     score_tables.print_tables(console, scored, arguments.group_by, rows)
 

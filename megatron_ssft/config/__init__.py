@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_ssft.config.checks import require
 from megatron_ssft.config.data import DataConfig, ForkingTokenConfig
 from megatron_ssft.config.model import ModelConfig, ParallelConfig
+from megatron_ssft.config.policy import PolicyConfig
 from megatron_ssft.config.run import CheckpointConfig, LoggingConfig
 from megatron_ssft.config.training import MatchingConfig, TrainingConfig
 
@@ -20,10 +21,12 @@ __all__ = [
     "Config",
     "DataConfig",
     "ForkingTokenConfig",
+    "GFPOConfig",
     "LoggingConfig",
     "MatchingConfig",
     "ModelConfig",
     "ParallelConfig",
+    "PolicyConfig",
     "TrainingConfig",
 ]
 
@@ -121,3 +124,33 @@ class Config:
             for section in dataclasses.fields(self)
             for f in dataclasses.fields(getattr(self, section.name))
         }
+
+
+@dataclass
+class GFPOConfig(Config):
+    """Everything one run of policy learning is decided by."""
+
+    policy: PolicyConfig
+
+    def __post_init__(self) -> None:
+        """Checks that span sections."""
+        super().__post_init__()
+        require(self.checkpoint.save is not None, "--save is required: the reference's answers are kept there")
+        require(
+            self.parallel.context_parallel_size == 1,
+            "--context-parallel-size above 1: the tags of a question are scored in one place; use tensor parallelism",
+        )
+        tags = self.forking
+        require(
+            self.policy.objective == "grpo" or tags.num_forking_tokens > 1,
+            f"--num-forking-tokens {tags.num_forking_tokens}: there is nothing to choose between",
+        )
+        require(
+            self.policy.trainable != "tag-rows" or tags.forking_token_format == "special",
+            "--trainable tag-rows needs --forking-token-format special: text tags share ordinary tokens",
+        )
+        last = self.policy.last_layers
+        require(
+            last is None or last <= self.model.num_layers,
+            f"--trainable {self.policy.trainable}: the model has {self.model.num_layers} layers",
+        )

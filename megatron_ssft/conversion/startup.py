@@ -6,8 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_ssft.arguments import read_config_file
-from megatron_ssft.config import ModelConfig
+from megatron_ssft.arguments import ANY_RUN, Program, read_config_file
+from megatron_ssft.config import GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
 from megatron_ssft.conversion.assets import find_tokenizer
 from megatron_ssft.conversion.families import model_values
 from megatron_ssft.errors import UserError
@@ -17,6 +17,21 @@ ASSETS = "hf"
 _SHAPE_FREE = ("transformer_impl", "make_vocab_size_divisible_by", "init_method_std")
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model")
+_LAYOUT = (
+    *(field.name for field in dataclasses.fields(ParallelConfig)),
+    *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
+)
+_OF_SSFT = (
+    *(field.name for field in dataclasses.fields(MatchingConfig)),
+    *("data_path", "eval_data_path", "data_cache_path", "overlong_traces", "max_traces", "trace_filter"),
+    *("answer_separator", "train_forking_token", "forking_token_init", "forking_token_noise"),
+    *("global_batch_size", "train_epochs", "question_lookahead", "loss_normalization"),
+    *("finetune", "eval_interval", "eval_questions"),
+)
+POLICY_PROGRAM = Program(
+    GFPOConfig, frozenset(_OF_SSFT), {"weight_decay": 0.0, "lr_decay_style": "constant", "seq_length": 4096}
+)
+"""What tools/train_gfpo.py is configured by. There is nothing to match, and traces are not trained."""
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -63,10 +78,21 @@ def complete_values(values: dict[str, object]) -> dict[str, object]:
         return values
     stored = folder / "config.yaml"
     if stored.is_file():
-        proposed = read_config_file(str(stored))
+        proposed = read_config_file(str(stored), ANY_RUN)
         shape = {field.name for field in dataclasses.fields(ModelConfig)} - set(_SHAPE_FREE)
         values = {k: v for k, v in proposed.items() if k in shape or k in _TAGS or k in _TOKENIZER} | values
     tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
     if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
         values = values | {"tokenizer_model": str(own)}  # the run was moved, or what it started from is gone
     return values
+
+
+def complete_policy_values(values: dict[str, object]) -> dict[str, object]:
+    """The same for policy learning, which takes a run's layout over as well. Raises UserError."""
+    if values.get("load") is None:
+        raise UserError("--load is required: the run whose tags are to be chosen")
+    values = complete_values(values)
+    stored = Path(str(values["load"])) / "config.yaml"
+    proposed = read_config_file(str(stored), ANY_RUN) if stored.is_file() else {}
+    values = {name: value for name, value in proposed.items() if name in _LAYOUT} | values
+    return values | {"data_path": [str(values.get("data"))]}

@@ -270,10 +270,17 @@ def reward_rows(scored: Sequence[ScoredRollout]) -> list[dict[str, object]]:
     ]
 
 
-def write_rewards(path: Path, scored: Sequence[ScoredRollout]) -> None:
-    """Write `reward_rows` as JSON lines, whole or not at all. Raises UserError."""
+def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, scores: Path) -> None:
+    """Write `reward_rows` as JSON lines, whole or not at all. Raises UserError.
+
+    Each also says where the counted `rollouts` and `scores` stand, seen from the folder of `path`.
+    """
+    folder = path.parent.resolve()
+    files = {
+        name: os.path.relpath(file.resolve(), folder) for name, file in (("rollouts", rollouts), ("scores", scores))
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, "".join(json.dumps(row) + "\n" for row in reward_rows(scored)))
+        write_durably(path, "".join(json.dumps(row | files) + "\n" for row in reward_rows(scored)))
     except OSError as error:
         raise UserError(f"{path}: cannot write the rewards: {error.strerror}; give another --rewards") from error

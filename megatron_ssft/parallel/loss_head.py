@@ -1,8 +1,8 @@
 """Negative log-likelihood per token without ever holding the logits of a whole microbatch.
 
-T scored tokens, V vocabulary rows on this tensor-parallel rank, h hidden, N tags. Logits are formed for a chunk of
-tokens at a time (a product in the model's precision, then float32) and formed again in the backward pass. At 152k
-vocabulary and 32k tokens full logits would take 28 GiB.
+T scored places, k targets of a place, V vocabulary rows on this tensor-parallel rank, h hidden, N tags. Logits are
+formed for a chunk of places at a time (a product in the model's precision, then float32) and formed again in the
+backward pass. At 152k vocabulary and 32k tokens full logits would take 28 GiB.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class VocabParallelHead:
 
     def __init__(self, vocab_size: int, shard_size: int, row_ids: tuple[int, ...], tp_group: dist.ProcessGroup) -> None:
         self.tp_group = tp_group
+        self.row_ids = row_ids
         self.start = tp_group.rank() * shard_size
         self.shard_size = shard_size
         self.num_valid = min(max(vocab_size - self.start, 0), shard_size)
@@ -33,11 +34,49 @@ class VocabParallelHead:
     def nll(self, hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor, tag_rows_Nh: Tensor | None = None) -> Tensor:
         """float32 [T]: -log p(target). With `tag_rows_Nh` these rows stand in for the table's rows of the tags.
 
+        Targets may be [T, k], several tokens of interest at each place; so is the result then.
+
         hidden's gradient is this rank's share; the caller reduces it over the tensor-parallel group.
         """
-        if self.tags.device != hidden_Th.device:  # once: an index that comes from the host stalls the stream
-            self.tags, self.tag_columns = self.tags.to(hidden_Th.device), self.tag_columns.to(hidden_Th.device)
-        return _ChunkedNLL.apply(hidden_Th, weight_Vh, tag_rows_Nh, targets_T, self)
+        self._move_to(hidden_Th.device)
+        targets_Tk = targets_T if targets_T.dim() == 2 else targets_T[:, None]
+        return _ChunkedNLL.apply(hidden_Th, weight_Vh, tag_rows_Nh, targets_Tk, self).view_as(targets_T)
+
+    def top(
+        self, hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor, tag_rows_Nh: Tensor | None, k: int
+    ) -> Tensor:
+        """float64 [T, 1 + 2 k], without gradient: NLL of the target, k largest log-probabilities, their token ids.
+
+        `k` is at most the number of vocabulary entries in use.
+        """
+        self._move_to(hidden_Th.device)
+        parts = [hidden_Th.new_empty(0, 1 + 2 * k, dtype=torch.float64)]
+        for hidden, targets in zip(hidden_Th.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS)):
+            logits = self.logits(hidden, weight_Vh, tag_rows_Nh)
+            values, columns = logits.topk(min(k, self.shard_size), dim=-1)
+            candidates = torch.stack([values.double(), (columns + self.start).double()])
+            gathered = [torch.empty_like(candidates) for _ in range(self.tp_group.size())]
+            dist.all_gather(gathered, candidates, group=self.tp_group)
+            values, ids = torch.cat(gathered, dim=-1)
+            values, order = values.topk(k, dim=-1)
+            nll, normalizer = self.nll_of(logits, targets[:, None])
+            parts.append(torch.cat([nll.double(), values - normalizer[:, None], ids.gather(-1, order)], dim=-1))
+        return torch.cat(parts)
+
+    def nll_of(self, logits: Tensor, targets_tk: Tensor) -> tuple[Tensor, Tensor]:
+        """(float32 [t, k], [t]): -log p of the targets and the log of the normaliser; uses up the logits [t, V]."""
+        peak = logits.amax(-1)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.tp_group)
+        columns, inside = self.local_targets(targets_tk)
+        of_targets = logits.gather(1, columns).masked_fill(~inside, 0.0)
+        sums = torch.cat([logits.sub_(peak[:, None]).exp_().sum(-1, keepdim=True), of_targets], dim=1)
+        dist.all_reduce(sums, group=self.tp_group)
+        normalizer = sums[:, 0].log() + peak
+        return normalizer[:, None] - sums[:, 1:], normalizer
+
+    def _move_to(self, device: torch.device) -> None:
+        if self.tags.device != device:  # once: an index that comes from the host stalls the stream
+            self.tags, self.tag_columns = self.tags.to(device), self.tag_columns.to(device)
 
     def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
         """float32 [t, V] of a chunk."""
@@ -84,22 +123,15 @@ class _ChunkedNLL(torch.autograd.Function):
         targets: Tensor,
         head: VocabParallelHead,
     ) -> Tensor:
-        parts, normalizers = [], []
+        parts = [hidden.new_empty(0, targets.size(1), dtype=torch.float32)]
+        normalizers = [hidden.new_empty(0, dtype=torch.float32)]
         for h, t in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS)):
-            logits = head.logits(h, weight, tag_rows)
-            peak = logits.amax(-1)
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=head.tp_group)
-            column, inside = head.local_targets(t)
-            target_logit = logits.gather(1, column[:, None]).squeeze(1).masked_fill(~inside, 0.0)
-            sums = torch.stack([logits.sub_(peak[:, None]).exp_().sum(-1), target_logit])
-            dist.all_reduce(sums, group=head.tp_group)
-            normalizer = sums[0].log() + peak
-            parts.append(normalizer - sums[1])
+            nll, normalizer = head.nll_of(head.logits(h, weight, tag_rows), t)
+            parts.append(nll)
             normalizers.append(normalizer)
-        empty = hidden.new_empty(0, dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, tag_rows, targets, torch.cat([empty, *normalizers]))
+        ctx.save_for_backward(hidden, weight, tag_rows, targets, torch.cat(normalizers))
         ctx.head = head
-        return torch.cat([empty, *parts])
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,9 +145,9 @@ class _ChunkedNLL(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             h = hidden[part]
             d = head.logits(h, weight, tag_rows).sub_(normalizer[part, None]).exp_()  # probabilities
-            column, inside = head.local_targets(targets[part])
-            d.scatter_add_(1, column[:, None], -inside.float()[:, None])
-            d.mul_(grad[part, None])
+            columns, inside = head.local_targets(targets[part])
+            d.mul_(grad[part].sum(-1, keepdim=True))
+            d.scatter_add_(1, columns, -grad[part] * inside)
             if use_tags:
                 d_tags = d.index_select(1, head.tag_columns).to(h.dtype)
                 d.index_fill_(1, head.tag_columns, 0.0)

@@ -200,15 +200,17 @@ class SetGPTModel(GPTModel):
         scored: Tensor,
         targets: Tensor | None,
         stream: StreamParams | None = None,
+        top_k: int | None = None,
     ) -> Tensor:
-        """Hidden states, or on the last stage float32 [T]: -log p(target) of the scored tokens.
+        """Hidden states, or on the last stage float32 [T] or [T, k]: -log p(target) of the scored tokens.
 
         Without targets float32 [T, V / tp]: their logits over this rank's share of the vocabulary, for verification.
+        With `top_k` float64 [T, 1 + 2 top_k], without gradient: see `VocabParallelHead.top`.
 
         Args:
             tokens, position_ids: int64 [b, s].
             scored: int64 [T], where the scored tokens stand in sequence-major order: s index * b + b index.
-            targets: int64 [T], their targets, or None.
+            targets: int64 [T], their targets, or [T, k], several tokens of interest each, or None.
             stream: who sees whom, where b = 1 and the row is a stream of segments; None: rows are causal.
         """
         hidden = None
@@ -216,6 +218,8 @@ class SetGPTModel(GPTModel):
             hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
             if self.forking_rows is not None:
                 hidden = self.forking_rows(hidden, tokens)
+            if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
+                hidden.requires_grad_()  # frozen embeddings: recomputed layers get no gradient unless their input does
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -224,7 +228,7 @@ class SetGPTModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        return self._nll(hidden, scored, targets)
+        return self._answer(hidden, scored, targets, top_k)
 
     def _rotary_angles(self, position_ids: Tensor) -> Tensor:
         """float32 [s, b, 1, d]: the rotation angle of each channel at each token's own position."""
@@ -232,8 +236,8 @@ class SetGPTModel(GPTModel):
         angles = position_ids.t().unsqueeze(-1).float() * frequencies
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
-    def _nll(self, hidden: Tensor, scored: Tensor, targets: Tensor | None) -> Tensor:
-        """NLL [T] (or logits) from hidden states [s (or s / tp), b, h]."""
+    def _answer(self, hidden: Tensor, scored: Tensor, targets: Tensor | None, top_k: int | None) -> Tensor:
+        """What the last stage answers, from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -250,6 +254,8 @@ class SetGPTModel(GPTModel):
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
         if targets is None:
             return self.head.logits(chosen, weight, rows)
+        if top_k is not None:
+            return self.head.top(chosen, weight, targets, rows, top_k)
         return self.head.nll(chosen, weight, targets, rows)
 
 

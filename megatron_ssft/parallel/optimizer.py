@@ -56,9 +56,12 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> M
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    norms_and_biases = ParamKey(predicate=ParamPredicate("one_dimensional", lambda parameter: parameter.dim() == 1))
+    exempt = {
+        "one_dimensional": lambda parameter: parameter.dim() == 1,  # norms and biases
+        "only_tag_rows": lambda parameter: getattr(parameter, "only_tag_rows", False),  # the other rows must stay
+    }
     overrides = {
-        norms_and_biases: {"wd_mult": 0.0},
+        **{ParamKey(predicate=ParamPredicate(name, holds)): {"wd_mult": 0.0} for name, holds in exempt.items()},
         # A group of its own even at multiplier 1, so that a later run may choose another multiplier. The mark is
         # part of what megatron-core knows a stored group by.
         ParamKey(name="*forking_rows.weight"): {"max_lr": training.lr, "is_decoupled_lr": True},
@@ -156,5 +159,6 @@ def finalize_gradients(
     group = parallel_state.get_embedding_group(check_initialized=False)
     for chunk in wrapped:
         for name, parameter in chunk.named_parameters():
-            if name.endswith("forking_rows.weight") and getattr(parameter, "shared_embedding", False):
+            tied_rows = name.endswith("forking_rows.weight") and getattr(parameter, "shared_embedding", False)
+            if tied_rows and parameter.requires_grad:
                 dist.all_reduce(parameter.main_grad, group=group)

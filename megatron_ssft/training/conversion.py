@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from megatron_ssft.arguments import build_config, read_config_file
+from megatron_ssft.arguments import ANY_RUN, build_config, read_config_file
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import copy_assets
 from megatron_ssft.conversion.safetensors_io import HFWeights
@@ -108,7 +108,7 @@ def _assets_of(run: Path, config: Config, vocabulary: Vocabulary, topology: Topo
         def find() -> bool:
             if (run / ASSETS).is_dir():
                 return True
-            trained = read_config_file(str(run / "config.yaml")).get("seq_length", config.data.seq_length)
+            trained = read_config_file(str(run / "config.yaml"), ANY_RUN).get("seq_length", config.data.seq_length)
             data = dataclasses.replace(config.data, seq_length=trained)
             try:
                 write_scratch_assets(

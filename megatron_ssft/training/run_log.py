@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,14 +24,28 @@ METRICS, ASSIGNMENTS = "metrics.jsonl", "assignments.jsonl"
 class RunLog:
     """Open for the length of a run; use as a context manager."""
 
-    def __init__(self, folder: Path | None, logging: LoggingConfig, first_iteration: int, train_iters: int) -> None:
-        """`first_iteration` is the first step that will be logged: lines from it on are dropped from old files."""
+    def __init__(
+        self,
+        folder: Path | None,
+        logging: LoggingConfig,
+        first_iteration: int,
+        train_iters: int,
+        files: Sequence[str] = (METRICS, ASSIGNMENTS),
+        line: Callable[[dict[str, object]], str] | None = None,
+    ) -> None:
+        """
+        Args:
+            first_iteration: the first step that will be logged: lines from it on are dropped from old files.
+            files: names of the JSONL files; `metrics.jsonl` is one of them.
+            line: a step's metrics as a line for a person; default `step_line`.
+        """
+        self._line = line or step_line
         self.console = Console()
         self._files = {}
         self._tensorboard = self._wandb = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS, ASSIGNMENTS):
+            for name in files:
                 truncate_from(folder / name, first_iteration)
                 self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._open_trackers(folder, logging, first_iteration)
@@ -78,7 +92,7 @@ class RunLog:
 
     def step(self, metrics: dict[str, object]) -> None:
         """Log one optimizer step everywhere."""
-        self._write(METRICS, [metrics])
+        self.rows(METRICS, [metrics])
         iteration = metrics["iteration"]
         values = {k: v for k, v in metrics.items() if k != "iteration" and isinstance(v, int | float)}
         if self._tensorboard is not None:
@@ -87,13 +101,14 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
         self._progress.update(self._task, completed=iteration)
-        self.say(step_line(metrics))
+        self.say(self._line(metrics))
 
     def assignments(self, iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> None:
         """One line a question: which tag each trace got and the cost matrix it was chosen by."""
-        self._write(ASSIGNMENTS, assignment_rows(iteration, batch, assignments))
+        self.rows(ASSIGNMENTS, assignment_rows(iteration, batch, assignments))
 
-    def _write(self, name: str, rows: Iterable[dict[str, object]]) -> None:
+    def rows(self, name: str, rows: Iterable[dict[str, object]]) -> None:
+        """Append lines to one of the files; each has the `iteration` that it belongs to."""
         if name in self._files:
             self._files[name].writelines(json.dumps(row) + "\n" for row in rows)
             self._files[name].flush()
@@ -145,6 +160,33 @@ def step_line(m: dict[str, object]) -> str:
         f" | {m['seconds']:.2f} s ({share:.0%} matching)"
         f" | {m['sequence_tokens'] / max(m['seconds'], 1e-9):.0f} tokens/s{mfu}"
     )
+
+
+def policy_line(m: dict[str, object]) -> str:
+    """One step of policy learning for a person."""
+    parts = [
+        f"step {m['iteration']:>4}",
+        f"loss {m['loss']:.4f}",
+        f"lr {m['lr']:.2e}",
+        f"grad norm {m['grad_norm']:.3f}",
+    ]
+    if "reward_uniform" in m:
+        parts.append(
+            f"reward {m['reward']:.4f} (uniform {m['reward_uniform']:.4f}, best tag {m['reward_best_fixed']:.4f})"
+        )
+        parts.append(f"entropy {m['entropy']:.3f} kl {m['kl']:.3f} mass {m['mass']:.3f}")
+    else:
+        parts.append(f"reward {m['reward']:.4f} kl {m['kl']:.4f}")
+    for name, text in (
+        ("clip_fraction", "clipped {:.1%}"),
+        ("anchor_kl", "anchor kl {:.4f}"),
+        ("completion_nll_shift", "NLL of completions {:+.4f}"),
+        ("effective_sample_size", "effective samples {:.0%}"),
+        ("mfu", "MFU {:.1%}"),
+    ):
+        if name in m:
+            parts.append(text.format(m[name]))
+    return " | ".join([*parts, f"{m['seconds']:.2f} s"])
 
 
 def truncate_from(path: Path, iteration: int) -> None:

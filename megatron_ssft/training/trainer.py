@@ -7,26 +7,25 @@ from pathlib import Path
 
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
-from megatron_ssft.conversion.startup import ASSETS, is_hf_folder
+from megatron_ssft.conversion.startup import is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
-from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state, save_checkpoint
-from megatron_ssft.parallel.collectives import any_rank, on_first_rank, raise_together
+from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state
+from megatron_ssft.parallel.collectives import on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
 from megatron_ssft.scheduling.collate import loss_denominator
-from megatron_ssft.training.export import export_hf
+from megatron_ssft.training.loop import TrainingLoop
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.resume import (
     check_writable,
-    continues_in_place,
     keep_assets,
     refuse_contradictions,
     refuse_occupied_folder,
@@ -36,18 +35,15 @@ from megatron_ssft.training.resume import (
 from megatron_ssft.training.run_log import NoLog, RunLog
 from megatron_ssft.training.set_matching import Matched, SetMatching, matching_figures
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
-from megatron_ssft.training.signals import StopSignal
 
 
-class Trainer:
+class Trainer(TrainingLoop):
     """One training run on one rank. Everything but the model's shards is the same on every rank."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         """Check and open the data, then build the model. Raises UserError before any of it is slow."""
         self.config = config
         self.topology = topology
-        self.iteration = 0
-        """Optimizer steps done."""
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
         self.vocabulary = build_vocabulary(config)
@@ -76,7 +72,7 @@ class Trainer:
         matched = self.matching.match(batch, self.iteration)
         plan = self.planner.train(batch, matched.assignments)
         denominator = self._denominator(batch, matched.assignments)
-        metrics = self.engine.train(batch, plan, denominator, self._learning_rate())
+        metrics = self.engine.train(batch, plan, denominator, self.learning_rate())
         self.iteration += 1
         aside = matched.figures.get("exact_matching_seconds", 0.0)  # for the log alone
         seconds = time.perf_counter() - begin - aside
@@ -90,32 +86,18 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self, stop: StopSignal) -> None:
-        """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
-        config = self.config
-        folder = Path(config.checkpoint.save) if config.checkpoint.save and self.topology.is_first_rank else None
-        saved_at = self.iteration if continues_in_place(config) else -1
-        with self._open_log(folder) as log:
-            self._greet(log, folder)
-            while self.iteration < self.train_iters and not any_rank(stop.received, self.topology):
-                batch, assignments, row = self.train_step()
-                if self._evaluation_is_due():
-                    row |= self.evaluate()
-                if log is not None:
-                    warnings = self.watch.update(assignments, [s.sources for s in batch.sets])
-                    log.assignments(self.iteration, batch, assignments)
-                    log.step(row | self.watch.figures)
-                    for warning in warnings:
-                        log.say(warning)
-                if self._save_is_due():
-                    saved_at = self._save(log)
-            if config.checkpoint.save and saved_at != self.iteration:
-                self._save(log)
-            if log is not None:
-                done = self.iteration >= self.train_iters
-                log.say(
-                    f"{'finished' if done else 'stopped by SIGTERM'} at step {self.iteration} of {self.train_iters}"
-                )
+    def advance(self, log: RunLog | None) -> None:
+        """A step, an evaluation where one is due, and their lines."""
+        batch, assignments, row = self.train_step()
+        if self._evaluation_is_due():
+            row |= self.evaluate()
+        if log is None:
+            return
+        warnings = self.watch.update(assignments, [s.sources for s in batch.sets])
+        log.assignments(self.iteration, batch, assignments)
+        log.step(row | self.watch.figures)
+        for warning in warnings:
+            log.say(warning)
 
     def evaluate(self) -> dict[str, float]:
         """Loss on the held-out questions, each trace under its matched tag, with the matching's own figures."""
@@ -151,7 +133,7 @@ class Trainer:
         iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
         state = on_first_rank(lambda: read_state(run, iteration), self.topology)
         weights_only = config.checkpoint.finetune or not state.get("has_optimizer", True)
-        refuse_contradictions(run, state, self._state(), weights_only)
+        refuse_contradictions(run, state, self.state(), weights_only)
         self.engine.start()
         load_checkpoint(self.engine, run, iteration, weights_only)
         if not weights_only:
@@ -164,35 +146,10 @@ class Trainer:
             if config.training.train_iters is None:  # the batch size may have changed since
                 self.train_iters = iteration + self.queue.remaining_batches()
 
-    def _state(self) -> dict[str, object]:
+    def state(self) -> dict[str, object]:
         state = run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
         watch = self.watch.state_dict()  # kept by the first rank, which writes the checkpoint
         return state | {"reused_assignments": self.matching.store.state_dict(), "collapse_watch": watch}
-
-    def _save(self, log: RunLog | None) -> int:
-        begin = time.perf_counter()
-        if log is not None:
-            log.sync()
-        folder = save_checkpoint(self.engine, Path(self.config.checkpoint.save), self.iteration, self._state())
-        if log is not None:
-            log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
-        if self.config.checkpoint.export_hf_at_save:
-            self._export(folder, log)
-        return self.iteration
-
-    def _export(self, folder: Path, log: RunLog | None) -> None:
-        begin = time.perf_counter()
-        report = export_hf(
-            self.engine,
-            self.config,
-            self.vocabulary,
-            assets=Path(self.config.checkpoint.save) / ASSETS,
-            target=folder / ASSETS,
-            verify_with=folder if self.config.checkpoint.verify_hf else None,
-        )
-        if log is not None:
-            verified = f"verified: {report}" if report is not None else "not verified"
-            log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")
 
     # -- small things --------------------------------------------------------------------------------------------
 
@@ -208,18 +165,11 @@ class Trainer:
             loss_normalization=self.config.training.loss_normalization,
         )
 
-    def _learning_rate(self) -> float:
-        return learning_rate(self.config.training, self.iteration + 1, self.train_iters)
-
     def _evaluation_is_due(self) -> bool:
         if self.eval_dataset is None:
             return False
         every = self.config.logging.eval_interval
         return self.iteration == self.train_iters or (every is not None and self.iteration % every == 0)
-
-    def _save_is_due(self) -> bool:
-        every = self.config.checkpoint.save_interval
-        return every is not None and self.iteration % every == 0
 
     def _row(
         self, batch: QuestionBatch, matched: Matched, plan: MicrobatchPlan, metrics: StepMetrics, seconds: float
@@ -251,27 +201,18 @@ class Trainer:
             row["mfu"] = (training_flops + matched.flops) / (seconds * self.peak_flops)
         return row
 
-    def _open_log(self, folder: Path | None) -> RunLog | NoLog:
+    def open_log(self, folder: Path | None) -> RunLog | NoLog:
+        """JSONL files, trackers and progress."""
         if not self.topology.is_first_rank:
             return NoLog()
         return RunLog(folder, self.config.logging, self.iteration + 1, self.train_iters)
 
-    def _greet(self, log: RunLog | None, folder: Path | None) -> None:
-        if log is None:
-            return
+    def greet(self, log: RunLog, folder: Path | None) -> None:
+        """What is trained, on what, how."""
         if folder is not None:
             write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
-        t, p = self.topology, self.config.parallel
-        log.say(
-            f"{len(self.dataset)} questions, {int(self.dataset.trace_counts.sum())} traces | {self.vocabulary.size} "
-            f"vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | {t.world_size} ranks: tensor "
-            f"{p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} x context "
-            f"{p.context_parallel_size} x data {t.dp_size} on {t.device.type} | {self.engine.num_parameters} "
-            f"parameters on the first rank | steps {self.iteration + 1} to {self.train_iters}"
-        )
-        layout, attention = self.config.training.sequence_layout, self.engine.attention
-        kernel = "" if layout == "padded" else f" | attention of streams through {attention.name} ({attention.why})"
-        log.say(f"{layout} sequences{kernel}")
+        log.say(f"{len(self.dataset)} questions, {int(self.dataset.trace_counts.sum())} traces | {self.describe_job()}")
+        log.say(self.describe_layout())
 
 
 def open_everywhere(folder: str, topology: Topology) -> SetDataset:

@@ -1,0 +1,184 @@
+"""What the model said before the first step: of the tags of every question, and of every stored completion in use.
+
+The reference of KL and anchor is a model that stands still, so its answers are asked for once, by the engine that is
+going to train, while it holds the reference's weights: no second copy of them is ever in memory, however large the
+model. The whole distribution at every token would be (vocabulary x 4 bytes) a token; kept are the k most probable
+tokens. The likelihoods under the weights that made the completions are measured on the same occasion.
+
+    SAVE/reference/index.json      fingerprint of the inputs, planned steps, who wrote what
+                   fork.npy        float64 [Q, N]  log-probability of each tag under the reference (gfpo)
+                   R_places.npy    int64 [c, 3]    completions that data-parallel rank R has: number, start, length
+                   R_nll.npy       float32 [T]     NLL of their tokens under the weights that the run starts from
+                   R_reference.npy float32 [T]     NLL under the reference, where that is another model (grpo)
+                   R_ids.npy, R_logp.npy  int32, float32 [T, k]  the reference's most probable tokens (anchor)
+
+The folder appears under its name complete or not at all, and is read memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
+from megatron_ssft.parallel.collectives import barrier, gather_json, on_first_rank
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.records import NO_TAG
+from megatron_ssft.training.planning import Planner
+from megatron_ssft.training.policy.inputs import PolicyInputs
+
+FOLDER = "reference"
+_INDEX = "index.json"
+_CHUNK = 256
+"""Completions that are scored at a time, to bound what is held in memory."""
+
+
+def stored_index(save: Path) -> dict[str, object]:
+    """The index of a run's reference. Raises UserError if it is not there."""
+    path = save / FOLDER / _INDEX
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}), and the weights have moved since: start again with another --save"
+        ) from error
+
+
+@dataclass
+class Answers:
+    """What one rank has measured: arrays by completion."""
+
+    nll: dict[int, np.ndarray]
+    """float32 [L]"""
+    top: dict[int, tuple[np.ndarray, np.ndarray]]
+    """int32 and float32 [L, k]: ids and log-probabilities."""
+
+
+def measure(engine: Engine, planner: Planner, inputs: PolicyInputs, top_k: int | None) -> Answers:
+    """Score every completion under the present weights. Collective; each rank gets its own share."""
+    answers = Answers({}, {})
+    tags = engine.tags if inputs.tagged else NO_TAG
+    for first in range(0, len(inputs.completions), _CHUNK):
+        which = range(first, min(first + _CHUNK, len(inputs.completions)))
+        batch, assignments, numbers = inputs.completion_batch(which)
+        plan = planner.train(batch, assignments)
+        for spec, output in engine.token_outputs(batch, plan, tags, top_k):
+            number = numbers[spec.question][spec.trace]
+            if top_k is None:
+                answers.nll[number] = output.astype(np.float32)
+                continue
+            answers.nll[number] = output[:, 0].astype(np.float32)
+            logp, ids = np.split(output[:, 1:], 2, axis=1)
+            answers.top[number] = ids.astype(np.int32), logp.astype(np.float32)
+    return answers
+
+
+def write_reference(
+    save: Path,
+    engine: Engine,
+    index: dict[str, object],
+    fork_QN: np.ndarray | None,
+    start: Answers,
+    reference: Answers | None,
+) -> None:
+    """Write the folder. Collective.
+
+    Args:
+        index: what `stored_index` shall give, besides what is added here.
+        fork_QN: log-probabilities of the tags under the reference.
+        start: answers under the weights that the run starts from.
+        reference: those of the reference, None where it is the same; the most probable tokens are taken from here.
+    """
+    topology = engine.topology
+    partial = save / f".{FOLDER}.partial"
+    on_first_rank(lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True))[1], topology)
+    top = (reference or start).top
+    if start.nll:
+        mine = sorted(start.nll)
+        lengths = np.array([len(start.nll[number]) for number in mine])
+        places = np.stack([np.array(mine), np.cumsum(lengths) - lengths, lengths], axis=1)
+        _save(partial / f"{topology.rank}_places.npy", places)
+        _save(partial / f"{topology.rank}_nll.npy", np.concatenate([start.nll[number] for number in mine]))
+        if reference is not None:
+            _save(partial / f"{topology.rank}_reference.npy", np.concatenate([reference.nll[n] for n in mine]))
+        if top:
+            _save(partial / f"{topology.rank}_ids.npy", np.concatenate([top[number][0] for number in mine]))
+            _save(partial / f"{topology.rank}_logp.npy", np.concatenate([top[number][1] for number in mine]))
+    wrote = [rank for rank, has in enumerate(gather_json(bool(start.nll), topology)) if has]
+
+    def publish() -> None:
+        if fork_QN is not None:
+            _save(partial / "fork.npy", fork_QN)
+        write_durably(partial / _INDEX, json.dumps(index | {"ranks": wrote}))
+        shutil.rmtree(save / FOLDER, ignore_errors=True)
+        os.rename(partial, save / FOLDER)
+
+    barrier(topology)
+    on_first_rank(publish, topology)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Reference:
+    """The stored answers."""
+
+    def __init__(self, save: Path, fingerprint: str) -> None:
+        """Open them. Raises UserError if they are missing, damaged, or answers to something else."""
+        folder = save / FOLDER
+        index = stored_index(save)
+        if index.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{folder}: belongs to other questions, rewards or completions; resume with the same, or start again "
+                "with another --save"
+            )
+        try:
+            fork = folder / "fork.npy"
+            self.fork_QN = np.load(fork, allow_pickle=False) if fork.is_file() else None
+            self._files = {rank: self._open(folder, rank) for rank in index["ranks"]}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: damaged ({error}); start again with another --save") from error
+        self._where = {
+            int(number): (rank, slice(int(start), int(start + length)))
+            for rank, files in self._files.items()
+            for number, start, length in files["places"]
+        }
+
+    @staticmethod
+    def _open(folder: Path, rank: int) -> dict[str, np.ndarray]:
+        names = ("places", "nll", "reference", "ids", "logp")
+        paths = {name: folder / f"{rank}_{name}.npy" for name in names}
+        return {n: np.load(p, mmap_mode="r", allow_pickle=False) for n, p in paths.items() if p.is_file()}
+
+    def nll(self, completion: int) -> np.ndarray:
+        """float32 [L] under the weights that the run started from."""
+        return self._get(completion, "nll")
+
+    def reference_nll(self, completion: int) -> np.ndarray:
+        """float32 [L] under the reference."""
+        rank, _ = self._where[completion]
+        return self._get(completion, "reference" if "reference" in self._files[rank] else "nll")
+
+    def top(self, completion: int) -> tuple[np.ndarray, np.ndarray]:
+        """int32 and float32 [L, k]: the reference's most probable tokens and their log-probabilities."""
+        return self._get(completion, "ids"), self._get(completion, "logp")
+
+    @property
+    def no_top(self) -> tuple[np.ndarray, np.ndarray]:
+        """`top` of no tokens."""
+        files = next(iter(self._files.values()))
+        return files["ids"][:0], files["logp"][:0]
+
+    def _get(self, completion: int, name: str) -> np.ndarray:
+        rank, place = self._where[completion]
+        return self._files[rank][name][place]

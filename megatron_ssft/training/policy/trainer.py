@@ -1,0 +1,319 @@
+"""Learning which tag to choose. A step asks for the tags' probabilities, decides, and trains, as an SSFT step does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ssft.arguments import to_yaml
+from megatron_ssft.config import GFPOConfig
+from megatron_ssft.conversion.fingerprints import model_fingerprint
+from megatron_ssft.conversion.startup import ASSETS, POLICY_PROGRAM, is_hf_folder
+from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
+from megatron_ssft.objectives.drift import Drift, measure_drift
+from megatron_ssft.objectives.forking_policy import log_policy
+from megatron_ssft.parallel.checkpoint import checkpoint_folder, find_latest, load_checkpoint, read_state
+from megatron_ssft.parallel.collectives import on_first_rank
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
+from megatron_ssft.parallel.initialization import initialize_forking_rows
+from megatron_ssft.parallel.topology import Topology, job_peak_flops
+from megatron_ssft.records import NO_TAG, Assignment, MicrobatchPlan, QuestionBatch, TokenizedSet
+from megatron_ssft.scheduling.accounting import FlopAccountant
+from megatron_ssft.training.loop import TrainingLoop
+from megatron_ssft.training.planning import Planner
+from megatron_ssft.training.policy.inputs import PolicyInputs, fork_batch, read_inputs
+from megatron_ssft.training.policy.objectives import Decision, build_objective
+from megatron_ssft.training.policy.reference import Reference, measure, stored_index, write_reference
+from megatron_ssft.training.resume import (
+    check_writable,
+    continues_in_place,
+    keep_assets,
+    refuse_contradictions,
+    refuse_occupied_folder,
+    resumable,
+    weights_state,
+)
+from megatron_ssft.training.run_log import METRICS, NoLog, RunLog, policy_line
+from megatron_ssft.training.setup import build_vocabulary
+from megatron_ssft.training.signals import StopSignal
+
+POLICY, FINISHED = "policy.jsonl", "finished.json"
+_QUESTIONS_AT_ONCE = 512
+"""Of which the tags' probabilities are asked for in one pass, where it is about more than a step's."""
+
+
+class PolicyTrainer(TrainingLoop):
+    """One run of policy learning on one rank. Everything but the model's shards is the same on every rank."""
+
+    def __init__(self, config: GFPOConfig, topology: Topology) -> None:
+        """Check all input, build the model, load it, and ask the reference. Raises UserError."""
+        self.config, self.topology = config, topology
+        self.train_iters = config.training.train_iters
+        self.stale = False
+        refuse_occupied_folder(config)
+        on_first_rank(lambda: check_writable(config), topology)
+        self.vocabulary = build_vocabulary(config)
+        self.save = Path(config.checkpoint.save)
+        resuming = continues_in_place(config)
+        index = on_first_rank(lambda: stored_index(self.save) if resuming else {}, topology)
+        self.planned_iters = int(index.get("planned_iters", self.train_iters))
+        self.inputs = self._read_inputs()
+        on_first_rank(lambda: keep_assets(config), topology)
+        tags, size = self.vocabulary.tags, self.vocabulary.size
+        self.engine = Engine(config, topology, tags, size)
+        self.planner = Planner(config, tags, size, topology.dp_size)
+        self.tagged = self.planner if self.inputs.tagged else Planner(config, NO_TAG, size, topology.dp_size)
+        self.forks = Planner(config, NO_TAG, size, topology.dp_size)
+        self.accountant = FlopAccountant(self.planner.flops)
+        self.peak_flops = job_peak_flops(config, topology)
+        self.engine.start(config.policy.last_layers)
+        if resuming:
+            self._resume()
+        else:
+            self._begin()
+        self.reference = Reference(self.save, self.inputs.fingerprint)
+        self.objective = build_objective(self)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, object]:
+        """Score, decide, train; the row of metrics.jsonl."""
+        begin = time.perf_counter()
+        decision: Decision = self.objective.decide(self.iteration)
+        metrics = self.engine.train_terms(decision.terms, self.learning_rate())
+        figures = decision.report(metrics.figures)
+        plans = [term.plan for term in decision.terms]
+        flops = sum(self.accountant.training(plan) for plan in plans)
+        row = {
+            "iteration": self.iteration + 1,
+            "objective": self.config.policy.objective,
+            "loss": figures.pop("loss", metrics.loss),
+            "lr": self.learning_rate(),
+            "grad_norm": metrics.grad_norm,
+            **figures,
+            "questions": decision.questions,
+            "pad_sequences": sum(plan.pad_sequences for plan in plans),
+            "makespan_over_bound": max(plan.makespan / plan.makespan_lower_bound for plan in plans),
+            "trained_sequences": metrics.trained_sequences,
+            "trained_tokens": metrics.trained_tokens,
+            "training_flops": flops,
+            "scoring_flops": decision.scoring_flops,
+        }
+        self.iteration += 1
+        row["seconds"] = time.perf_counter() - begin
+        if self.peak_flops is not None:
+            row["mfu"] = (flops + decision.scoring_flops) / (row["seconds"] * self.peak_flops)
+        return row
+
+    def advance(self, log: RunLog | None) -> None:
+        """A step, the checks that are due after it, and their lines."""
+        row = self.train_step()
+        policy = self.config.policy
+        if policy.rescore_interval and self.inputs.completions and self.iteration % policy.rescore_interval == 0:
+            row |= self.rescore()
+        every = policy.policy_interval
+        if self.iteration == self.train_iters or self.is_over() or (every and self.iteration % every == 0):
+            self._tell_policy(log)
+        if log is None:
+            return
+        log.step(row)
+        share = row.get("effective_sample_size")
+        if share is not None and share < policy.min_effective_sample_size:
+            log.say(
+                f"stale rewards: the stored completions are worth {share:.0%} of as many new ones "
+                f"(--min-effective-sample-size {policy.min_effective_sample_size:g}), their NLL moved by "
+                f"{row['rescored_nll_shift']:+.4f} nats a token; generate and score new ones"
+            )
+
+    def is_over(self) -> bool:
+        """Whether the rewards are too old to go on with."""
+        return self.stale and self.config.policy.on_stale_rewards == "stop"
+
+    def rescore(self) -> dict[str, float]:
+        """How far the model has moved on stored completions since it made them. Collective."""
+        which = range(min(self.config.policy.rescore_completions, len(self.inputs.completions)))
+        batch, assignments, numbers = self.inputs.completion_batch(which)
+        tags = self.vocabulary.tags if self.inputs.tagged else NO_TAG
+        now = np.concatenate(self.engine.sequence_nll(batch, self.tagged.train(batch, assignments), tags))
+        order = [number for of_question in numbers for number in of_question]
+        then = np.array([self.reference.nll(number).sum(dtype=np.float64) for number in order])
+        lengths = np.array([len(self.inputs.completions[number].ids) for number in order])
+        drift: Drift = measure_drift(now, then, lengths)
+        self.stale = drift.effective_sample_size < self.config.policy.min_effective_sample_size
+        return {"effective_sample_size": drift.effective_sample_size, "rescored_nll_shift": drift.nll_shift}
+
+    # -- the tags' probabilities ---------------------------------------------------------------------------------
+
+    def fork_plan(self, questions: Sequence[TokenizedSet]) -> tuple[QuestionBatch, MicrobatchPlan]:
+        """The tags of the questions, to be scored or trained."""
+        batch = fork_batch(questions, self.vocabulary.tags.ids)
+        none = Assignment((0,) * self.vocabulary.tags.num_tags)
+        return batch, self.forks.train(batch, [none] * len(questions))
+
+    def fork_logp(self, questions: Sequence[TokenizedSet]) -> np.ndarray:
+        """float64 [Q, N]: log-probability of each tag under the present weights, the same everywhere. Collective."""
+        parts = []
+        for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
+            batch, plan = self.fork_plan(questions[first : first + _QUESTIONS_AT_ONCE])
+            parts.append(-np.stack(self.engine.sequence_nll(batch, plan, NO_TAG)))
+        return np.concatenate(parts)
+
+    def _tell_policy(self, log: RunLog | None) -> None:
+        """Lines of policy.jsonl. Collective."""
+        if self.config.policy.objective == "grpo":
+            return
+        for split, questions in (("train", self.inputs.questions), ("eval", self.inputs.held_out)):
+            if not questions:
+                continue
+            log_pi, log_mass = log_policy(self.fork_logp(questions))
+            if log is not None:
+                log.rows(
+                    POLICY,
+                    [
+                        {"iteration": self.iteration, "split": split, "id": q.id, "policy": pi.tolist(), "mass": mass}
+                        for q, pi, mass in zip(questions, np.exp(log_pi), np.exp(log_mass).tolist())
+                    ],
+                )
+
+    # -- start, resume, end --------------------------------------------------------------------------------------
+
+    def run(self, stop: StopSignal) -> None:
+        """Train to the end, to a SIGTERM, or until the rewards are stale. Raises UserError."""
+        super().run(stop)
+        if self.topology.is_first_rank and (self.iteration >= self.train_iters or self.is_over()):
+            reason = "stale rewards" if self.is_over() else "done"
+            write_durably(self.save / FINISHED, json.dumps({"iteration": self.iteration, "reason": reason}))
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint stores besides weights and optimizer, as JSON."""
+        return weights_state(self.config, self.vocabulary) | {
+            "iteration": self.iteration,
+            "has_optimizer": True,
+            "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
+            "data": self.inputs.fingerprint,
+            "policy": {name: getattr(self.config.policy, name) for name in ("objective", "trainable")},
+            "objective": self.objective.state(),
+            "stale": self.stale,
+        }
+
+    def _read_inputs(self) -> PolicyInputs:
+        """Read by the first rank, whose errors all ranks share, and then by the others."""
+        kept: list[PolicyInputs] = []
+
+        def read() -> None:
+            kept.append(read_inputs(self.config, self.vocabulary, self.planned_iters))
+
+        on_first_rank(read, self.topology)
+        if not kept:
+            read()
+        return kept[0]
+
+    def _begin(self) -> None:
+        """Load the weights to start from, and ask the reference before anything moves. Raises UserError."""
+        config, policy = self.config, self.config.policy
+        start = Path(config.checkpoint.load)
+        (self.save / FINISHED).unlink(missing_ok=True)
+        stays = start if policy.reference is None else Path(policy.reference)
+        is_other = stays.resolve() != start.resolve()
+        top_k = None if policy.anchor == "none" else min(policy.anchor_top_k, self.vocabulary.size)
+        answers = None
+        if is_other:
+            self._load_weights(stays, "--reference")
+            needed = policy.anchor == "kl" or policy.objective == "grpo"
+            answers = measure(self.engine, self.tagged, self.inputs, top_k) if needed else None
+            fork = self._reference_fork()
+        self._load_weights(start, "--load")
+        self._check_rewards_model(start)
+        here = measure(self.engine, self.tagged, self.inputs, None if is_other else top_k)
+        if not is_other:
+            fork = self._reference_fork()
+        index = {"fingerprint": self.inputs.fingerprint, "planned_iters": self.planned_iters}
+        write_reference(self.save, self.engine, index, fork, here, answers)
+
+    def _reference_fork(self) -> np.ndarray | None:
+        return None if self.config.policy.objective == "grpo" else self.fork_logp(self.inputs.questions)
+
+    def _resume(self) -> None:
+        """Go on where the newest checkpoint of this run was. Raises UserError."""
+        run = self.save
+        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
+        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
+        mine = weights_state(self.config, self.vocabulary) | {
+            "data": self.inputs.fingerprint,
+            "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
+        }
+        if "policy" not in state:
+            raise UserError(f"--load {run}: is no run of this program; give another --save to start one from it")
+        refuse_contradictions(run, state, mine, finetune=False)
+        for name, value in state["policy"].items():
+            if getattr(self.config.policy, name) != value:
+                raise UserError(f"--load {run}: was started with --{name} {value}; resume the same way")
+        load_checkpoint(self.engine, run, iteration, weights_only=False)
+        self.iteration, self.stale = iteration, bool(state["stale"])
+        self.restored = state["objective"]
+
+    restored: dict[str, object] | None = None
+    """The objective's part of the checkpoint that the run goes on from."""
+
+    def _load_weights(self, run: Path, flag: str) -> None:
+        """The newest weights of a run, or those of a Hugging Face folder. Raises UserError."""
+        if is_hf_folder(run):
+            load_hf_weights(self.engine, run)
+            rows, copy_id = self.vocabulary.known_rows, self.vocabulary.copy_id
+            initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, rows, copy_id, self.config)
+            self.engine.optimizer.reload_model_params()
+            return
+        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
+        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
+        try:
+            refuse_contradictions(run, state, weights_state(self.config, self.vocabulary), finetune=True)
+        except UserError as error:
+            raise UserError(str(error).replace("--load", flag, 1)) from error
+        load_checkpoint(self.engine, run, iteration, weights_only=True)
+
+    def _check_rewards_model(self, run: Path) -> None:
+        """Refuse rewards of another model than the run starts from, where an export tells. Raises UserError."""
+
+        def check() -> str | None:
+            folder = run if is_hf_folder(run) else checkpoint_folder(run, find_latest(run)) / ASSETS
+            if self.inputs.model is None or not is_hf_folder(folder):
+                return "no exported model beside the weights: whether the rewards are theirs is not checked"
+            found = model_fingerprint(folder)
+            if found != self.inputs.model:
+                raise UserError(
+                    f"{self.config.policy.rewards or self.config.policy.scores}: measured under another model "
+                    f"({self.inputs.model[:12]}) than {folder} ({found[:12]}); generate and score with this one"
+                )
+            return None
+
+        self.remark = on_first_rank(check, self.topology)
+
+    remark: str | None = None
+
+    # -- log -----------------------------------------------------------------------------------------------------
+
+    def open_log(self, folder: Path | None) -> RunLog | NoLog:
+        """JSONL files, trackers and progress."""
+        if not self.topology.is_first_rank:
+            return NoLog()
+        return RunLog(
+            folder, self.config.logging, self.iteration + 1, self.train_iters, files=(METRICS, POLICY), line=policy_line
+        )
+
+    def greet(self, log: RunLog, folder: Path | None) -> None:
+        """What is trained, on what, how."""
+        write_durably(folder / "config.yaml", to_yaml(resumable(self.config), POLICY_PROGRAM))
+        policy = self.config.policy
+        log.say(
+            f"{policy.objective} | {len(self.inputs.questions)} questions, {len(self.inputs.completions)} stored "
+            f"completions in use | trainable: {policy.trainable}, anchor: {policy.anchor} | {self.describe_job()}"
+        )
+        log.say(self.describe_layout())
+        for note in (*self.inputs.notes, *([self.remark] if self.remark else [])):
+            log.say(note)
