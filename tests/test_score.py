@@ -93,6 +93,8 @@ def test_scores_have_the_order_and_fields_of_the_rollouts(demo, tmp_path):
         "truncated": [0, 0, 0],
         "verifier": "exact",
         "model": "m",
+        "rollouts": f"../{rollouts.name}",
+        "scores": "../s.jsonl",
     }
 
 

@@ -1,0 +1,61 @@
+"""What --dry-run prints for policy learning: the resolved configuration and what follows from it, without a model."""
+
+from __future__ import annotations
+
+from megatron_ssft.arguments import to_yaml
+from megatron_ssft.config import GFPOConfig
+from megatron_ssft.conversion.startup import POLICY_PROGRAM
+from megatron_ssft.parallel.topology import check_world_size, launch_environment
+from megatron_ssft.training.describe import count_parameters
+from megatron_ssft.training.lr_schedule import warmup_iterations
+from megatron_ssft.training.policy.inputs import PolicyInputs, read_inputs
+from megatron_ssft.training.setup import build_vocabulary
+
+
+def print_description(config: GFPOConfig) -> None:
+    """Print `describe` on the first rank. Raises UserError on all."""
+    text = describe(config)
+    if launch_environment()[0] == 0:
+        print(text)
+
+
+def describe(config: GFPOConfig) -> str:
+    """Everything resolved, as text. Reads and checks all input, writes nothing. Raises UserError."""
+    _, world_size, _ = launch_environment()
+    if world_size == 1:  # started without a launcher: describe the smallest job that fits
+        world_size = config.parallel.model_parallel_size
+    check_world_size(config, world_size)
+    vocabulary = build_vocabulary(config)
+    inputs = read_inputs(config, vocabulary, config.training.train_iters)
+    tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
+    iters = config.training.train_iters
+    lines = [
+        to_yaml(config, POLICY_PROGRAM),
+        "# what follows from it",
+        f"questions: {len(inputs.questions)} with rewards, {len(inputs.held_out)} held out",
+        f"stored completions in use: {len(inputs.completions)}",
+        f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags),
+        f"parameters: about {count_parameters(config, vocabulary.size):,}",
+        f"ranks: {world_size}, data-parallel {world_size // config.parallel.model_parallel_size}",
+        f"steps: {iters}, warm-up {warmup_iterations(config.training, iters)}",
+        f"a step: {_step(config, inputs)}",
+        *inputs.notes,
+    ]
+    return "\n".join(lines)
+
+
+def _step(config: GFPOConfig, inputs: PolicyInputs) -> str:
+    """Tokens of an average step."""
+    policy = config.policy
+    questions = min(policy.questions_per_step, len(inputs.questions))
+    prompts = questions * sum(len(q.prompt_ids) for q in inputs.questions) / len(inputs.questions)
+    lengths = [len(c.ids) for c in inputs.completions]
+    mean = sum(lengths) / len(lengths) if lengths else 0.0
+    if policy.objective == "grpo":
+        tokens = questions * mean * len(lengths) / len(inputs.questions)
+        return f"{questions} questions, about {tokens:,.0f} completion tokens"
+    text = f"{questions} questions, about {prompts:,.0f} prompt tokens (scored, then trained)"
+    if policy.anchor == "kl":
+        anchored = min(policy.anchor_completions, len(lengths)) * mean
+        text += f", about {anchored:,.0f} tokens of completions for the anchor"
+    return text
