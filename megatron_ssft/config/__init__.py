@@ -134,16 +134,19 @@ class GFPOConfig(Config):
 
     def __post_init__(self) -> None:
         """Checks that span sections."""
+        context = self.parallel.context_parallel_size
+        require(
+            context == 1,
+            f"--context-parallel-size {context}: the tags of a question are scored in one place; give 1, and more "
+            "--tensor-model-parallel-size where memory is short",
+        )
         super().__post_init__()
         require(self.checkpoint.save is not None, "--save is required: the reference's answers are kept there")
+        tags, fewest = self.forking, 1 if self.policy.objective == "grpo" else 2
         require(
-            self.parallel.context_parallel_size == 1,
-            "--context-parallel-size above 1: the tags of a question are scored in one place; use tensor parallelism",
-        )
-        tags = self.forking
-        require(
-            self.policy.objective == "grpo" or tags.num_forking_tokens > 1,
-            f"--num-forking-tokens {tags.num_forking_tokens}: there is nothing to choose between",
+            tags.num_forking_tokens >= fewest,
+            f"--num-forking-tokens {tags.num_forking_tokens}: --objective {self.policy.objective} needs a model with "
+            f"{fewest} or more",
         )
         require(
             self.policy.trainable != "tag-rows" or tags.forking_token_format == "special",

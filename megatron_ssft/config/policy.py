@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class PolicyConfig:
     special tags only)."""
     anchor: str | None = None
     """kl (token-level KL to the reference on stored completions keeps what follows a tag as it is) or none; default kl,
-    but none with --trainable tag-rows and for grpo."""
+    for grpo none."""
     anchor_coef: float | None = None
     """Weight of that KL, a mean over tokens; default 1."""
     anchor_completions: int | None = None
@@ -88,18 +89,21 @@ class PolicyConfig:
             self.on_stale_rewards == "warn" or self.rescore_interval > 0,
             "--on-stale-rewards stop needs --rescore-interval",
         )
-        for name in ("kl_coef", "entropy_coef"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+        for name in ("kl_coef", "entropy_coef", "outside_mass_coef"):
+            value = getattr(self, name)
+            ok = value is None or 0 <= value < math.inf
+            require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number that is not negative")
 
     def _check_objective(self) -> None:
         """Fill in what depends on the objective, and refuse what it has no use for."""
         grpo = self.objective == "grpo"
-        self._only_with("clip_eps", self.objective in _OF_SAMPLES, 0.2)
-        self._only_with("clip_eps_high", self.objective in _OF_SAMPLES, self.clip_eps)
-        self._only_with("samples_per_question", self.objective == "gfpo-sampled", 16)
-        self._only_with("policy_epochs", self.objective == "gfpo-sampled", 4)
-        self._only_with("token_normalization", grpo, "token")
-        self._only_with("outside_mass_coef", not grpo, 0.1)
+        here = f"--objective {self.objective}"
+        self._only_with("clip_eps", self.objective in _OF_SAMPLES, 0.2, here)
+        self._only_with("clip_eps_high", self.objective in _OF_SAMPLES, self.clip_eps, here)
+        self._only_with("samples_per_question", self.objective == "gfpo-sampled", 16, here)
+        self._only_with("policy_epochs", self.objective == "gfpo-sampled", 4, here)
+        self._only_with("token_normalization", grpo, "token", here)
+        self._only_with("outside_mass_coef", not grpo, 0.1, here)
         if self.group_normalization is None:
             self.group_normalization = self.objective in _OF_SAMPLES
         if grpo:
@@ -121,9 +125,6 @@ class PolicyConfig:
             self.samples_per_question is None or self.samples_per_question > 1,
             "--samples-per-question 1: a sample is compared with the others of its question; draw at least 2",
         )
-        require(
-            self.outside_mass_coef is None or self.outside_mass_coef >= 0, "--outside-mass-coef must not be negative"
-        )
 
     def _check_anchor(self) -> None:
         require(
@@ -132,21 +133,23 @@ class PolicyConfig:
         )
         grpo = self.objective == "grpo"
         if self.anchor is None:
-            self.anchor = "none" if grpo or self.trainable == "tag-rows" else "kl"
+            self.anchor = "none" if grpo else "kl"
         choice(self.anchor, "anchor", "kl", "none")
         require(self.anchor == "none" or not grpo, "--anchor kl: grpo has its own KL on every token, --kl-coef")
-        self._only_with("anchor_coef", self.anchor == "kl", 1.0)
-        self._only_with("anchor_completions", self.anchor == "kl", 64)
-        self._only_with("anchor_top_k", self.anchor == "kl", 32)
+        here = f"--anchor {self.anchor}"
+        self._only_with("anchor_coef", self.anchor == "kl", 1.0, here)
+        self._only_with("anchor_completions", self.anchor == "kl", 64, here)
+        self._only_with("anchor_top_k", self.anchor == "kl", 32, here)
+        require(
+            self.rollouts is None or grpo or self.anchor == "kl" or self.rescore_interval > 0,
+            "--rollouts has no use with --anchor none and --rescore-interval 0",
+        )
         positive(self, "anchor_coef", "anchor_completions", "anchor_top_k")
 
-    def _only_with(self, name: str, applies: bool, default: object) -> None:
-        """Fill in the default where a field applies; refuse a value where it does not."""
+    def _only_with(self, name: str, applies: bool, default: object, here: str) -> None:
+        """Fill in the default where a field applies; refuse a value where it does not, which is `here`."""
         value = getattr(self, name)
-        flag = f"--{name.replace('_', '-')}"
-        require(
-            applies or value is None, f"{flag} has no use with --objective {self.objective}, --anchor {self.anchor}"
-        )
+        require(applies or value is None, f"--{name.replace('_', '-')} has no use with {here}; leave it out")
         if applies and value is None:
             setattr(self, name, default)
 

@@ -83,7 +83,14 @@ def replacement(target: Path) -> Iterator[Path]:
     sync_folder(target.parent)
 
 
-def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_size: int, torch_dtype: str) -> None:
+def write_assets(
+    source: Path,
+    target: Path,
+    tags: ForkingTokens | None,
+    vocab_size: int,
+    torch_dtype: str,
+    tied: bool | None = None,
+) -> None:
     """Write the assets of `source` into folder `target`, whose other files stay, as they belong to an export.
 
     Args:
@@ -93,6 +100,7 @@ def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_s
             setting strips from the text. None: there are none, or nothing is known of them.
         vocab_size: rows of the exported embedding.
         torch_dtype: of the exported weights, e.g. `bfloat16`.
+        tied: whether the output head is the embedding; None: as `source` says.
 
     Raises:
         UserError: what `copy_assets` raises; the tokenizer cannot give the tags these ids; or, read back, it does not
@@ -106,7 +114,7 @@ def write_assets(source: Path, target: Path, tags: ForkingTokens | None, vocab_s
         with tempfile.TemporaryDirectory(prefix=".assets.", dir=target) as parent:
             fresh = Path(parent) / "assets"
             copy_assets(source, fresh)
-            _update_config(fresh / "config.json", vocab_size, torch_dtype)
+            _update_config(fresh / "config.json", vocab_size, torch_dtype, tied)
             if tags is not None:
                 if max(max(ids) for ids in tags.ids) >= vocab_size:
                     raise UserError(f"{source}: forking tokens {tags.ids} do not fit an embedding of {vocab_size} rows")
@@ -205,10 +213,13 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, A
     return found
 
 
-def _update_config(path: Path, vocab_size: int, torch_dtype: str) -> None:
+def _update_config(path: Path, vocab_size: int, torch_dtype: str, tied: bool | None) -> None:
     config = read_json(path)
+
     # transformers 5 writes `dtype`, reads both; older versions know `torch_dtype` only.
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
     updated = {**config, "vocab_size": vocab_size, **dict.fromkeys(names, torch_dtype)}
+    if tied is not None and tied != bool(config.get("tie_word_embeddings")):  # absent is false, in every family
+        updated["tie_word_embeddings"] = tied
     if updated != config:
         write_json(path, updated)

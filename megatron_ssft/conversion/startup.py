@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ssft.arguments import ANY_RUN, Program, read_config_file
 from megatron_ssft.config import GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
 from megatron_ssft.conversion.assets import find_tokenizer
 from megatron_ssft.conversion.families import model_values
+from megatron_ssft.conversion.forking_tokens_file import FORKING_TOKENS, read_forking_tokens
 from megatron_ssft.errors import UserError
 
 ASSETS = "hf"
@@ -88,11 +90,69 @@ def complete_values(values: dict[str, object]) -> dict[str, object]:
 
 
 def complete_policy_values(values: dict[str, object]) -> dict[str, object]:
-    """The same for policy learning, which takes a run's layout over as well. Raises UserError."""
+    """The same for policy learning, which takes a run's layout over as well, and an export's tags. Raises UserError."""
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
+    if values.get("train_iters") is None:
+        raise UserError("--train-iters is required: the number of optimizer steps")
+    load = Path(str(values["load"]))
     values = complete_values(values)
-    stored = Path(str(values["load"])) / "config.yaml"
-    proposed = read_config_file(str(stored), ANY_RUN) if stored.is_file() else {}
+    if is_hf_folder(load):
+        values = _complete_tags(values, load)
+        proposed = {}
+    else:
+        _check_run(load)
+        proposed = read_config_file(str(load / "config.yaml"), ANY_RUN)
+    _check_neighbours(values, load, started_here="objective" in proposed)
     values = {name: value for name, value in proposed.items() if name in _LAYOUT} | values
     return values | {"data_path": [str(values.get("data"))]}
+
+
+def _check_run(folder: Path) -> None:
+    """Raise UserError for a folder that is no run, or one without a checkpoint."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"--load {folder}: neither a run (config.yaml, iter_*) nor a Hugging Face folder (config.json); give the "
+            "folder that was --save of pretrain_ssft.py"
+        )
+    if not any(folder.glob("iter_*")):
+        raise UserError(f"--load {folder}: holds no checkpoint (iter_*); give the run that it was to start from")
+
+
+def _check_neighbours(values: dict[str, object], load: Path, started_here: bool) -> None:
+    """Raise UserError where --save or --reference cannot be; `started_here`: --load is a run of this program."""
+    save, reference = values.get("save"), values.get("reference")
+    continues = save is not None and Path(str(save)).resolve() == load.resolve()
+    if continues and not started_here:
+        raise UserError(f"--save {save}: is what to start from (--load); give another folder")
+    if reference is not None and not continues and not Path(str(reference)).is_dir():
+        raise UserError(f"--reference {reference}: no such folder")
+
+
+def _complete_tags(values: dict[str, object], folder: Path) -> dict[str, object]:
+    """The values with the tags that an export names; others are refused. Raises UserError."""
+    path = folder / FORKING_TOKENS
+    if not path.is_file():
+        if values.get("num_forking_tokens") is None:
+            raise UserError(f"--load {folder}: has no {FORKING_TOKENS}, so its tags are unknown; load the run instead")
+        return values
+    tags = read_forking_tokens(folder)
+    template = tag_template(tags.strings)
+    if template is None:
+        raise UserError(f"{path}: its tags do not differ in a number that counts from 1; load the run instead")
+    for name, value in zip(_TAGS, (tags.num_tags, tags.format, template)):
+        if values.get(name) not in (None, value):
+            raise UserError(
+                f"--{name.replace('_', '-')} {values[name]} contradicts {path}, which has {value!r}; drop the flag"
+            )
+        values = values | {name: value}
+    return values
+
+
+def tag_template(strings: Sequence[str]) -> str | None:
+    """The text with {i} that gives `strings` for i = 1, 2, ...; None if there is none."""
+    # The first two are of one length and differ exactly where the number stands.
+    first, second = strings[0], strings[1] if len(strings) > 1 else strings[0].replace("1", "2", 1)
+    template = "".join("{i}" if (a, b) == ("1", "2") else a for a, b in zip(first, second))
+    spelled = [template.replace("{i}", str(i)) for i in range(1, len(strings) + 1)]
+    return template if spelled == list(strings) and "{i}" in template else None

@@ -29,6 +29,7 @@ from megatron_ssft.parallel.pickle_scan import refuse_unusable
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "train_state.json"
 _ROWS = "forking_rows.weight"
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 _EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
 
 
@@ -105,19 +106,26 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
     return folder
 
 
-def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool) -> None:
+def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool, untie: bool = False) -> None:
     """`load_folder` of a run's checkpoint."""
-    load_folder(engine, checkpoint_folder(run, iteration), weights_only)
+    load_folder(engine, checkpoint_folder(run, iteration), weights_only, untie)
 
 
-def load_folder(engine: Engine, folder: Path, weights_only: bool = True) -> None:
+def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: bool = False) -> None:
     """Fill weights, and unless `weights_only` the optimizer, at whatever layout the engine has. Collective.
+
+    `untie`: the checkpoint's model has tied embeddings, the engine's output head becomes a copy of them.
 
     Raises:
         UserError: the checkpoint is foreign, damaged, or does not fit the model.
     """
     on_first_rank(lambda: refuse_unusable(folder), engine.topology)
     sharded = _sharded_state(engine, is_loading=True, weights_only=weights_only)
+    if untie:
+        for key in _chunk_keys(engine):
+            head = sharded[key].get(_HEAD)
+            if head is not None:  # a second reader of the embedding
+                head.key, head.replica_id = _EMBEDDING, (1, *head.replica_id[1:])
     try:
         state = dist_checkpointing.load(sharded, folder)
     except (CheckpointingException, KeyError) as error:

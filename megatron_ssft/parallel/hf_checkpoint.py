@@ -24,20 +24,25 @@ from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import fold_forking_rows, sharded_tensors, take_forking_rows
 
 
-def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False) -> None:
+def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False, untie: bool = False) -> None:
     """Fill the engine's weights from a Hugging Face folder, every rank reading its own slices.
 
     `only_some_layers`: the engine has fewer layers than the folder, for verification.
+    `untie`: the folder's model has tied embeddings, the engine's output head becomes a copy of them.
     Rows that the folder does not have (added tags, padding) become zero; the tags' own rows are taken from the table.
 
     Raises:
         UserError: tensors are missing, unused, or of another shape.
     """
     model = engine.config.model
+    if untie:
+        model = dataclasses.replace(model, untie_embeddings_and_output_weights=False)
     if not only_some_layers:
         on_first_rank(lambda: _check_names(folder, model), engine.topology)
     with torch.no_grad(), HFWeights(folder) as weights:
         for entry, layer in weight_entries(engine):
+            if untie and entry.key == "output_layer.weight":
+                entry = dataclasses.replace(entry, key="embedding.word_embeddings.weight")
             entry.data.zero_()
             for _, local, values in _stored_slices(weights, entry, layer, model):
                 entry.data.narrow(0, local, len(values)).copy_(values)

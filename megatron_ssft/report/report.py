@@ -1,8 +1,8 @@
-"""The report: training runs and an evaluation in, one HTML page and its pictures as PNG files out."""
+"""The report: training runs and evaluations in, one HTML page and its pictures as PNG files out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
@@ -11,9 +11,18 @@ from megatron_ssft.report.evaluation_record import Record, load_evaluation
 from megatron_ssft.report.exhibits import Section, clean, join
 from megatron_ssft.report.figures_evaluation import evaluation_section
 from megatron_ssft.report.figures_matching import dynamics_section
+from megatron_ssft.report.figures_policy import policy_section
+from megatron_ssft.report.figures_policy_evaluation import add_evaluation
 from megatron_ssft.report.figures_tags import tags_section
 from megatron_ssft.report.figures_training import cost_section, training_section
 from megatron_ssft.report.html import page
+from megatron_ssft.report.policy_runs import (
+    PolicyRun,
+    groups_of,
+    is_policy_run,
+    load_policy_evaluation,
+    load_policy_runs,
+)
 from megatron_ssft.report.run_facts import RunFacts, load_facts
 from megatron_ssft.report.summary import summary_section
 
@@ -23,6 +32,8 @@ FOOTER = (
     "lost their share in the last complete epoch, and g* is the tag that they match to most sources. Sources are known "
     "to this report alone; the model never sees them."
 )
+POLICY_FOOTER = "Tags are written <think1>, <think2>, ...; rewards are shares of correct answers, losses are in nats."
+"""Of a page on policies alone."""
 
 
 def write_report(
@@ -30,11 +41,16 @@ def write_report(
     output: str | Path,
     evaluation: str | Path | None = None,
     png_folder: str | Path | None = None,
+    policy_evaluation: str | Path | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the report on the runs in `folders` to `output`, its pictures as PNG files to `png_folder`.
 
     Args:
+        folders: of runs of pretrain_ssft.py and of tools/train_gfpo.py, in any order.
         evaluation: the output folder of tools/evaluate.py.
+        policy_evaluation: that of tools/evaluate_policy.py.
+        groups: question's id -> its group, to show the policies' tags by; default: those of `policy_evaluation`.
         png_folder: by default `<output's name without its ending>_figures` beside the report.
 
     Returns:
@@ -45,13 +61,19 @@ def write_report(
     """
     output = Path(output)
     png_folder = output.with_name(f"{output.stem}_figures") if png_folder is None else Path(png_folder)
-    runs = load_facts(folders)
-    sections = build_sections(runs, load_evaluation(evaluation) if evaluation is not None else None)
-    names = join(clean(facts.name) for facts in runs)
-    lead = (
-        f"{len(runs)} training run{'s' if len(runs) > 1 else ''}, read from {'their' if len(runs) > 1 else 'its'} logs."
+    trained = [folder for folder in folders if is_policy_run(folder)]
+    runs = load_facts([folder for folder in folders if folder not in trained])
+    policies = load_policy_runs(trained, [facts.name for facts in runs])
+    sections = build_sections(
+        runs,
+        load_evaluation(evaluation) if evaluation is not None else None,
+        policies,
+        load_policy_evaluation(policy_evaluation) if policy_evaluation is not None else None,
+        groups,
     )
-    text = page(f"Set Supervised Fine-Tuning: {names}", lead, sections, FOOTER)
+    count = len(runs) + len(policies)
+    lead = f"{count} training run{'s' if count > 1 else ''}, read from {'their' if count > 1 else 'its'} logs."
+    text = page(_title(runs, policies), lead, sections, FOOTER if runs else POLICY_FOOTER)
     exhibits = [exhibit for section in sections for exhibit in section.exhibits]
     paths = [output, *(png_folder / f"{exhibit.key}.png" for exhibit in exhibits)]
     try:
@@ -65,20 +87,41 @@ def write_report(
     return paths
 
 
-def build_sections(runs: Sequence[RunFacts], record: Record | None) -> list[Section]:
-    """All parts of the page, in reading order. A run looks the same in all of them."""
+def _title(runs: Sequence[RunFacts], policies: Sequence[PolicyRun]) -> str:
+    parts = [
+        f"{what}: {join(clean(run.name) for run in some)}"
+        for what, some in (("Set Supervised Fine-Tuning", runs), ("Forking policy", policies))
+        if some
+    ]
+    return "; ".join(parts)
+
+
+def build_sections(
+    runs: Sequence[RunFacts],
+    record: Record | None,
+    policies: Sequence[PolicyRun] = (),
+    policy_record: Record | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> list[Section]:
+    """All parts of the page, in reading order. A run looks the same in all of them; `groups` as in `write_report`."""
     known = [facts.name for facts in runs]
     known += [run["name"] for run in record["runs"] if run["name"] not in known] if record is not None else []
-    sections = [
-        summary_section(runs, record),
-        training_section(runs, known),
-        dynamics_section(runs, known),
-        tags_section(runs),
-        cost_section(runs, known),
-    ]
+    sections = [summary_section(runs, record, policies, policy_record)]
+    if runs:
+        sections += [
+            training_section(runs, known),
+            dynamics_section(runs, known),
+            tags_section(runs),
+            cost_section(runs, known),
+        ]
+    if policies or policy_record is not None:
+        groups = groups_of(policy_record) if groups is None else groups
+        sections.append(policy_section(policies, groups, [*known, *(run.name for run in policies)]))
+        if policy_record is not None:
+            add_evaluation(sections[-1], policy_record)
     if record is not None:
         sections.append(evaluation_section(record, known))
-    else:
+    elif runs:
         sections.append(
             Section(
                 "evaluation", "Generated answers", "No evaluation was given (--eval), so there are no pictures of it."

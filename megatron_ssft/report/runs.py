@@ -90,7 +90,7 @@ def load_metrics(folder: str | Path) -> Metrics:
     """`folder`/metrics.jsonl. A torn last line is skipped with a warning; other bad lines raise UserError."""
     path = Path(folder) / METRICS_FILE
     rows = []
-    for number, row in _objects(path):
+    for number, row in read_objects(path):
         if not _is_count(row.get("iteration")):
             raise UserError(f"{path}:{number}: `iteration` must be a number from 0; repair or remove the line")
         rows.append(row)
@@ -103,11 +103,14 @@ def load_metrics(folder: str | Path) -> Metrics:
 def load_assignments(folder: str | Path) -> list[Visit]:
     """`folder`/assignments.jsonl, in its order. A torn last line is skipped with a warning; others raise UserError."""
     path = Path(folder) / ASSIGNMENTS_FILE
-    return [_visit(f"{path}:{number}", row) for number, row in _objects(path)]
+    return [_visit(f"{path}:{number}", row) for number, row in read_objects(path)]
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(1-based line, object) of a JSON-lines file; a killed writer may have left its last line unfinished."""
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """(1-based line, object) of a JSON-lines file; a killed writer may have left its last line unfinished.
+
+    Raises UserError for any other line that is no object.
+    """
     try:
         file = path.open("rb")
     except OSError as error:

@@ -11,20 +11,31 @@ from megatron_ssft.inference.evaluation_tables import OWN_PASS, counted, own_tag
 from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
 from megatron_ssft.report.figures_evaluation import BEST_TAG, common_k, votes_of
+from megatron_ssft.report.figures_policy import run_sentence
+from megatron_ssft.report.figures_policy_evaluation import evaluation_sentences
+from megatron_ssft.report.policy_runs import PolicyRun
 from megatron_ssft.report.run_facts import RunFacts
 from megatron_ssft.report.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
 
 
-def summary_section(runs: Sequence[RunFacts], record: Record | None) -> Section:
+def summary_section(
+    runs: Sequence[RunFacts],
+    record: Record | None,
+    policies: Sequence[PolicyRun] = (),
+    policy_record: Record | None = None,
+) -> Section:
     """Sentences on each run, and a table of what they were made with."""
     section = Section("summary", "Summary")
-    section.tables.append(_facts_table(runs))
+    if runs:
+        section.tables.append(_facts_table(runs))
     for facts in runs:
         section.remarks += [_run_sentence(facts), _choice(facts)]
     if record is not None:
         k = common_k(record["runs"]) if record["runs"][0]["ours"] else 0
         section.remarks += [_evaluation_sentence(run, k) for run in record["runs"]]
         section.remarks += _accuracy_of_choice(runs, record)
+    section.remarks += map(run_sentence, policies)
+    section.remarks += evaluation_sentences(policy_record) if policy_record is not None else []
     return section
 
 

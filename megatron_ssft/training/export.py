@@ -45,7 +45,8 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tags = vocabulary.tags if vocabulary.tags.num_tags else None
-        write_assets(assets, partial, tags, engine.vocab_size, dtype)
+        tied = not config.model.untie_embeddings_and_output_weights
+        write_assets(assets, partial, tags, engine.vocab_size, dtype, tied)
         if config.data.tokenizer_type != "HuggingFaceTokenizer":  # whose files are the run's own
             check_tokenizer(partial, vocabulary.tokenizer)
 

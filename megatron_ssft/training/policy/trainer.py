@@ -11,8 +11,9 @@ import numpy as np
 
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import GFPOConfig
+from megatron_ssft.conversion.families import model_values
 from megatron_ssft.conversion.fingerprints import model_fingerprint
-from megatron_ssft.conversion.startup import ASSETS, POLICY_PROGRAM, is_hf_folder
+from megatron_ssft.conversion.startup import ASSETS, POLICY_PROGRAM, is_hf_folder, read_hf_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.objectives.drift import Drift, measure_drift
@@ -113,6 +114,8 @@ class PolicyTrainer(TrainingLoop):
 
     def advance(self, log: RunLog | None) -> None:
         """A step, the checks that are due after it, and their lines."""
+        if self.iteration == 0:
+            self._tell_policy(log)
         row = self.train_step()
         policy = self.config.policy
         if policy.rescore_interval and self.inputs.completions and self.iteration % policy.rescore_interval == 0:
@@ -254,7 +257,7 @@ class PolicyTrainer(TrainingLoop):
         for name, value in state["policy"].items():
             if getattr(self.config.policy, name) != value:
                 raise UserError(f"--load {run}: was started with --{name} {value}; resume the same way")
-        load_checkpoint(self.engine, run, iteration, weights_only=False)
+        load_checkpoint(self.engine, run, iteration, weights_only=self.config.checkpoint.finetune)
         self.iteration, self.stale = iteration, bool(state["stale"])
         self.restored = state["objective"]
 
@@ -263,19 +266,26 @@ class PolicyTrainer(TrainingLoop):
 
     def _load_weights(self, run: Path, flag: str) -> None:
         """The newest weights of a run, or those of a Hugging Face folder. Raises UserError."""
+        own_head = self.config.model.untie_embeddings_and_output_weights
         if is_hf_folder(run):
-            load_hf_weights(self.engine, run)
+            tied = not model_values(read_hf_config(run), str(run / "config.json"))[
+                "untie_embeddings_and_output_weights"
+            ]
+            load_hf_weights(self.engine, run, untie=tied and own_head)
             rows, copy_id = self.vocabulary.known_rows, self.vocabulary.copy_id
             initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, rows, copy_id, self.config)
             self.engine.optimizer.reload_model_params()
             return
         iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
         state = on_first_rank(lambda: read_state(run, iteration), self.topology)
+        untie = own_head and not state.get("model", {}).get("untie_embeddings_and_output_weights", True)
+        if untie:
+            state["model"]["untie_embeddings_and_output_weights"] = True
         try:
             refuse_contradictions(run, state, weights_state(self.config, self.vocabulary), finetune=True)
         except UserError as error:
             raise UserError(str(error).replace("--load", flag, 1)) from error
-        load_checkpoint(self.engine, run, iteration, weights_only=True)
+        load_checkpoint(self.engine, run, iteration, weights_only=True, untie=untie)
 
     def _check_rewards_model(self, run: Path) -> None:
         """Refuse rewards of another model than the run starts from, where an export tells. Raises UserError."""
