@@ -1,4 +1,5 @@
-"""The whole way on synthetic data: train under optimal, random and single matching, export, generate, score, report.
+"""The whole way on synthetic data: train under optimal, random and single matching, generate, score, learn to choose
+the tag (GFPO), report.
 
 Runs on two CPU processes in a few minutes. Exit status: 0 if all bars are met, 1 if one is not, 2 for a wrong
 argument, else that of the stage that failed. The stages are the project's own commands; each is printed.
@@ -7,6 +8,7 @@ argument, else that of the stage that failed. The stages are the project's own c
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
@@ -22,6 +24,7 @@ from rich.console import Console
 
 from megatron_ssft.data.demo import write_demo_data
 from megatron_ssft.errors import UserError
+from megatron_ssft.report.demo_policy import check_policy, policy_table, read_policy_evaluation
 from megatron_ssft.report.demo_result import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.report.demo_training import check_training, summarize, training_table
 from megatron_ssft.report.runs import load_run
@@ -32,7 +35,14 @@ SAMPLES_PER_TAG = 4
 TAGS = 6
 MARKER = ".megatron_ssft_demo"
 """Its presence says that a folder was made by this program and may be replaced by it."""
-OWN = {MARKER, "data", "data_cache", "figures", "rollouts", "evaluation", "report.html", *MATCHINGS}
+OWN = {MARKER, "data", "data_cache", "figures", "rollouts", "evaluation", "gfpo", "policy", "report.html", *MATCHINGS}
+REWARDED = 256
+"""Training questions whose tags get rewards."""
+GFPO = (
+    *("--objective", "gfpo-exact", "--train-iters", "200"),
+    *("--lr", "1e-3", "--lr-warmup-iters", "40", "--lr-decay-style", "cosine"),
+)
+SAMPLING = ("--temperature", 0.7, "--top-p", 1, "--max-new-tokens", 48, "--seed", 1)
 
 
 class StageFailure(Exception):
@@ -59,9 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         training_seconds = time.monotonic() - started
         console.rule("held-out questions")
         rollouts = evaluate(args.output, held_out)
+        console.rule("choosing the tag")
+        learn_to_choose(args.output, args.nproc, train, held_out)
         runs = [load_run(args.output / matching) for matching in MATCHINGS]
         summaries = {trained.name: summarize(trained) for trained in runs}
         evaluated = read_evaluation(args.output / "evaluation", rollouts)
+        policy = read_policy_evaluation(args.output / "policy")
         write_report(args.output)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -72,9 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     console.rule("result")
     console.print(training_table(list(summaries.values())))
     console.print(evaluation_table(evaluated))
+    console.print(policy_table(policy))
     print("The data is synthetic: this shows that the mechanism works, and says nothing about any benchmark.")
     print(f"report: {args.output / 'report.html'}, its pictures: {args.output / 'figures'}")
     bars = check_training(summaries["optimal"], summaries["random"]) + check_evaluation(*evaluated)
+    bars += check_policy(policy)
     for met, text in bars:
         print(f"{'met    ' if met else 'NOT MET'}  {text}")
     print(f"{time.monotonic() - started:.0f} s in all, {training_seconds:.0f} s of them for training")
@@ -101,7 +116,6 @@ def training_command(
     output: Path, matching: str, nproc: int, train_iters: int, train: Path, held_out: Path
 ) -> list[str]:
     """The command line of one run: a GPT of about 150,000 parameters, tensor-parallel over `nproc` processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     flags = (
         f"--tensor-model-parallel-size {nproc} "
         "--num-layers 3 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 64 "
@@ -120,7 +134,12 @@ def training_command(
         "--save": output / matching,
     }
     script = str(ROOT / "pretrain_ssft.py")
-    return [*launcher, script, *flags.split(), *(str(x) for pair in paths.items() for x in pair)]
+    return [*launcher(nproc), script, *flags.split(), *(str(x) for pair in paths.items() for x in pair)]
+
+
+def launcher(nproc: int) -> list[str]:
+    """The beginning of the command line of a program that trains."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
 
 
 def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
@@ -136,9 +155,8 @@ def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
         if matching == "single":  # all traces were trained under the first tag: as many samples under that
             under = ["fixed", "--tag", 0, "--samples", TAGS * SAMPLES_PER_TAG]
         generated.append(
-            tool("generate", "--model", exported, "--data", held_out, "--output", path, "--tags", *under,
-                 "--temperature", 0.7, "--top-p", 1, "--max-new-tokens", 48, "--seed", 1)
-        )  # fmt: skip
+            tool("generate", "--model", exported, "--data", held_out, "--output", path, "--tags", *under, *SAMPLING)
+        )
     run(generated)
     run(
         tool("score", rollouts[m], "--data", held_out, "--verifier", "exact", "--output", scores[m], "--workers", 1)
@@ -149,10 +167,39 @@ def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
     return rollouts
 
 
+def learn_to_choose(output: Path, nproc: int, train: Path, held_out: Path) -> None:
+    """Rewards of every tag on training questions, GFPO from the run with optimal matching, and its evaluation."""
+    folder, start = output / "policy", output / "optimal"
+    folder.mkdir(exist_ok=True)
+    questions, rewards = folder / "questions.jsonl", folder / "rewards.jsonl"
+    with open(train, encoding="utf-8") as file:
+        questions.write_text("".join(itertools.islice(file, REWARDED)), encoding="utf-8")
+
+    def samples(model: Path, name: str, data: Path, *under: object, rewards: tuple[object, ...] = ()) -> Path:
+        rollouts, scores = folder / f"{name}.jsonl", folder / f"{name}.scores.jsonl"
+        run([tool("generate", "--model", model, "--data", data, "--output", rollouts, "--tags", *under, *SAMPLING)])
+        run([tool("score", rollouts, "--data", data, "--verifier", "exact", "--output", scores, *rewards)])
+        return scores
+
+    samples(max(start.glob("iter_*/hf")), "train", questions, "each", "--samples-per-tag", 2,
+            rewards=("--rewards", rewards))  # fmt: skip
+    run([[*launcher(nproc), str(ROOT / "tools" / "train_gfpo.py"), "--load", str(start), "--rewards", str(rewards),
+          "--data", str(questions), "--eval-data", str(held_out), "--save", str(output / "gfpo"), "--seed", "1",
+          "--export-hf-at-save", *GFPO]])  # fmt: skip
+    model = max((output / "gfpo").glob("iter_*/hf"))
+    after = samples(model, "each", held_out, "each", "--samples-per-tag", SAMPLES_PER_TAG)
+    own = samples(model, "own", held_out, "own", "--samples", SAMPLES_PER_TAG)
+    greedy = samples(model, "own_greedy", held_out, "own-greedy", "--samples", SAMPLES_PER_TAG)
+    run([tool("evaluate_policy", "--before", start / "eval" / "optimal.jsonl", "--after", after, "--own", own,
+              "--own-greedy", greedy, "--rewards", rewards, "--policy", output / "gfpo" / "policy.jsonl",
+              "--data", held_out, "--group-by", "operation", "--output", folder)])  # fmt: skip
+
+
 def write_report(output: Path) -> None:
-    """report.html and figures/ from the runs and their evaluation."""
-    runs, html = [output / matching for matching in MATCHINGS], output / "report.html"
-    run([tool("report", *runs, "--eval", output / "evaluation", "--output", html, "--png-dir", output / "figures")])
+    """report.html and figures/ from the runs and their evaluations."""
+    runs, html = [output / name for name in (*MATCHINGS, "gfpo")], output / "report.html"
+    run([tool("report", *runs, "--eval", output / "evaluation", "--policy-eval", output / "policy", "--output", html,
+              "--png-dir", output / "figures")])  # fmt: skip
 
 
 def tool(name: str, *arguments: object) -> list[str]:

@@ -16,12 +16,14 @@ from megatron_ssft.errors import UserError
 
 ASSETS = "hf"
 """Folder in a run that holds the Hugging Face files besides weights, for export."""
-_SHAPE_FREE = ("transformer_impl", "make_vocab_size_divisible_by", "init_method_std")
+_IMPLEMENTATION = "transformer_impl"
+"""The one setting of the model that a later run may change."""
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model")
 _LAYOUT = (
     *(field.name for field in dataclasses.fields(ParallelConfig)),
     *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
+    _IMPLEMENTATION,
 )
 _OF_SSFT = (
     *(field.name for field in dataclasses.fields(MatchingConfig)),
@@ -81,7 +83,7 @@ def complete_values(values: dict[str, object]) -> dict[str, object]:
     stored = folder / "config.yaml"
     if stored.is_file():
         proposed = read_config_file(str(stored), ANY_RUN)
-        shape = {field.name for field in dataclasses.fields(ModelConfig)} - set(_SHAPE_FREE)
+        shape = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
         values = {k: v for k, v in proposed.items() if k in shape or k in _TAGS or k in _TOKENIZER} | values
     tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
     if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():

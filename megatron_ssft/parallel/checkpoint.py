@@ -168,7 +168,8 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
     """What is saved or loaded, as megatron-core's sharded tensors.
 
     The tags' own rows are folded into the embedding, so the model part leaves them out; the optimizer's state of
-    these rows is stored under their own name.
+    these rows is stored under their own name. Layers are stacked into one tensor each; the state of an optimizer that
+    trains some of them only cannot be, so its layers are stored one by one.
     """
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -185,6 +186,12 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
     if not weights_only:
         if is_loading:
             allocate_state(engine.optimizer)
+        if engine.last_layers is not None:
+            metadata["non_homogeneous_layers"] = True
+            model = {
+                key: chunk.sharded_state_dict(metadata=metadata)
+                for key, chunk in zip(_chunk_keys(engine), engine.chunks)
+            }
         with unpadded_buffers(engine.optimizer):
             state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state

@@ -61,12 +61,15 @@ class Engine:
         self.attention = self._choose_attention()
         self.wrapped: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer | None = None
+        self.last_layers: int | None = None
+        """How many of the last layers train; None: everything."""
 
     def start(self, last_layers: int | None = None) -> None:
         """Wrap the model and build the optimizer from the weights it now holds.
 
         `last_layers`: how many of the last layers train, beside the tags' rows; None: everything.
         """
+        self.last_layers = last_layers
         freeze(self.chunks, self.config.model.num_layers, last_layers)
         self.wrapped = wrap_chunks(self.chunks, self.config)
         self.optimizer = build_optimizer(self.wrapped, self.config)

@@ -50,6 +50,15 @@ def stored_index(save: Path) -> dict[str, object]:
         ) from error
 
 
+def refuse_other_inputs(save: Path, index: dict[str, object], fingerprint: str) -> None:
+    """Raise UserError if a run was started with other questions, rewards or completions than it goes on with."""
+    if index.get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{save / FOLDER}: belongs to other questions, rewards, completions or settings of them; resume with the "
+            "same, or start again with another --save"
+        )
+
+
 @dataclass
 class Answers:
     """What one rank has measured: arrays by completion."""
@@ -133,15 +142,10 @@ def _save(path: Path, array: np.ndarray) -> None:
 class Reference:
     """The stored answers."""
 
-    def __init__(self, save: Path, fingerprint: str) -> None:
-        """Open them. Raises UserError if they are missing, damaged, or answers to something else."""
+    def __init__(self, save: Path) -> None:
+        """Open them. Raises UserError if they are missing or damaged."""
         folder = save / FOLDER
         index = stored_index(save)
-        if index.get("fingerprint") != fingerprint:
-            raise UserError(
-                f"{folder}: belongs to other questions, rewards or completions; resume with the same, or start again "
-                "with another --save"
-            )
         try:
             fork = folder / "fork.npy"
             self.fork_QN = np.load(fork, allow_pickle=False) if fork.is_file() else None

@@ -30,7 +30,13 @@ from megatron_ssft.training.loop import TrainingLoop
 from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.policy.inputs import PolicyInputs, fork_batch, read_inputs
 from megatron_ssft.training.policy.objectives import Decision, build_objective
-from megatron_ssft.training.policy.reference import Reference, measure, stored_index, write_reference
+from megatron_ssft.training.policy.reference import (
+    Reference,
+    measure,
+    refuse_other_inputs,
+    stored_index,
+    write_reference,
+)
 from megatron_ssft.training.resume import (
     check_writable,
     continues_in_place,
@@ -65,6 +71,8 @@ class PolicyTrainer(TrainingLoop):
         index = on_first_rank(lambda: stored_index(self.save) if resuming else {}, topology)
         self.planned_iters = int(index.get("planned_iters", self.train_iters))
         self.inputs = self._read_inputs()
+        if resuming:
+            refuse_other_inputs(self.save, index, self.inputs.fingerprint)
         on_first_rank(lambda: keep_assets(config), topology)
         tags, size = self.vocabulary.tags, self.vocabulary.size
         self.engine = Engine(config, topology, tags, size)
@@ -78,7 +86,7 @@ class PolicyTrainer(TrainingLoop):
             self._resume()
         else:
             self._begin()
-        self.reference = Reference(self.save, self.inputs.fingerprint)
+        self.reference = Reference(self.save)
         self.objective = build_objective(self)
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -188,6 +196,7 @@ class PolicyTrainer(TrainingLoop):
 
     def run(self, stop: StopSignal) -> None:
         """Train to the end, to a SIGTERM, or until the rewards are stale. Raises UserError."""
+        on_first_rank(lambda: (self.save / FINISHED).unlink(missing_ok=True), self.topology)
         super().run(stop)
         if self.topology.is_first_rank and (self.iteration >= self.train_iters or self.is_over()):
             reason = "stale rewards" if self.is_over() else "done"
@@ -221,7 +230,6 @@ class PolicyTrainer(TrainingLoop):
         """Load the weights to start from, and ask the reference before anything moves. Raises UserError."""
         config, policy = self.config, self.config.policy
         start = Path(config.checkpoint.load)
-        (self.save / FINISHED).unlink(missing_ok=True)
         stays = start if policy.reference is None else Path(policy.reference)
         is_other = stays.resolve() != start.resolve()
         top_k = None if policy.anchor == "none" else min(policy.anchor_top_k, self.vocabulary.size)
@@ -253,7 +261,10 @@ class PolicyTrainer(TrainingLoop):
         }
         if "policy" not in state:
             raise UserError(f"--load {run}: is no run of this program; give another --save to start one from it")
-        refuse_contradictions(run, state, mine, finetune=False)
+        try:
+            refuse_contradictions(run, state, mine, finetune=False)
+        except UserError as error:
+            raise UserError(str(error).replace("with --finetune", "with another --save")) from error
         for name, value in state["policy"].items():
             if getattr(self.config.policy, name) != value:
                 raise UserError(f"--load {run}: was started with --{name} {value}; resume the same way")

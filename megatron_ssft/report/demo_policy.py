@@ -1,0 +1,55 @@
+"""What the demo promises of the learned choice of a tag, from policy_evaluation.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from megatron_ssft.errors import UserError
+
+_ROWS = ("own", "own_greedy", "fixed", "uniform", "group")
+
+
+def read_policy_evaluation(folder: Path) -> dict[str, object]:
+    """The record of tools/evaluate_policy.py. Raises UserError."""
+    path = folder / "policy_evaluation.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def check_policy(record: dict[str, object]) -> list[tuple[bool, str]]:
+    """What the demo promises: (met, the promise with the measured value)."""
+    gain, moved = (_value(record["differences"], key) for key in ("own-fixed_before", "uniform-uniform_before"))
+    recovered = _value(record["headroom_recovered"], "group_before")
+    return [
+        (gain >= 0.25, f"GFPO: own choice {gain:+.3f} against the best fixed tag, at least +.250"),
+        (recovered >= 0.80, f"GFPO: {recovered:.0%} of the way to the best tag of each operation, at least 80%"),
+        (abs(moved) <= 0.02, f"GFPO: uniform choice {moved:+.3f} against before, within .020: the modes are intact"),
+    ]
+
+
+def policy_table(record: dict[str, object]) -> Table:
+    """Ways to choose the tag, before and after, with standard errors over the questions."""
+    table = Table(title="Choosing the tag: pass@1 on held-out questions", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("tag", no_wrap=True)
+    for header in ("before GFPO", "after"):
+        table.add_column(header, justify="right", no_wrap=True)
+    rows = {row["key"]: row for row in record["rows"]}
+    for row in (rows[key] for key in _ROWS if key in rows):
+        table.add_row(row["name"], *(_shown(row.get(when)) for when in ("before", "after")))
+    return table
+
+
+def _value(entries: list[dict[str, object]], key: str) -> float:
+    return next(float(entry["value"]) for entry in entries if entry["key"] == key)
+
+
+def _shown(estimate: dict[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate['value']:.3f} ±{estimate['stderr']:.3f}".replace("0.", ".")
