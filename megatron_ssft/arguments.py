@@ -67,7 +67,12 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 def build_parser(description: str, program: Program = PRETRAIN) -> argparse.ArgumentParser:
     """A parser with one flag for every configuration field; flags that are not given leave no attribute."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--help] [--config FILE] [--dry-run] [--FLAG VALUE ...]",  # of a hundred, --help tells
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print everything resolved and stop")
     fields = program.fields()
@@ -111,10 +116,12 @@ def read_config_file(path: str, program: Program = PRETRAIN) -> dict[str, object
         raise UserError(f"{path}:{line}: not valid YAML: {problem}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}:1: expected `key: value` lines")
-    fields = program.fields()
+    fields, everything = program.fields(), ANY_RUN.fields()
     values = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
+        if name not in fields and name in everything:
+            raise UserError(f"{path}: key {key!r} is for another program, this one has no use for it; leave it out")
         if name not in fields:
             raise UserError(f"{path}: unknown key {key!r}; --help lists the flags, whose names are the keys")
         if value is not None:

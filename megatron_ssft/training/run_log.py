@@ -180,7 +180,7 @@ def policy_line(m: dict[str, object]) -> str:
     for name, text in (
         ("clip_fraction", "clipped {:.1%}"),
         ("anchor_kl", "anchor kl {:.4f}"),
-        ("completion_nll_shift", "NLL of completions {:+.4f}"),
+        ("completion_nll_shift" if "completion_nll_shift" in m else "rescored_nll_shift", "NLL of completions {:+.4f}"),
         ("effective_sample_size", "effective samples {:.0%}"),
         ("mfu", "MFU {:.1%}"),
     ):

@@ -9,8 +9,17 @@ import numpy as np
 
 def generator(seed: int, *what: object) -> np.random.Generator:
     """A generator for one purpose: different purposes, and different seeds, are independent."""
-    text = "\0".join(map(str, (seed, *what))).encode()
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(text).digest(), dtype=np.uint32))
+    return np.random.default_rng(np.frombuffer(_key(seed, what), dtype=np.uint32))
+
+
+def permutation(count: int, seed: int, *what: object) -> np.ndarray:
+    """A random order of `count` items for one purpose, int64 [count].
+
+    It sorts the raw output of a counter-based generator: NumPy promises the raw streams, but not its own shuffle, to
+    be the same in every release, and a resumed run must find the same order.
+    """
+    draws = np.random.Philox(key=np.frombuffer(_key(seed, what)[:16], dtype=np.uint64))
+    return np.argsort(draws.random_raw(count), kind="stable").astype(np.int64)
 
 
 def nth_batch(count: int, size: int, number: int, seed: int, what: str) -> list[int]:
@@ -21,11 +30,15 @@ def nth_batch(count: int, size: int, number: int, seed: int, what: str) -> list[
     if size >= count:
         return list(range(count))
     places = range(number * size, (number + 1) * size)
-    epochs = {place // count for place in places}
-    order = {epoch: generator(seed, what, epoch).permutation(count) for epoch in epochs}
+    order = {epoch: permutation(count, seed, what, epoch) for epoch in {place // count for place in places}}
     return [int(order[place // count][place % count]) for place in places]
 
 
 def first_draws(count: int, number: int, seed: int, what: str) -> list[int]:
     """`number` different items out of `count`, all where there are no more, in random order."""
-    return [int(i) for i in generator(seed, what).permutation(count)[:number]]
+    return permutation(count, seed, what)[:number].tolist()
+
+
+def _key(seed: int, what: tuple[object, ...]) -> bytes:
+    """32 bytes."""
+    return hashlib.sha256("\0".join(map(str, (seed, *what))).encode()).digest()

@@ -14,25 +14,14 @@ from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
 from megatron_ssft.inference.questions import read_questions
-from megatron_ssft.inference.reward_table import RewardTable, read_rewards
-from megatron_ssft.inference.rollouts import OWN_MODES, mark, read_rollouts, read_scored
+from megatron_ssft.inference.reward_table import RewardSource, RewardTable, read_rewards, read_source
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.training.policy.completions import Completion, StoredCompletions
 from megatron_ssft.training.policy.draws import first_draws
 from megatron_ssft.training.setup import Vocabulary
 
-
-@dataclass(frozen=True)
-class Completion:
-    """One stored completion."""
-
-    question: int
-    """Position among the questions."""
-    tag: int
-    """0-based; 0 for a model without tags."""
-    ids: np.ndarray
-    """int32 [L], the stop token included."""
-    reward: float
-    """grpo: 1 if its answer is right, else 0."""
+_MANY_TRUNCATED = 0.1
+"""Share of samples that ended at their token limit from which on the log says so."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class PolicyInputs:
     sum_QN: np.ndarray
     """float64: sum of their rewards."""
     completions: tuple[Completion, ...]
-    """Those that the run uses, ordered by their number in `pool`."""
+    """Those that the run uses, in random order: the first k are a fair sample of all."""
     tagged: bool
     """Whether completions follow a tag."""
     held_out: tuple[TokenizedSet, ...]
@@ -56,7 +45,7 @@ class PolicyInputs:
     notes: tuple[str, ...]
     """Lines for the log: what was left out, what is unusual."""
     fingerprint: str
-    """Digest of all of the above that a step depends on."""
+    """Digest of all of the above that a step depends on, and of the seed."""
 
     @property
     def reward_QN(self) -> np.ndarray:
@@ -88,106 +77,62 @@ def _with_completions(question: TokenizedSet, ids: list[np.ndarray]) -> Tokenize
     return TokenizedSet(question.id, question.file, question.line, question.prompt_ids, tuple(ids), (None,) * len(ids))
 
 
+@dataclass(frozen=True)
+class _Lesson:
+    """What an objective takes from its files; fields as in PolicyInputs."""
+
+    questions: tuple[TokenizedSet, ...]
+    n_QN: np.ndarray
+    sum_QN: np.ndarray
+    completions: tuple[Completion, ...]
+    tagged: bool
+    model: str
+
+
 def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) -> PolicyInputs:
     """Read and check everything. Raises UserError.
 
     `planned_iters`: steps that the run was started for, which decide how many completions it uses.
     """
-    policy, seed = config.policy, config.training.seed
-    notes: list[str] = []
-    questions = _read_prompts(Path(policy.data), config, vocabulary)
-    table = None
-    if policy.rewards is not None:
-        # grpo takes rewards from the scores; of this file it wants no more than the names of the others.
-        num_tags = max(vocabulary.tags.num_tags, 1)
-        table = read_rewards(Path(policy.rewards), num_tags) if policy.objective != "grpo" else _names_only(policy)
-    grpo = policy.objective == "grpo"
-    if not grpo:
-        questions = _rewarded(questions, table, notes)
-    wanted = _wants_completions(policy)
-    rollouts = _companion(policy.rollouts, table and table.rollouts)
-    scores = _companion(policy.scores, table and table.scores) if grpo else None
-    if policy.anchor == "kl" and rollouts is None:
-        raise UserError(
-            f"{policy.rewards}: does not say where its completions are, and --anchor kl needs them; give --rollouts "
-            "R.jsonl, or --anchor none"
-        )
-    completions: tuple[Completion, ...] = ()
-    tagged, model = True, table and table.model
-    if wanted and rollouts is not None:
-        store = _Completions(rollouts, questions, vocabulary, config.data.seq_length)
-        tagged = store.tagged
-        if grpo:
-            store.take_rewards(scores, rollouts)
-            questions = store.only_informative(questions, policy, notes)
-            chosen = range(len(store.places))
-        else:
-            chosen = _pool(policy, len(store.places), planned_iters, seed)
-        model = store.model
-        if table is not None and not grpo and table.model != model:
-            raise UserError(f"{rollouts}: completions of another model than the rewards in {policy.rewards}")
-        completions = store.read(chosen)
-        notes += store.notes
-    elif not grpo and policy.rescore_interval:
-        notes.append(
-            "how stale the rewards become is not measured: --rewards names no rollouts, and --rollouts is absent"
-        )
-    held_out = _read_prompts(Path(policy.eval_data), config, vocabulary) if policy.eval_data else ()
-    n_QN, sum_QN = _counts(questions, table) if not grpo else (np.zeros((0, 0)),) * 2
-    if table is not None and not grpo:
-        share = sum(table.rows[q.id].truncated_N.sum() for q in questions) / n_QN.sum()
-        if share > 0.1:
-            notes.append(
-                f"{share:.0%} of the samples ended at their token limit and count as wrong; consider a larger one"
-            )
+    policy, seed, notes = config.policy, config.training.seed, []
+    prompts = _read_prompts(Path(policy.data), config, vocabulary)
+    held_out = _read_prompts(Path(policy.eval_data), config, vocabulary) if policy.eval_data is not None else ()
+    if policy.objective == "grpo":
+        lesson = _for_tokens(config, vocabulary, prompts, notes)
+    else:
+        lesson = _for_tags(config, vocabulary, prompts, planned_iters, notes)
+    trained = {question.id for question in lesson.questions}
+    both = sum(question.id in trained for question in held_out)
+    if both:
+        notes.append(f"{both} of {len(held_out)} questions of --eval-data are trained on")
     return PolicyInputs(
-        questions, n_QN, sum_QN, completions, tagged, held_out, model, tuple(notes),
-        _fingerprint(questions, n_QN, sum_QN, completions),
-    )  # fmt: skip
-
-
-def _wants_completions(policy: PolicyConfig) -> bool:
-    return policy.objective == "grpo" or policy.anchor == "kl" or policy.rescore_interval > 0
-
-
-def _companion(given: str | None, named: Path | None) -> Path | None:
-    """The file given by a flag, else the one that the rewards name, if it is there."""
-    if given is not None:
-        return Path(given)
-    return named if named is not None and named.is_file() else None
-
-
-def _names_only(policy: PolicyConfig) -> RewardTable:
-    """The rewards file for what it says of other files: tags without samples do not matter. Raises UserError."""
-    path = Path(policy.rewards)
-    wrong, row = WrongRows(), {}
-    try:
-        with open(path, "rb") as file:
-            from megatron_ssft.data.jsonl import parse_json
-
-            row = parse_json(file.readline())
-    except OSError as error:
-        wrong.add_unreadable(path, error)
-    except RowError as error:
-        wrong.add(path, 1, error)
-    wrong.raise_if_any()
-    names = [row.get(name) if isinstance(row, dict) else None for name in ("rollouts", "scores")]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}:1: does not say where rollouts and scores are; give --rollouts and --scores")
-    return RewardTable(path, {}, str(row.get("model")), *(path.parent / name for name in names))
+        questions=lesson.questions,
+        n_QN=lesson.n_QN,
+        sum_QN=lesson.sum_QN,
+        completions=lesson.completions,
+        tagged=lesson.tagged,
+        held_out=held_out,
+        model=lesson.model,
+        notes=tuple(notes),
+        fingerprint=_fingerprint(lesson, seed),
+    )
 
 
 def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tuple[TokenizedSet, ...]:
     """Questions in token ids. Raises one UserError for all wrong rows."""
     wrong, sets = WrongRows(), []
     longest = max(map(len, vocabulary.tags.ids), default=0)
+    room = config.data.seq_length - longest
     for example in read_questions(path):
         try:
             ids = np.asarray(encode_prompt(example, vocabulary.tokenizer), dtype=np.int32)
             if not len(ids):
                 raise RowError("the prompt has no tokens, so nothing precedes the tag")
-            if len(ids) + longest > config.data.seq_length:
-                raise RowError(f"the prompt is {len(ids)} tokens, --seq-length is {config.data.seq_length}")
+            if len(ids) > room:
+                raise RowError(
+                    f"the prompt is {len(ids)} tokens and a tag up to {longest}, more than --seq-length "
+                    f"{config.data.seq_length}; raise it or remove the row"
+                )
             sets.append(TokenizedSet(example.id, example.file, example.line, ids, (), ()))
         except UserError as error:
             wrong.add(example.file, example.line, error)
@@ -195,23 +140,68 @@ def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tup
     return tuple(sets)
 
 
+# -- gfpo: rewards of tags -------------------------------------------------------------------------------------------
+
+
+def _for_tags(
+    config: GFPOConfig,
+    vocabulary: Vocabulary,
+    prompts: tuple[TokenizedSet, ...],
+    planned_iters: int,
+    notes: list[str],
+) -> _Lesson:
+    """Rewards of every question and tag, and completions for the anchor and for rescoring. Raises UserError."""
+    policy = config.policy
+    table = read_rewards(Path(policy.rewards), vocabulary.tags.num_tags)
+    questions = _rewarded(prompts, table, notes)
+    rows = [table.rows[question.id] for question in questions]
+    n_QN, sum_QN = np.stack([row.n_N for row in rows]), np.stack([row.sum_N for row in rows])
+    truncated = float(np.stack([row.truncated_N for row in rows]).sum() / n_QN.sum())
+    if truncated > _MANY_TRUNCATED:
+        notes.append(f"{truncated:.0%} of the samples ended at their token limit; consider a larger one")
+    equal = int((np.ptp(sum_QN / n_QN, axis=1) == 0).sum())
+    if equal:
+        notes.append(f"{equal} of {len(questions)} questions have the same reward under every tag")
+    completions: tuple[Completion, ...] = ()
+    path = _file_to_watch(policy, table, notes)
+    if path is not None:
+        store = StoredCompletions(path, questions, vocabulary, config.data.seq_length)
+        if not store.tagged:
+            raise UserError(f"{path}: completions without tags, of which there is nothing to choose; --tags each has")
+        _check_store(store, table, notes)
+        chosen = [store.places[i] for i in _pool(policy, len(store.places), planned_iters, config.training.seed)]
+        completions = tuple(Completion(p.question, p.tag, ids, 0.0) for p, ids in zip(chosen, store.token_ids(chosen)))
+    return _Lesson(questions, n_QN, sum_QN, completions, True, table.model)
+
+
 def _rewarded(questions: tuple[TokenizedSet, ...], table: RewardTable, notes: list[str]) -> tuple[TokenizedSet, ...]:
     """The questions that have rewards. Raises UserError for rewards of unknown questions."""
     known = {question.id for question in questions}
-    for name, row in table.rows.items():
-        if name not in known:
-            raise UserError(
-                f"{table.path}:{row.line}: id {name!r} is not in --data; give the questions it was made from"
-            )
+    unknown = [name for name in table.rows if name not in known]
+    if unknown:
+        raise UserError(
+            f"{table.path}:{table.rows[unknown[0]].line}: id {unknown[0]!r} is not in --data, as {len(unknown)} of "
+            f"{len(table.rows)}; give the questions that the rewards were made from"
+        )
     kept = tuple(question for question in questions if question.id in table.rows)
     if len(kept) < len(questions):
         notes.append(f"{len(questions) - len(kept)} of {len(questions)} questions have no rewards and are left out")
     return kept
 
 
-def _counts(questions: Sequence[TokenizedSet], table: RewardTable) -> tuple[np.ndarray, np.ndarray]:
-    rows = [table.rows[question.id] for question in questions]
-    return np.stack([row.n_N for row in rows]), np.stack([row.sum_N for row in rows])
+def _file_to_watch(policy: PolicyConfig, table: RewardTable, notes: list[str]) -> Path | None:
+    """The rollout file, if the run has a use for it. Raises UserError if it cannot do without one that is not there."""
+    if policy.anchor == "none" and policy.rescore_interval == 0:
+        return None
+    path, lacks = _companion(policy.rollouts, table, "rollouts")
+    if path is not None:
+        return path
+    if policy.anchor == "kl":
+        raise UserError(f"{lacks}, and --anchor kl needs them; give --rollouts R.jsonl, or --anchor none")
+    if policy.on_stale_rewards == "stop":
+        raise UserError(f"{lacks}, and --on-stale-rewards stop needs them; give --rollouts R.jsonl")
+    notes.append(f"{lacks}: how stale the rewards become is not measured; --rollouts R.jsonl would do it")
+    return None
 
 
 def _pool(policy: PolicyConfig, count: int, planned_iters: int, seed: int) -> list[int]:
@@ -221,110 +211,83 @@ def _pool(policy: PolicyConfig, count: int, planned_iters: int, seed: int) -> li
     return first_draws(count, max(anchored, rescored), seed, "completions")
 
 
-class _Completions:
-    """A rollout file: first its places and lengths, then the token ids of those that are wanted."""
-
-    def __init__(self, path: Path, questions: Sequence[TokenizedSet], vocabulary: Vocabulary, seq_length: int) -> None:
-        """Read what is needed to choose. Raises UserError."""
-        self.path, self.vocabulary = path, vocabulary
-        self.number = {question.id: i for i, question in enumerate(questions)}
-        self.places: list[tuple[object, int, int]] = []  # key, question, tag
-        self.rewards: list[float] = []
-        self.notes: list[str] = []
-        self.model: str | None = None
-        self.tagged = True
-        marks = [mark(question.prompt_ids.tolist()) for question in questions]
-        without = longest = 0
-        for rollout in read_rollouts(path):
-            question = self.number.get(rollout.id)
-            self.model, self.tagged = rollout.model, rollout.sampling["mode"] != "none"
-            if question is None:
-                continue
-            if rollout.prompt not in (None, marks[question]):
-                raise UserError(
-                    f"{path}: id {rollout.id!r}: another prompt than the question in --data has; generate again"
-                )
-            if (rollout.tag is None) == self.tagged or not rollout.token_ids:
-                without += 1
-                continue
-            tag = rollout.tag or 0
-            if tag >= max(vocabulary.tags.num_tags, 1) or max(rollout.token_ids) >= vocabulary.size:
-                raise UserError(f"{path}: id {rollout.id!r}: a tag or token that the model does not have")
-            length = len(questions[question].prompt_ids) + len(vocabulary.tags.ids[tag] if self.tagged else ())
-            longest = max(longest, length + len(rollout.token_ids))
-            self.places.append((rollout.key, question, tag))
-        if not self.places:
-            raise UserError(f"{path}: holds no completion of the questions in --data")
-        if longest > seq_length:
-            raise UserError(f"{path}: its longest completion needs --seq-length {longest}, not {seq_length}")
-        if without:
-            self.notes.append(f"{without} completions without a tag or without tokens are left out")
-
-    def take_rewards(self, scores: Path | None, rollouts: Path) -> None:
-        """The reward of each completion from the scored file. Raises UserError."""
-        if scores is None:
-            raise UserError(f"{rollouts}: where are its scores? give --scores S.jsonl")
-        scored = read_scored(scores)
-        if any(row.sampling["mode"] in OWN_MODES for row in scored[:1]):
-            raise UserError(
-                f"{scores}: in mode {scored[0].sampling['mode']} the model wrote its tag itself, and what it wrote "
-                "before is not stored; generate with --tags fixed, each or none"
-            )
-        if scored[0].model != self.model:
-            raise UserError(f"{scores}: scores of another model than {rollouts}")
-        reward = {row.key: float(row.correct) for row in scored}
-        missing = [key for key, _, _ in self.places if key not in reward]
-        if missing:
-            raise UserError(f"{scores}: {len(missing)} completions of {rollouts} have no score; finish score.py first")
-        self.rewards = [reward[key] for key, _, _ in self.places]
-
-    def only_informative(
-        self, questions: tuple[TokenizedSet, ...], policy: PolicyConfig, notes: list[str]
-    ) -> tuple[TokenizedSet, ...]:
-        """Questions whose completions differ in reward; the others have no advantage and, without a KL, no gradient."""
-        groups: dict[int, set[float]] = {}
-        counts: dict[int, int] = {}
-        for (_, question, _), reward in zip(self.places, self.rewards):
-            groups.setdefault(question, set()).add(reward)
-            counts[question] = counts.get(question, 0) + 1
-        if policy.kl_coef == 0:
-            kept = [i for i, found in groups.items() if len(found) > 1]
-            if len(kept) < len(questions):
-                notes.append(
-                    f"{len(questions) - len(kept)} of {len(questions)} questions have no completions, or all of one "
-                    "reward: nothing to learn from them"
-                )
-        else:
-            kept = list(groups)
-        if not kept:
-            raise UserError(f"{self.path}: every question has completions of one reward only: nothing to learn from")
-        renumbered = {old: new for new, old in enumerate(sorted(kept))}
-        both = [(p, r) for p, r in zip(self.places, self.rewards) if p[1] in renumbered]
-        self.places = [(key, renumbered[question], tag) for (key, question, tag), _ in both]
-        self.rewards = [reward for _, reward in both]
-        return tuple(questions[old] for old in sorted(kept))
-
-    def read(self, chosen: Sequence[int]) -> tuple[Completion, ...]:
-        """The chosen ones, in that order."""
-        wanted = {self.places[number][0]: place for place, number in enumerate(chosen)}
-        found: dict[int, Completion] = {}
-        for rollout in read_rollouts(self.path):
-            place = wanted.get(rollout.key)
-            if place is not None:
-                _, question, tag = self.places[chosen[place]]
-                reward = self.rewards[chosen[place]] if self.rewards else 0.0
-                found[place] = Completion(question, tag, np.asarray(rollout.token_ids, dtype=np.int32), reward)
-        return tuple(found[place] for place in range(len(chosen)))
+# -- grpo: rewards of completions ------------------------------------------------------------------------------------
 
 
-def _fingerprint(
-    questions: Sequence[TokenizedSet], n_QN: np.ndarray, sum_QN: np.ndarray, completions: Sequence[Completion]
-) -> str:
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(f"{question.id}\0".encode() + question.prompt_ids.tobytes())
-    digest.update(n_QN.tobytes() + sum_QN.tobytes())
-    for completion in completions:
-        digest.update(f"{completion.question} {completion.tag} {completion.reward}\0".encode())
-        digest.update(completion.ids.tobytes())
+def _for_tokens(
+    config: GFPOConfig, vocabulary: Vocabulary, prompts: tuple[TokenizedSet, ...], notes: list[str]
+) -> _Lesson:
+    """All scored completions of the questions that there is something to learn from. Raises UserError."""
+    policy = config.policy
+    source = read_source(Path(policy.rewards)) if policy.rewards is not None else None
+    files = []
+    for name in ("rollouts", "scores"):
+        path, lacks = _companion(getattr(policy, name), source, name)
+        if path is None:
+            raise UserError(f"{lacks}; give --{name}")
+        files.append(path)
+    store = StoredCompletions(files[0], prompts, vocabulary, config.data.seq_length)
+    _check_store(store, source, notes)
+    reward_C = store.rewards(files[1])
+    question_C = np.array([place.question for place in store.places])
+    kept = _instructive(question_C, reward_C, policy, files[1])
+    if len(kept) < len(prompts):
+        others = "" if policy.kl_coef else ", or all of them with the same reward,"
+        notes.append(f"{len(prompts) - len(kept)} of {len(prompts)} questions without completions{others} are left out")
+    renumbered = {old: new for new, old in enumerate(kept)}
+    of_kept = np.flatnonzero(np.isin(question_C, kept))
+    order = of_kept[first_draws(len(of_kept), len(of_kept), config.training.seed, "completions")]
+    chosen = [store.places[i] for i in order]
+    completions = tuple(
+        Completion(renumbered[place.question], place.tag, ids, reward)
+        for place, ids, reward in zip(chosen, store.token_ids(chosen), reward_C[order].tolist())
+    )
+    empty = np.zeros((0, 0))
+    return _Lesson(tuple(prompts[i] for i in kept), empty, empty, completions, store.tagged, store.model)
+
+
+def _instructive(question_C: np.ndarray, reward_C: np.ndarray, policy: PolicyConfig, scores: Path) -> list[int]:
+    """Questions whose completions differ in reward: the others have no advantage, so no gradient but that of a KL.
+
+    With a KL, all questions that have completions. `question_C` ascends. Raises UserError where none differs.
+    """
+    starts = np.flatnonzero(np.diff(question_C, prepend=-1))
+    present = question_C[starts]
+    differ = present[np.maximum.reduceat(reward_C, starts) > np.minimum.reduceat(reward_C, starts)]
+    if not len(differ):
+        raise UserError(f"{scores}: every question has completions of one reward only, so there is nothing to learn")
+    return (present if policy.kl_coef else differ).tolist()
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+def _companion(given: str | None, source: RewardSource | None, name: str) -> tuple[Path | None, str]:
+    """The file given by a flag, else the one that the rewards name, if it is there; else what they lack."""
+    if given is not None:
+        return Path(given), ""
+    named = getattr(source, name)
+    if named is None:
+        return None, f"{source.path}: does not say where its {name} are"
+    return (named, "") if named.is_file() else (None, f"{source.path}: names {named} as its {name}, which is gone")
+
+
+def _check_store(store: StoredCompletions, source: RewardSource | None, notes: list[str]) -> None:
+    """Raise UserError where completions and rewards are of two models."""
+    if source is not None and source.model != store.model:
+        raise UserError(
+            f"{store.path}: completions of another model ({store.model[:12]}) than the rewards in {source.path} "
+            f"({source.model[:12]}); give the file that the rewards were counted in"
+        )
+    if store.left_out:
+        notes.append(f"{store.left_out} completions without tokens are left out")
+
+
+def _fingerprint(lesson: _Lesson, seed: int) -> str:
+    digest = hashlib.sha256(f"{seed} {lesson.tagged} {lesson.n_QN.shape}".encode())
+    for question in lesson.questions:
+        digest.update(f"\0{question.id!r} {len(question.prompt_ids)} ".encode() + question.prompt_ids.tobytes())
+    digest.update(lesson.n_QN.tobytes() + lesson.sum_QN.tobytes())
+    for c in lesson.completions:
+        digest.update(f"\0{c.question} {c.tag} {c.reward} {len(c.ids)} ".encode() + c.ids.tobytes())
     return digest.hexdigest()

@@ -14,12 +14,12 @@ from megatron_ssft.config import GFPOConfig
 from megatron_ssft.conversion.families import model_values
 from megatron_ssft.conversion.fingerprints import model_fingerprint
 from megatron_ssft.conversion.startup import ASSETS, POLICY_PROGRAM, is_hf_folder, read_hf_config
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, shared_error
 from megatron_ssft.files import write_durably
 from megatron_ssft.objectives.drift import Drift, measure_drift
 from megatron_ssft.objectives.forking_policy import log_policy
 from megatron_ssft.parallel.checkpoint import checkpoint_folder, find_latest, load_checkpoint, read_state
-from megatron_ssft.parallel.collectives import on_first_rank
+from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
 from megatron_ssft.parallel.initialization import initialize_forking_rows
@@ -46,11 +46,13 @@ from megatron_ssft.training.resume import (
     resumable,
     weights_state,
 )
-from megatron_ssft.training.run_log import METRICS, NoLog, RunLog, policy_line
+from megatron_ssft.training.run_log import METRICS, NoLog, RunLog, policy_line, truncate_from
 from megatron_ssft.training.setup import build_vocabulary
 from megatron_ssft.training.signals import StopSignal
 
 POLICY, FINISHED = "policy.jsonl", "finished.json"
+_STAYS = ("objective", "trainable", "anchor", "anchor_top_k")
+"""Settings that a run keeps: what its optimizer's state and its reference are made for."""
 _QUESTIONS_AT_ONCE = 512
 """Of which the tags' probabilities are asked for in one pass, where it is about more than a step's."""
 
@@ -73,6 +75,8 @@ class PolicyTrainer(TrainingLoop):
         self.inputs = self._read_inputs()
         if resuming:
             refuse_other_inputs(self.save, index, self.inputs.fingerprint)
+        else:
+            self.remark = self._check_rewards_model(Path(config.checkpoint.load))
         on_first_rank(lambda: keep_assets(config), topology)
         tags, size = self.vocabulary.tags, self.vocabulary.size
         self.engine = Engine(config, topology, tags, size)
@@ -209,7 +213,7 @@ class PolicyTrainer(TrainingLoop):
             "has_optimizer": True,
             "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
             "data": self.inputs.fingerprint,
-            "policy": {name: getattr(self.config.policy, name) for name in ("objective", "trainable")},
+            "policy": {name: getattr(self.config.policy, name) for name in _STAYS},
             "objective": self.objective.state(),
             "stale": self.stale,
         }
@@ -224,6 +228,9 @@ class PolicyTrainer(TrainingLoop):
         on_first_rank(read, self.topology)
         if not kept:
             read()
+        prints = gather_json(kept[0].fingerprint, self.topology)
+        if len(set(prints)) > 1:  # on another node, or a file that is still being written
+            raise shared_error(f"--data {self.config.policy.data}: not all ranks read the same input; start again")
         return kept[0]
 
     def _begin(self) -> None:
@@ -240,7 +247,6 @@ class PolicyTrainer(TrainingLoop):
             answers = measure(self.engine, self.tagged, self.inputs, top_k) if needed else None
             fork = self._reference_fork()
         self._load_weights(start, "--load")
-        self._check_rewards_model(start)
         here = measure(self.engine, self.tagged, self.inputs, None if is_other else top_k)
         if not is_other:
             fork = self._reference_fork()
@@ -267,7 +273,8 @@ class PolicyTrainer(TrainingLoop):
             raise UserError(str(error).replace("with --finetune", "with another --save")) from error
         for name, value in state["policy"].items():
             if getattr(self.config.policy, name) != value:
-                raise UserError(f"--load {run}: was started with --{name} {value}; resume the same way")
+                flag = name.replace("_", "-")
+                raise UserError(f"--load {run}: was started with --{flag} {value}; resume the same way")
         load_checkpoint(self.engine, run, iteration, weights_only=self.config.checkpoint.finetune)
         self.iteration, self.stale = iteration, bool(state["stale"])
         self.restored = state["objective"]
@@ -298,8 +305,8 @@ class PolicyTrainer(TrainingLoop):
             raise UserError(str(error).replace("--load", flag, 1)) from error
         load_checkpoint(self.engine, run, iteration, weights_only=True, untie=untie)
 
-    def _check_rewards_model(self, run: Path) -> None:
-        """Refuse rewards of another model than the run starts from, where an export tells. Raises UserError."""
+    def _check_rewards_model(self, run: Path) -> str | None:
+        """Refuse rewards of another model than the run starts from. Raises UserError; a remark where nothing tells."""
 
         def check() -> str | None:
             folder = run if is_hf_folder(run) else checkpoint_folder(run, find_latest(run)) / ASSETS
@@ -313,9 +320,10 @@ class PolicyTrainer(TrainingLoop):
                 )
             return None
 
-        self.remark = on_first_rank(check, self.topology)
+        return on_first_rank(check, self.topology)
 
     remark: str | None = None
+    """About what could not be checked."""
 
     # -- log -----------------------------------------------------------------------------------------------------
 
@@ -323,6 +331,8 @@ class PolicyTrainer(TrainingLoop):
         """JSONL files, trackers and progress."""
         if not self.topology.is_first_rank:
             return NoLog()
+        if self.iteration == 0:  # a start that came to nothing may have left its line of iteration 0
+            truncate_from(folder / POLICY, 0)
         return RunLog(
             folder, self.config.logging, self.iteration + 1, self.train_iters, files=(METRICS, POLICY), line=policy_line
         )
