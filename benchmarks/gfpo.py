@@ -60,14 +60,12 @@ class Seed:
 
     def samples(self, model: Path, name: str, data: Path, *tags: object, seed: int = 1) -> Path:
         """Scored samples of an exported model, and their rewards beside them; returns the scores."""
-        scores = self.folder / f"{name}.scores.jsonl"
-        if not scores.is_file():
-            rollouts, partial = self.folder / f"{name}.jsonl", self.folder / f"{name}.partial.jsonl"
+        rollouts, scores, rewards = (self.folder / f"{name}{kind}.jsonl" for kind in ("", ".scores", ".rewards"))
+        if not rewards.is_file():  # written last
             run(tool("generate", "--model", model, "--data", data, "--output", rollouts, "--tags", *tags,
                      *SAMPLING[:-1], seed))  # fmt: skip
-            run(tool("score", rollouts, "--data", data, "--verifier", "exact", "--output", partial, "--rewards",
-                     self.folder / f"{name}.rewards.jsonl", "--workers", 1))  # fmt: skip
-            partial.rename(scores)
+            run(tool("score", rollouts, "--data", data, "--verifier", "exact", "--output", scores, "--rewards", rewards,
+                     "--workers", 1))  # fmt: skip
         return scores
 
     def learn(self, start: Path, name: str, flags: Sequence[str], rewards: str) -> Path:

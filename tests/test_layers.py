@@ -19,6 +19,7 @@ FOLDER_LAYERS = {
     "objectives": 1,
     "conversion": 1,
     "inference": 1,
+    "rounds": 1,
 }
 MODULES_OF_LAYER_0 = {"__init__", "config", "records", "errors", "files", "arguments", "cli"}
 HEAVY = ("megatron", "torch.distributed")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.startup import ASSETS
-from megatron_ssft.parallel.checkpoint import save_checkpoint
-from megatron_ssft.parallel.collectives import any_rank
+from megatron_ssft.parallel.checkpoint import checkpoint_folder, save_checkpoint
+from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.training.export import export_hf
@@ -60,6 +60,8 @@ class TrainingLoop(abc.ABC):
         with self.open_log(folder) as log:
             if log is not None:
                 self.greet(log, folder)
+            if saved_at == self.iteration and self._export_is_missing():
+                self._export(checkpoint_folder(Path(config.checkpoint.save), self.iteration), log)
             stopped = False
             while self.iteration < self.train_iters and not self.is_over():
                 if stopped := any_rank(stop.received, self.topology):
@@ -80,6 +82,13 @@ class TrainingLoop(abc.ABC):
     def _save_is_due(self) -> bool:
         every = self.config.checkpoint.save_interval
         return every is not None and self.iteration % every == 0
+
+    def _export_is_missing(self) -> bool:
+        """Whether the checkpoint that the run goes on from was not exported any more before a kill."""
+        if not self.config.checkpoint.export_hf_at_save:
+            return False
+        export = checkpoint_folder(Path(self.config.checkpoint.save), self.iteration) / ASSETS
+        return not on_first_rank(export.is_dir, self.topology)
 
     def _save(self, log: RunLog | None) -> int:
         begin = time.perf_counter()

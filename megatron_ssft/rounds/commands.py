@@ -1,0 +1,230 @@
+"""Flags of the loop, where things of a round stand, and the command lines of its stages."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.rounds.server import server_command
+
+SEEDS_BETWEEN_ROUNDS = 1000
+_OWN_FLAGS = {
+    "generate": "--model --data --output --limit --tags --samples-per-tag --samples --seed --backend --base-url",
+    "score": "--data --verifier --output --rewards",
+    "train": "--load --reference --rewards --data --eval-data --save --train-iters --lr --seed --config --dry-run",
+    "export": "",
+}
+"""What the loop gives to the programs itself, and --generate-args and the like may not."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The programs of the stages: script and first arguments, without the interpreter."""
+
+    export: tuple[str, ...]
+    generate: tuple[str, ...]
+    score: tuple[str, ...]
+    train: tuple[str, ...]
+
+    @classmethod
+    def of_project(cls, root: Path) -> Tools:
+        """Those in `root`/tools."""
+        script = {
+            name: str(root / "tools" / f"{name}.py") for name in ("convert_hf", "generate", "score", "train_gfpo")
+        }
+        return cls(
+            export=(script["convert_hf"], "export"),
+            generate=(script["generate"],),
+            score=(script["score"],),
+            train=(script["train_gfpo"],),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Names are those of the flags of tools/run_gfpo.py."""
+
+    load: Path
+    data: Path
+    save: Path
+    rounds: int
+    train_iters: int
+    lr: str
+    verifier: str
+    samples_per_tag: int = 1
+    questions_per_round: int | None = None
+    eval_data: Path | None = None
+    seed: int = 1234
+    backend: str = "hf"
+    base_url: str | None = None
+    serve: str | None = None
+    serve_timeout: float = 1800.0
+    nproc: int | None = None
+    launcher: str | None = None
+    stop_launched: str | None = None
+    generate_args: str = ""
+    score_args: str = ""
+    train_args: str = ""
+    export_args: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        for name in ("rounds", "train_iters", "samples_per_tag", "questions_per_round", "serve_timeout", "nproc"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        if (self.base_url is not None) != (self.backend == "openai"):
+            raise UserError("--backend openai and --base-url go together; give both or neither")
+        if self.serve is not None:
+            if self.backend != "openai":
+                raise UserError("--serve: needs --backend openai and the --base-url of the server")
+            server_command(self.serve, self.load)
+        if self.launcher is not None and self.nproc is not None:
+            raise UserError("--nproc and --launcher: give one, the launcher decides how many processes there are")
+        if self.stop_launched is not None and self.launcher is None:
+            raise UserError("--stop-launched: is for --launcher")
+        for name in ("launcher", "stop_launched"):
+            if getattr(self, name) is not None and not _split(f"--{name.replace('_', '-')}", getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')}: is empty; give a command")
+        for stage in _OWN_FLAGS:
+            self.further(stage)
+
+    def further(self, stage: str) -> list[str]:
+        """The words of --<stage>-args. Raises UserError where one is the loop's own to give."""
+        words = _split(f"--{stage}-args", getattr(self, f"{stage}_args"))
+        for word in words:
+            if word.partition("=")[0] in _OWN_FLAGS[stage].split():
+                raise UserError(f"--{stage}-args {word}: is given by the loop itself; leave it out")
+        return words
+
+
+@dataclass(frozen=True)
+class Round:
+    """Where things of one round stand."""
+
+    number: int
+    folder: Path
+
+    @property
+    def questions(self) -> Path:
+        return self.folder / "questions.jsonl"
+
+    @property
+    def rewards(self) -> Path:
+        return self.folder / "rewards.jsonl"
+
+    @property
+    def run(self) -> Path:
+        """What training makes; the next round starts from it."""
+        return self.folder / "run"
+
+    @property
+    def is_done(self) -> bool:
+        return (self.run / "finished.json").is_file()
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What is to be run. Arguments are paths where they mean files, and without what does not shape the outcome."""
+
+    options: Options
+    tools: Tools
+
+    def round(self, number: int) -> Round:
+        """Round `number`, from 0."""
+        return Round(number, self.options.save / f"round_{number:03d}")
+
+    def run_before(self, now: Round) -> Path:
+        """The run whose weights a round starts from."""
+        return self.round(now.number - 1).run if now.number else self.options.load
+
+    def launcher(self) -> list[str]:
+        """What stands before a program of several ranks."""
+        if self.options.launcher is not None:
+            return shlex.split(self.options.launcher)
+        ranks = self.options.nproc or _model_parallel_size(self.options.load / "config.yaml")
+        if ranks == 1:
+            return [sys.executable]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+    def export_command(self, run: Path, target: Path) -> list[str]:
+        """With --export-args on all ranks, otherwise in one process."""
+        further = self.options.further("export")
+        start = self.launcher() if further else [sys.executable]
+        return [*start, *self.tools.export, str(run), str(target), *further]
+
+    def seed(self, now: Round) -> int:
+        """Of a round: its samples and steps are independent of those of other rounds."""
+        return self.options.seed + SEEDS_BETWEEN_ROUNDS * now.number
+
+    def generate_arguments(self, now: Round, model: Path) -> list[object]:
+        """Those that shape the outcome: not where the server is."""
+        options = self.options
+        return [
+            "--model", model, "--data", now.questions, "--output", now.folder / "rollouts.jsonl",
+            "--tags", "each", "--samples-per-tag", options.samples_per_tag, "--seed", self.seed(now),
+            "--backend", options.backend, *options.further("generate"),
+        ]  # fmt: skip
+
+    def score_arguments(self, now: Round) -> list[object]:
+        return [
+            now.folder / "rollouts.jsonl", "--data", now.questions, "--verifier", self.options.verifier,
+            "--output", now.folder / "scores.jsonl", "--rewards", now.rewards, *self.options.further("score"),
+        ]  # fmt: skip
+
+    def train_arguments(self, now: Round) -> list[object]:
+        options = self.options
+        held_out = [] if options.eval_data is None else ["--eval-data", options.eval_data]
+        return [
+            "--load", self.run_before(now), "--reference", options.load, "--rewards", now.rewards,
+            "--data", now.questions, *held_out, "--save", now.run, "--train-iters", options.train_iters,
+            "--lr", options.lr, "--seed", self.seed(now), "--export-hf-at-save", "--on-stale-rewards", "stop",
+            *options.further("train"),
+        ]  # fmt: skip
+
+    def generate_command(self, now: Round, model: Path) -> list[str]:
+        server = [] if self.options.base_url is None else ["--base-url", self.options.base_url]
+        return _words(sys.executable, *self.tools.generate, *self.generate_arguments(now, model), *server)
+
+    def score_command(self, now: Round) -> list[str]:
+        return _words(sys.executable, *self.tools.score, *self.score_arguments(now))
+
+    def train_command(self, now: Round, resumed: bool) -> list[str]:
+        """`resumed`: from the newest checkpoint of the round's own run."""
+        arguments = self.train_arguments(now)
+        if resumed:
+            arguments[arguments.index("--load") + 1] = now.run
+        return _words(*self.launcher(), *self.tools.train, *arguments)
+
+
+def _split(flag: str, text: str) -> list[str]:
+    """The words of a flag's value. Raises UserError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: {str(error).lower()}; check the quotes") from error
+
+
+def _words(*arguments: object) -> list[str]:
+    return [str(argument) for argument in arguments]
+
+
+def _model_parallel_size(config: Path) -> int:
+    """Ranks of one copy of the model, from a run's configuration. Raises UserError."""
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{config}: cannot be read; give --nproc, or the folder of a run") from error
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    size = 1
+    for name in names:
+        value = values.get(name, 1) if isinstance(values, dict) else 1
+        size *= value if isinstance(value, int) else 1
+    return size

@@ -1,0 +1,223 @@
+"""The online loop of GFPO: each round measures the rewards of the current weights and trains on them.
+
+A round is a folder; its stages are programs of the project, and each leaves files that are whole, absent, or gone on
+with by the program itself. So the loop has no state but these files and the record of its stages (stages.json): started
+again it walks over what is done and goes on with the first stage that is not.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_ssft.data.sampler import epoch_permutation
+from megatron_ssft.errors import UserError
+from megatron_ssft.files import write_durably
+from megatron_ssft.inference.questions import read_questions
+from megatron_ssft.rounds.commands import Commands, Round
+from megatron_ssft.rounds.processes import Ask, Children, StageFailure, Stopped, asking_by, terminate_ranks
+from megatron_ssft.rounds.round_table import round_row
+from megatron_ssft.rounds.server import server_command, serving
+from megatron_ssft.rounds.stages import StageFile, latest_checkpoint, only_one, read_json
+
+
+class Loop:
+    """One call of the program."""
+
+    def __init__(self, commands: Commands, children: Children) -> None:
+        self.commands, self.options, self.children = commands, commands.options, children
+        self.work = commands.options.save
+
+    def run(self) -> list[dict[str, object]]:
+        """Play the rounds that are not done yet; returns a row for each round that is done then.
+
+        Raises:
+            UserError: wrong flags or files, or another loop in the same folder.
+            StageFailure: a program failed.
+            Stopped: a signal came, or training ended before its end.
+        """
+        self._check_start()
+        with only_one(self.work):
+            self.children.sweep()
+            self._check_folder()
+            for number in range(self.options.rounds):
+                now = self.commands.round(number)
+                if not now.is_done:
+                    (self.work / "finished.json").unlink(missing_ok=True)
+                    self._play(now)
+            return self._finish()
+
+    def plan(self) -> Iterator[str]:
+        """The command lines of the rounds to come; where a checkpoint is still to be made, its name is a pattern."""
+        self._check_start()
+        commands = self.commands
+        for number in range(self.done(), self.options.rounds):
+            now = commands.round(number)
+            before = commands.run_before(now)
+            checkpoint = latest_checkpoint(before)
+            model = (checkpoint or before / "iter_*") / "hf"
+            if checkpoint is not None and not model.is_dir():
+                model = now.folder / "hf"
+                yield shlex.join(commands.export_command(before, model))
+            if self.options.serve is not None:
+                yield shlex.join(server_command(self.options.serve, model))
+            yield shlex.join(commands.generate_command(now, model))
+            yield shlex.join(commands.score_command(now))
+            yield shlex.join(commands.train_command(now, resumed=False))
+
+    def done(self) -> int:
+        """How many rounds are done."""
+        number = 0
+        while self.commands.round(number).is_done:
+            number += 1
+        return number
+
+    def _check_start(self) -> None:
+        """Raises UserError."""
+        if latest_checkpoint(self.options.load) is None:
+            raise UserError(f"--load {self.options.load}: holds no checkpoint (iter_*); give the folder of a run")
+        questions_of_round(len(read_questions(self.options.data)), self.options.questions_per_round, 0, 0)
+        if self.options.backend == "openai" and self.options.serve is None and self.options.rounds - self.done() > 1:
+            raise UserError(
+                "--backend openai without --serve: a server that runs already keeps its weights over the rounds; give "
+                "--serve, or one more round at a time"
+            )
+
+    def _check_folder(self) -> None:
+        """A folder belongs to the run it was started from. Raises UserError."""
+        origin, load = self.work / "loop.json", str(self.options.load.resolve())
+        if not origin.exists():
+            write_durably(origin, json.dumps({"load": load}) + "\n")
+        if read_json(origin).get("load") != load:
+            before = read_json(origin).get("load")
+            raise UserError(f"--save {self.work}: was started with --load {before}; give that, or another folder")
+
+    # -- a round -------------------------------------------------------------------------------------------------
+
+    def _play(self, now: Round) -> None:
+        now.folder.mkdir(parents=True, exist_ok=True)
+        stages = StageFile(now.folder / "stages.json", self.work)
+        self._choose_questions(now, stages)
+        model = self._export(now, stages)
+        if stages.begin("generate", self.commands.generate_arguments(now, model)):
+            self._generate(now, stages, model)
+        if stages.begin("score", self.commands.score_arguments(now)):
+            self._run("score", now, stages, self.commands.score_command(now))
+        if stages.begin("train", self.commands.train_arguments(now)):
+            command = self.commands.train_command(now, resumed=latest_checkpoint(now.run) is not None)
+            ask = terminate_ranks if self.options.stop_launched is None else asking_by(self.options.stop_launched)
+            self._run("train", now, stages, command, ask)
+        self._write_rows()
+
+    def _choose_questions(self, now: Round, stages: StageFile) -> None:
+        """questions.jsonl: this round's lines of the data, in their order there."""
+        data, wanted, seed = self.options.data, self.options.questions_per_round, self.options.seed
+        if not stages.begin("questions", [data, *(() if wanted is None else (wanted, seed))]):
+            return
+        count = len(read_questions(data))
+        with open(data, "rb") as file:
+            lines = [raw for raw in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n") if raw.strip()]
+        assert len(lines) == count
+        taken = questions_of_round(count, wanted, seed, now.number)
+        write_durably(now.questions, "".join(lines[i].decode("utf-8") + "\n" for i in taken))
+        stages.finish("questions")
+
+    def _export(self, now: Round, stages: StageFile) -> Path:
+        """The Hugging Face folder of the weights that the round starts from."""
+        run = self.commands.run_before(now)
+        checkpoint = latest_checkpoint(run)
+        if checkpoint is None:
+            raise UserError(f"{run}: holds no checkpoint (iter_*); remove {run.parent} to begin its round again")
+        model = checkpoint / "hf" if (checkpoint / "hf").is_dir() else now.folder / "hf"
+        if stages.begin("export", [checkpoint, model, *self.options.further("export")]):
+            if model.is_dir():  # made by training, or before a kill came between making and noting it
+                stages.finish("export")
+            else:
+                self._run("export", now, stages, self.commands.export_command(run, model))
+        return model
+
+    def _generate(self, now: Round, stages: StageFile, model: Path) -> None:
+        command, options = self.commands.generate_command(now, model), self.options
+        if options.serve is None:
+            self._run("generate", now, stages, command)
+            return
+        server = server_command(options.serve, model)
+        log = now.folder / "server.log"
+        _say(now, "server", server)
+        try:
+            with serving(self.children, server, str(options.base_url), log, options.serve_timeout) as watch:
+                self._run("generate", now, stages, command, watch=watch)
+        finally:
+            self.children.sweep()
+
+    def _run(
+        self,
+        stage: str,
+        now: Round,
+        stages: StageFile,
+        command: list[str],
+        ask: Ask | None = None,
+        watch: Callable[[], None] | None = None,
+    ) -> None:
+        """Run a stage's program to its end and note it. Raises StageFailure, Stopped."""
+        stop, name = self.children.stop, f"round {now.number}, {stage}"
+        stop.check(f"before {name}")
+        _say(now, stage, command)
+        begin = time.monotonic()
+        try:
+            status = self.children.run(command, ask, watch)
+        finally:
+            if watch is None:  # the server is still to run
+                self.children.sweep()
+        if status != 0:
+            stop.check(f"in {name}")
+            if watch is not None:
+                watch()  # the reason, where the server has ended
+            raise StageFailure(f"exit status {status}: {shlex.join(command)}", status)
+        if stage == "train" and not now.is_done:
+            stop.check(f"in {name}")
+            raise Stopped(f"{name}: was told to stop before its end", 143)
+        stages.finish(stage, time.monotonic() - begin)
+        stop.check(f"after {name}")
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _write_rows(self) -> list[dict[str, object]]:
+        """rounds.jsonl, a line a round that is done."""
+        rows = [round_row(now.number, now.folder) for now in map(self.commands.round, range(self.done()))]
+        write_durably(self.work / "rounds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def _finish(self) -> list[dict[str, object]]:
+        """finished.json: the last run and its Hugging Face folder, relative to the loop's folder."""
+        rows = self._write_rows()
+        following = self.commands.round(len(rows))
+        run = self.commands.run_before(following)
+        model = (latest_checkpoint(run) or run) / "hf"
+        if not model.is_dir():  # with --no-export-hf-at-save; the next round, if there is to be one, needs it too
+            following.folder.mkdir(exist_ok=True)
+            model = self._export(following, StageFile(following.folder / "stages.json", self.work))
+        done = {"rounds": len(rows), "run": str(run.relative_to(self.work)), "hf": str(model.relative_to(self.work))}
+        write_durably(self.work / "finished.json", json.dumps(done) + "\n")
+        return rows
+
+
+def questions_of_round(count: int, wanted: int | None, seed: int, number: int) -> list[int]:
+    """Which of `count` questions round `number` takes, ascending; a pure function of its arguments.
+
+    An epoch is a permutation from which each of its rounds takes the next `wanted` questions; what is left over is for
+    the next epoch's permutation to give out. Raises UserError if there are not as many.
+    """
+    if wanted is None:
+        return list(range(count))
+    if wanted > count:
+        raise UserError(f"--questions-per-round {wanted}: there are only {count} questions")
+    epoch, place = divmod(number, count // wanted)
+    return sorted(epoch_permutation(count, seed, epoch)[place * wanted : (place + 1) * wanted].tolist())
+
+
+def _say(now: Round, stage: str, command: Sequence[str]) -> None:
+    print(f"round {now.number}, {stage}: {shlex.join(command)}", flush=True)

@@ -1,0 +1,200 @@
+"""Programs that the loop starts, none of which outlives it unnoticed.
+
+A stage may be a whole tree of processes, and torchrun puts its ranks into sessions of their own, so no process group
+holds them all. Three things together do:
+
+- the program gets SIGTERM from the kernel when the loop dies, by whatever signal; torchrun hands it on to its ranks;
+- all of its processes inherit a variable that names the loop's folder, by which `Children.sweep` finds and kills what
+  is left: after every stage, and before the first one, so that a restarted loop does not race what it left behind;
+- before it runs, a program makes sure that the loop is still there, in case that died while it was started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from megatron_ssft.errors import UserError
+
+MARK = "MEGATRON_SSFT_LOOP"
+_PR_SET_PDEATHSIG = 1
+_SWEEP_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class StageFailure(Exception):
+    """A program ended otherwise than it should; `status` is what the loop ends with."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Stopped(Exception):
+    """The loop was told to stop, and the stage under way has ended."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class StopSignals:
+    """Remembers the first SIGTERM or SIGINT."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """0: none has come."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+
+    def check(self, where: str) -> None:
+        """Raises Stopped if a signal has come."""
+        if self.number:
+            raise Stopped(f"stopped by {signal.Signals(self.number).name} {where}", 128 + self.number)
+
+
+Ask = Callable[[subprocess.Popen], None]
+"""Asks a running program to end by itself."""
+
+
+class Children:
+    """Starts and ends the programs of one loop. For one thread, the main one."""
+
+    def __init__(self, folder: Path, stop: StopSignals) -> None:
+        self.stop = stop
+        self._mark = f"{MARK}={folder.resolve()}"
+
+    def start(self, command: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen:
+        """The program, in a session of its own; `output` takes what it prints. Raises StageFailure (status 127)."""
+        name, _, value = self._mark.partition("=")
+        loop = os.getpid()
+
+        def bind() -> None:
+            # The loop's own handler is in place until the program is executed, and would swallow the signal.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != loop:
+                os._exit(1)
+
+        try:
+            return subprocess.Popen(
+                command,
+                env={**os.environ, name: value},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is the loop's to hand on
+                preexec_fn=bind,  # safe, as there are no threads
+            )
+        except OSError as error:
+            raise StageFailure(f"{command[0]}: cannot be started: {error.strerror}", 127) from error
+
+    def run(self, command: Sequence[str], ask: Ask | None = None, watch: Callable[[], None] | None = None) -> int:
+        """Run a program to its end and return its status, 128 + n for signal n. Raises StageFailure.
+
+        A stop signal is handed on by `ask` (default: SIGTERM), and the program is waited for all the same. `watch` is
+        called all the time; if it raises, the program is ended.
+        """
+        child, asked = self.start(command), False
+        try:
+            while True:
+                try:
+                    status = child.wait(_POLL_SECONDS)
+                    return status if status >= 0 else 128 - status
+                except subprocess.TimeoutExpired:
+                    pass
+                if self.stop.number and not asked:
+                    asked = True
+                    (ask or terminate)(child)
+                if watch is not None:
+                    watch()
+        finally:
+            if child.poll() is None:
+                end(child, 0.0)
+
+    def sweep(self) -> None:
+        """Kill whatever is left of the programs of this folder's loops. Raises UserError if that takes too long."""
+        deadline = time.monotonic() + _SWEEP_SECONDS
+        while left := [pid for pid, environment in _environments() if self._mark.encode() in environment]:
+            if time.monotonic() > deadline:
+                raise UserError(f"process {left[0]} of an earlier stage does not end; end it and start again")
+            for pid in left:
+                _signal(pid, signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
+
+
+def terminate(child: subprocess.Popen) -> None:
+    """SIGTERM to the program itself."""
+    _signal(child.pid, signal.SIGTERM)
+
+
+def terminate_ranks(child: subprocess.Popen) -> None:
+    """SIGTERM to the ranks under a launcher on this machine, or to a program that has none.
+
+    torchrun itself would kill its ranks 30 seconds after its own SIGTERM, which is too early for a large checkpoint.
+    """
+    ranks = [
+        pid
+        for pid, environment in _environments(_children_of(child.pid))
+        if any(entry.startswith(b"LOCAL_RANK=") for entry in environment)
+    ]
+    for pid in ranks or [child.pid]:
+        _signal(pid, signal.SIGTERM)
+
+
+def asking_by(command: str) -> Ask:
+    """Asks by running `command`, for ranks that are not on this machine; by SIGTERM to the launcher if that fails."""
+
+    def ask(child: subprocess.Popen) -> None:
+        try:
+            failed = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, check=False).returncode != 0
+        except OSError:
+            failed = True
+        if failed:
+            terminate(child)
+
+    return ask
+
+
+def end(child: subprocess.Popen, grace: float) -> None:
+    """SIGTERM to the program's process group, SIGKILL after `grace` seconds; returns when the program has ended."""
+    _signal(-child.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(grace)
+    _signal(-child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _signal(pid: int, number: int) -> None:
+    """To a process, or to a group where `pid` is negative; nothing happens if it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _children_of(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _environments(pids: Sequence[int] | None = None) -> Iterator[tuple[int, list[bytes]]]:
+    """(process, what it was started with) for `pids`, by default all processes that may be looked at."""
+    for pid in pids if pids is not None else [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        try:
+            yield pid, Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile, or another user's
+            continue
