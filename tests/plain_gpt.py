@@ -50,7 +50,8 @@ class PlainGPT:
             h = rms_norm(x, w[f"decoder.layers.mlp.linear_fc1.layer_norm_weight/{i}"])
             gate, up = (h @ w[f"decoder.layers.mlp.linear_fc1.weight/{i}"].T).chunk(2, dim=-1)
             x = x + (torch.nn.functional.silu(gate) * up) @ w[f"decoder.layers.mlp.linear_fc2.weight/{i}"].T
-        return rms_norm(x, w["decoder.final_layernorm.weight"]) @ table[:vocab_size].T
+        head = w.get("output_layer.weight", table)  # tied unless there is one
+        return rms_norm(x, w["decoder.final_layernorm.weight"]) @ head[:vocab_size].T
 
     def attention(self, x, i):
         w = self.weights

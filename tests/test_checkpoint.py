@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from megatron_ssft.arguments import build_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel import checkpoint
-from megatron_ssft.parallel.checkpoint import find_latest, read_state, save_checkpoint
+from megatron_ssft.parallel.checkpoint import read_state, save_checkpoint
 from megatron_ssft.parallel.pickle_scan import refuse_foreign_pickles
 from megatron_ssft.parallel.topology import initialize_topology
+from megatron_ssft.run_folder import find_latest
 from megatron_ssft.training.trainer import Trainer
 from tests.distributed import RankFailure, run_ranks
 from tests.training_runs import BASE, assemble, make_rows, weight_shards, write_rows

@@ -21,7 +21,7 @@ FOLDER_LAYERS = {
     "inference": 1,
     "rounds": 1,
 }
-MODULES_OF_LAYER_0 = {"__init__", "config", "records", "errors", "files", "arguments", "cli"}
+MODULES_OF_LAYER_0 = {"__init__", "config", "records", "errors", "files", "arguments", "cli", "run_folder"}
 HEAVY = ("megatron", "torch.distributed")
 """For layer 2 only. `megatron` is the namespace of megatron-core; the project's own package is megatron_ssft."""
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")

@@ -20,7 +20,7 @@ from megatron_ssft.rounds.commands import Options
 from megatron_ssft.rounds.gfpo_rounds import questions_of_round
 from megatron_ssft.rounds.processes import MARK
 from megatron_ssft.rounds.round_table import round_row
-from megatron_ssft.rounds.stages import latest_checkpoint
+from megatron_ssft.rounds.stages import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -712,15 +712,15 @@ def test_questions_of_rounds():
 
 
 def test_the_newest_complete_checkpoint(tmp_path):
-    assert latest_checkpoint(tmp_path / "none") is None and latest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "none") is None and newest_checkpoint(tmp_path) is None
     for step in (5, 10, 12):
         (tmp_path / f"iter_{step:07d}").mkdir()
     for step in (5, 10):
         (tmp_path / f"iter_{step:07d}" / "train_state.json").write_text("{}")
-    assert latest_checkpoint(tmp_path).name == "iter_0000010"  # 12 is torn
+    assert newest_checkpoint(tmp_path).name == "iter_0000010"  # 12 is torn
     for text, expected in (("5", 5), ("12", 10), ("", 10), ("10", 10)):
-        (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
-        assert latest_checkpoint(tmp_path).name == f"iter_{expected:07d}"
+        (tmp_path / "newest_checkpointed_iteration.txt").write_text(text)
+        assert newest_checkpoint(tmp_path).name == f"iter_{expected:07d}"
 
 
 def test_ranks_are_those_of_the_run(tmp_path):

@@ -24,9 +24,10 @@ from rich.console import Console
 
 from megatron_ssft.data.demo import write_demo_data
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.demo_policy import check_policy, policy_table, read_policy_evaluation
+from megatron_ssft.report.demo_policy import check_policy, policy_table
 from megatron_ssft.report.demo_result import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.report.demo_training import check_training, summarize, training_table
+from megatron_ssft.report.policy_runs import load_policy_evaluation
 from megatron_ssft.report.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [load_run(args.output / matching) for matching in MATCHINGS]
         summaries = {trained.name: summarize(trained) for trained in runs}
         evaluated = read_evaluation(args.output / "evaluation", rollouts)
-        policy = read_policy_evaluation(args.output / "policy")
+        policy = load_policy_evaluation(args.output / "policy")
         write_report(args.output)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -20,9 +20,10 @@ def main() -> None:
     """Parse, build, train, close."""
     config, dry_run = parse_arguments(__doc__, complete=complete_policy_values, program=POLICY_PROGRAM)
     if dry_run:
-        from megatron_ssft.training.policy.describe import print_description
+        from megatron_ssft.training.describe import print_description
+        from megatron_ssft.training.policy.describe import describe
 
-        print_description(config)
+        print_description(config, describe)
         return
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
     from megatron_ssft.training.policy.trainer import PolicyTrainer

@@ -13,9 +13,8 @@ from megatron_ssft.conversion.assets import find_tokenizer
 from megatron_ssft.conversion.families import model_values
 from megatron_ssft.conversion.forking_tokens_file import FORKING_TOKENS, read_forking_tokens
 from megatron_ssft.errors import UserError
+from megatron_ssft.run_folder import ASSETS
 
-ASSETS = "hf"
-"""Folder in a run that holds the Hugging Face files besides weights, for export."""
 _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")

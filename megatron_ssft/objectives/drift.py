@@ -19,7 +19,9 @@ class Drift:
     """Nats a token by which the completions' negative log-likelihood has risen."""
 
 
-def measure_drift(now_nll_sums_S: np.ndarray, then_nll_sums_S: np.ndarray, tokens_S: np.ndarray) -> Drift:
+def measure_drift(
+    now_nll_sums_S: np.ndarray, then_nll_sums_S: np.ndarray, tokens_S: np.ndarray, noise: float = 0.0
+) -> Drift:
     """Compare the likelihoods of S stored completions now and then.
 
     With the importance weights of whole completions, w = p_now / p_then = exp(then - now), the effective sample size is
@@ -27,10 +29,15 @@ def measure_drift(now_nll_sums_S: np.ndarray, then_nll_sums_S: np.ndarray, token
     common to all weights does not show in it; the shift of the NLL shows that. It is the mean over all tokens, not over
     completions.
 
+    Likelihoods of long completions in bfloat16 differ by whole nats between two measurements of the same weights, and
+    so would the weights w. The deviations of log w from their mean are therefore scaled down until their variance is
+    less by that of the noise, as that of the sum of drift and independent noise is more.
+
     Args:
         now_nll_sums_S: NLL of each completion in nats, summed over its tokens, under the present weights.
         then_nll_sums_S: the same under the weights that it was drawn with.
         tokens_S: tokens of each completion, > 0.
+        noise: nats^2, variance of now - then where nothing has moved.
 
     Raises:
         ValueError: a value is NaN or infinite; names the completion by its index.
@@ -44,6 +51,10 @@ def measure_drift(now_nll_sums_S: np.ndarray, then_nll_sums_S: np.ndarray, token
     )
     assert (tokens_S > 0).all()
     log_weight_S = then_S - now_S
+    shift = float(-log_weight_S.sum() / tokens_S.sum())
+    mean, variance = log_weight_S.mean(), log_weight_S.var()
+    if noise > 0 and variance > 0:
+        log_weight_S = mean + (log_weight_S - mean) * np.sqrt(max(0.0, 1.0 - noise / variance))
     weight_S = np.exp(log_weight_S - log_weight_S.max())  # the largest is 1, so neither sum overflows or is 0
     effective = weight_S.sum() ** 2 / (len(weight_S) * (weight_S**2).sum())
-    return Drift(min(1.0, float(effective)), float(-log_weight_S.sum() / tokens_S.sum()))
+    return Drift(min(1.0, float(effective)), shift)

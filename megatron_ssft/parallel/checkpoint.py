@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -23,42 +22,13 @@ from megatron_ssft.parallel.checkpoint_writer import save_strategy
 from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
-from megatron_ssft.parallel.optimizer import allocate_state, load_optimizer_state, unpadded_buffers
+from megatron_ssft.parallel.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_ssft.parallel.pickle_scan import refuse_unusable
+from megatron_ssft.run_folder import STATE, TRACKER, checkpoint_folder
 
-TRACKER = "latest_checkpointed_iteration.txt"
-STATE = "train_state.json"
 _ROWS = "forking_rows.weight"
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 _EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
-
-
-def checkpoint_folder(run: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration stands."""
-    return run / f"iter_{iteration:07d}"
-
-
-def find_latest(run: Path) -> int:
-    """Iteration of the newest complete checkpoint of a run folder.
-
-    The tracker file is believed if it names a checkpoint that is there; a torn or stale one is passed over for the
-    newest complete folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not run.is_dir():
-        raise UserError(f"--load {run}: no such folder")
-    complete = {
-        int(match[1])
-        for folder in run.iterdir()
-        if (match := re.fullmatch(r"iter_(\d{7,})", folder.name)) and (folder / STATE).is_file()
-    }
-    if not complete:
-        raise UserError(f"--load {run}: holds no checkpoint (iter_*); drop --load to start afresh")
-    tracker = run / TRACKER
-    text = tracker.read_bytes().strip() if tracker.is_file() else b""
-    return int(text) if text.isdigit() and int(text) in complete else max(complete)
 
 
 def read_state(run: Path, iteration: int) -> dict[str, object]:
@@ -106,7 +76,7 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
     return folder
 
 
-def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool, untie: bool = False) -> None:
+def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
     """`load_folder` of a run's checkpoint."""
     load_folder(engine, checkpoint_folder(run, iteration), weights_only, untie)
 
@@ -184,14 +154,11 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
         for key, part in model.items()
     }
     if not weights_only:
-        if is_loading:
-            allocate_state(engine.optimizer)
         if engine.last_layers is not None:
             metadata["non_homogeneous_layers"] = True
             model = {
                 key: chunk.sharded_state_dict(metadata=metadata)
                 for key, chunk in zip(_chunk_keys(engine), engine.chunks)
             }
-        with unpadded_buffers(engine.optimizer):
-            state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        state["optimizer"] = sharded_optimizer_state(engine.optimizer, model, is_loading, metadata)
     return state

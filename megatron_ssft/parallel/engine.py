@@ -229,7 +229,9 @@ class Engine:
             which, microbatch = next(data)
             term = terms[which]
             model_input = self._input(term.batch, term.plan.layout, term.tags, microbatch, **term.options)
-            model_input, arrays = term.prepare(microbatch, model_input)
+            arrays: tuple[np.ndarray, ...] = ()
+            if self.topology.is_last_stage:  # the others have no loss
+                model_input, arrays = term.prepare(microbatch, model_input)
             # Before the forward pass, which copies would wait for.
             inputs = [torch.from_numpy(a).to(device, non_blocking=True) for a in arrays]
             return self._forward(model, model_input), partial(loss_of, which, inputs)

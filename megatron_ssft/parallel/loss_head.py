@@ -38,7 +38,7 @@ class VocabParallelHead:
 
         hidden's gradient is this rank's share; the caller reduces it over the tensor-parallel group.
         """
-        self._move_to(hidden_Th.device)
+        self.move_to(hidden_Th.device)
         targets_Tk = targets_T if targets_T.dim() == 2 else targets_T[:, None]
         return _ChunkedNLL.apply(hidden_Th, weight_Vh, tag_rows_Nh, targets_Tk, self).view_as(targets_T)
 
@@ -49,7 +49,7 @@ class VocabParallelHead:
 
         `k` is at most the number of vocabulary entries in use.
         """
-        self._move_to(hidden_Th.device)
+        self.move_to(hidden_Th.device)
         parts = [hidden_Th.new_empty(0, 1 + 2 * k, dtype=torch.float64)]
         for hidden, targets in zip(hidden_Th.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS)):
             logits = self.logits(hidden, weight_Vh, tag_rows_Nh)
@@ -74,7 +74,8 @@ class VocabParallelHead:
         normalizer = sums[:, 0].log() + peak
         return normalizer[:, None] - sums[:, 1:], normalizer
 
-    def _move_to(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
+        """Put the indices there."""
         if self.tags.device != device:  # once: an index that comes from the host stalls the stream
             self.tags, self.tag_columns = self.tags.to(device), self.tag_columns.to(device)
 

@@ -168,6 +168,8 @@ class SetGPTModel(GPTModel):
         _mark_sharded_weights(self)
         tp_group = self.pg_collection.tp
         self.forking_rows: ForkingRows | None = None
+        self.needs_input_gradient = False
+        """Where embeddings are frozen and layers are recomputed: these get no gradient unless their input does."""
         if row_ids and (pre_process or (post_process and tied)):
             over_stages = tied and core.pipeline_model_parallel_size > 1
             self.forking_rows = ForkingRows(core, row_ids, tp_group, over_stages)
@@ -218,8 +220,8 @@ class SetGPTModel(GPTModel):
             hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
             if self.forking_rows is not None:
                 hidden = self.forking_rows(hidden, tokens)
-            if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
-                hidden.requires_grad_()  # frozen embeddings: recomputed layers get no gradient unless their input does
+            if self.needs_input_gradient and torch.is_grad_enabled():
+                hidden.requires_grad_()
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,

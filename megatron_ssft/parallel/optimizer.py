@@ -16,6 +16,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron_ssft.config import Config
 from megatron_ssft.parallel.model import SetGPTModel
 
+_NOBODY = "nobody"
+"""Stands for a parameter in the state of an optimizer that has none."""
+_MASTERS = "fp32_from_fp16_params"
+"""Mixed precision's own copies of the parameters, a list for every group."""
+
 
 def wrap_chunks(chunks: list[SetGPTModel], config: Config) -> list[DistributedDataParallel]:
     """Mixed precision and data parallelism around every chunk; gradients are summed in float32."""
@@ -125,6 +130,33 @@ def unpadded_buffers(optimizer: MegatronOptimizer) -> Iterator[None]:
             buffer.param_index_map = index_map
 
 
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model: dict[str, object], is_loading: bool, metadata: dict[str, object]
+) -> dict[str, object]:
+    """What is saved or loaded of the optimizer, as megatron-core's sharded tensors; `model` the same of the model.
+
+    megatron-core stores one step count for all parameters, that of the first rank, and its distributed optimizer wants
+    one on every rank. A pipeline stage whose layers are all frozen has no parameter to count for, so it is told.
+    """
+    if is_loading:
+        allocate_state(optimizer)
+    inners = _torch_optimizers(optimizer)
+    known = [float(state["step"]) for inner in inners for state in inner.state.values()]
+    count = torch.tensor(max(known, default=0.0), device=torch.cuda.current_device())
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    idle = [inner for inner in inners if not inner.state]
+    for inner in idle:
+        inner.state[_NOBODY] = {"step": count.cpu()}
+    with unpadded_buffers(optimizer):
+        state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    for inner in idle:
+        inner.state.pop(_NOBODY)
+    state.get("optimizer", state).get("state", {}).pop(_NOBODY, None)  # mixed precision has it one deeper
+    if _MASTERS in state:  # by number, as megatron-core loses count where a group is empty
+        state[_MASTERS] = {number: group for number, group in enumerate(state[_MASTERS]) if group}
+    return state
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, object]) -> None:
     """Restore the optimizer from a loaded checkpoint.
 
@@ -133,6 +165,9 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, object])
     is taken out meanwhile, and every parameter gets its own.
     """
     shards = state.pop("param_state", None)
+    if shards is None and "optimizer" in state:
+        masters = state.get(_MASTERS, {})
+        state[_MASTERS] = [masters.get(number, []) for number in range(len(optimizer.param_groups))]
     optimizer.load_state_dict(state)
     if shards is None:
         return

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_ssft.parallel.loss_head import VocabParallelHead
 from megatron_ssft.parallel.model import SetGPTModel
 
 
@@ -30,6 +31,8 @@ def freeze(chunks: list[SetGPTModel], num_layers: int, last_layers: int | None) 
                 layer.requires_grad_(True)
         if last_layers and chunk.decoder.final_layernorm is not None:
             chunk.decoder.final_layernorm.requires_grad_(True)
+        in_layers = any(parameter.requires_grad for parameter in chunk.decoder.parameters())
+        chunk.needs_input_gradient = in_layers and chunk.config.recompute_granularity is not None
         _train_tag_rows(chunk)
 
 
@@ -41,10 +44,11 @@ def _train_tag_rows(chunk: SetGPTModel) -> None:
         weight = chunk.output_layer.weight
         weight.requires_grad = True
         weight.only_tag_rows = True  # the others must not decay either
-        weight.register_hook(partial(_only_rows, chunk.head.tag_columns))
+        weight.register_hook(partial(_only_tag_rows, chunk.head))
 
 
-def _only_rows(rows: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with all but `rows` set to zero."""
-    rows = rows.to(grad.device)
+def _only_tag_rows(head: VocabParallelHead, grad: Tensor) -> Tensor:
+    """The gradient with all but the tags' rows set to zero."""
+    head.move_to(grad.device)
+    rows = head.tag_columns
     return torch.zeros_like(grad).index_copy_(0, rows, grad.index_select(0, rows))

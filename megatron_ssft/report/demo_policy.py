@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from rich import box
 from rich.table import Table
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.inference.policy_tables import show
 
 _ROWS = ("own", "own_greedy", "fixed", "uniform", "group")
-
-
-def read_policy_evaluation(folder: Path) -> dict[str, object]:
-    """The record of tools/evaluate_policy.py. Raises UserError."""
-    path = folder / "policy_evaluation.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def check_policy(record: dict[str, object]) -> list[tuple[bool, str]]:
@@ -41,15 +29,9 @@ def policy_table(record: dict[str, object]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     rows = {row["key"]: row for row in record["rows"]}
     for row in (rows[key] for key in _ROWS if key in rows):
-        table.add_row(row["name"], *(_shown(row.get(when)) for when in ("before", "after")))
+        table.add_row(row["name"], *(show(row.get(when)) for when in ("before", "after")))
     return table
 
 
 def _value(entries: list[dict[str, object]], key: str) -> float:
     return next(float(entry["value"]) for entry in entries if entry["key"] == key)
-
-
-def _shown(estimate: dict[str, float] | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate['value']:.3f} ±{estimate['stderr']:.3f}".replace("0.", ".")

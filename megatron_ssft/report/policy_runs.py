@@ -14,8 +14,8 @@ import numpy as np
 from megatron_ssft.errors import UserError
 from megatron_ssft.inference.policy_inputs import Policy, PolicyRow, read_policy
 from megatron_ssft.report.runs import METRICS_FILE, Metrics, load_metrics, read_objects
+from megatron_ssft.run_folder import FINISHED, POLICY
 
-POLICY_FILE = "policy.jsonl"
 EVALUATION_FILE = "policy_evaluation.json"
 Record = dict[str, "object"]
 
@@ -47,7 +47,7 @@ class PolicyRun:
 def is_policy_run(folder: str | Path) -> bool:
     """Whether `folder` holds such a run; one that cannot be read is left to the reader of other runs."""
     folder = Path(folder)
-    if (folder / POLICY_FILE).is_file():
+    if (folder / POLICY).is_file():
         return True
     try:
         with (folder / METRICS_FILE).open("rb") as file:
@@ -73,7 +73,7 @@ def _names(folders: Sequence[Path], taken: Sequence[str]) -> list[str]:
 
 
 def _load(folder: Path, name: str) -> PolicyRun:
-    path, log = folder / POLICY_FILE, folder / METRICS_FILE
+    path, log = folder / POLICY, folder / METRICS_FILE
     empty = Metrics({"iteration": np.zeros(0)})  # policy.jsonl is written before the first step
     metrics = load_metrics(folder) if log.is_file() else empty
     objectives = [row["objective"] for _, row in read_objects(log)] if log.is_file() else []
@@ -82,7 +82,7 @@ def _load(folder: Path, name: str) -> PolicyRun:
 
 
 def _finished(folder: Path) -> str | None:
-    path = folder / "finished.json"
+    path = folder / FINISHED
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

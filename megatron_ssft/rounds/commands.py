@@ -11,6 +11,7 @@ import yaml
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.rounds.server import server_command
+from megatron_ssft.run_folder import FINISHED
 
 SEEDS_BETWEEN_ROUNDS = 1000
 _OWN_FLAGS = {
@@ -127,7 +128,7 @@ class Round:
 
     @property
     def is_done(self) -> bool:
-        return (self.run / "finished.json").is_file()
+        return (self.run / FINISHED).is_file()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_ssft.rounds.commands import Commands, Round
 from megatron_ssft.rounds.processes import Ask, Children, StageFailure, Stopped, asking_by, terminate_ranks
 from megatron_ssft.rounds.round_table import round_row
 from megatron_ssft.rounds.server import server_command, serving
-from megatron_ssft.rounds.stages import StageFile, latest_checkpoint, only_one, read_json
+from megatron_ssft.rounds.stages import StageFile, newest_checkpoint, only_one, read_json
 
 
 class Loop:
@@ -57,7 +57,7 @@ class Loop:
         for number in range(self.done(), self.options.rounds):
             now = commands.round(number)
             before = commands.run_before(now)
-            checkpoint = latest_checkpoint(before)
+            checkpoint = newest_checkpoint(before)
             model = (checkpoint or before / "iter_*") / "hf"
             if checkpoint is not None and not model.is_dir():
                 model = now.folder / "hf"
@@ -77,7 +77,7 @@ class Loop:
 
     def _check_start(self) -> None:
         """Raises UserError."""
-        if latest_checkpoint(self.options.load) is None:
+        if newest_checkpoint(self.options.load) is None:
             raise UserError(f"--load {self.options.load}: holds no checkpoint (iter_*); give the folder of a run")
         questions_of_round(len(read_questions(self.options.data)), self.options.questions_per_round, 0, 0)
         if self.options.backend == "openai" and self.options.serve is None and self.options.rounds - self.done() > 1:
@@ -107,7 +107,7 @@ class Loop:
         if stages.begin("score", self.commands.score_arguments(now)):
             self._run("score", now, stages, self.commands.score_command(now))
         if stages.begin("train", self.commands.train_arguments(now)):
-            command = self.commands.train_command(now, resumed=latest_checkpoint(now.run) is not None)
+            command = self.commands.train_command(now, resumed=newest_checkpoint(now.run) is not None)
             ask = terminate_ranks if self.options.stop_launched is None else asking_by(self.options.stop_launched)
             self._run("train", now, stages, command, ask)
         self._write_rows()
@@ -128,7 +128,7 @@ class Loop:
     def _export(self, now: Round, stages: StageFile) -> Path:
         """The Hugging Face folder of the weights that the round starts from."""
         run = self.commands.run_before(now)
-        checkpoint = latest_checkpoint(run)
+        checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise UserError(f"{run}: holds no checkpoint (iter_*); remove {run.parent} to begin its round again")
         model = checkpoint / "hf" if (checkpoint / "hf").is_dir() else now.folder / "hf"
@@ -196,7 +196,7 @@ class Loop:
         rows = self._write_rows()
         following = self.commands.round(len(rows))
         run = self.commands.run_before(following)
-        model = (latest_checkpoint(run) or run) / "hf"
+        model = (newest_checkpoint(run) or run) / "hf"
         if not model.is_dir():  # with --no-export-hf-at-save; the next round, if there is to be one, needs it too
             following.folder.mkdir(exist_ok=True)
             model = self._export(following, StageFile(following.folder / "stages.json", self.work))

@@ -29,6 +29,7 @@ MARK = "MEGATRON_SSFT_LOOP"
 _PR_SET_PDEATHSIG = 1
 _SWEEP_SECONDS = 60.0
 _POLL_SECONDS = 0.05
+_ASK_SECONDS = 60.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -160,8 +161,9 @@ def asking_by(command: str) -> Ask:
 
     def ask(child: subprocess.Popen) -> None:
         try:
-            failed = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, check=False).returncode != 0
-        except OSError:
+            done = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, check=False, timeout=_ASK_SECONDS)
+            failed = done.returncode != 0
+        except (OSError, subprocess.TimeoutExpired):
             failed = True
         if failed:
             terminate(child)

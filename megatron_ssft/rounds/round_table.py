@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from megatron_ssft.rounds.stages import read_json, read_rows
+from megatron_ssft.run_folder import FINISHED, POLICY
 
 Row = Mapping[str, object]
 
@@ -21,14 +22,14 @@ def round_row(number: int, folder: Path) -> dict[str, object]:
     of the first and the last step. entropy (nats) and mass belong to the policy at the end.
     """
     run, rewards = folder / "run", read_rows(folder / "rewards.jsonl")
-    finished, metrics = read_json(run / "finished.json"), read_rows(run / "metrics.jsonl")
+    finished, metrics = read_json(run / FINISHED), read_rows(run / "metrics.jsonl")
     row: dict[str, object] = {
         "round": number,
         "questions": len(rewards),
         "iterations": finished.get("iteration"),
         "reward_uniform": _mean([np.mean(mean_rewards(line)) for line in rewards]),
     }
-    policies = [line for line in read_rows(run / "policy.jsonl") if line.get("split") == "train"]
+    policies = [line for line in read_rows(run / POLICY) if line.get("split") == "train"]
     first = [line for line in policies if line["iteration"] == 0]
     end = max((line["iteration"] for line in policies), default=0)
     last = [line for line in policies if line["iteration"] == end]

@@ -6,14 +6,12 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
-
-_TRACKER, _STATE = "latest_checkpointed_iteration.txt", "train_state.json"
+from megatron_ssft.run_folder import checkpoint_folder, latest_checkpoint
 
 
 class StageFile:
@@ -99,17 +97,10 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def latest_checkpoint(run: Path) -> Path | None:
+def newest_checkpoint(run: Path) -> Path | None:
     """The folder of the newest complete checkpoint of a run, chosen as the trainer chooses it; None without any."""
-    complete = {
-        int(match[1]): folder
-        for folder in (run.iterdir() if run.is_dir() else ())
-        if (match := re.fullmatch(r"iter_(\d{7,})", folder.name)) and (folder / _STATE).is_file()
-    }
-    tracker = run / _TRACKER
-    text = tracker.read_bytes().strip() if tracker.is_file() else b""
-    wanted = int(text) if text.isdigit() else -1
-    return complete.get(wanted) or (complete[max(complete)] if complete else None)
+    iteration = latest_checkpoint(run)
+    return None if iteration is None else checkpoint_folder(run, iteration)
 
 
 @contextlib.contextmanager

@@ -18,23 +18,16 @@ from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import copy_assets
 from megatron_ssft.conversion.safetensors_io import HFWeights
 from megatron_ssft.conversion.scratch_assets import NotExpressible, write_scratch_assets
-from megatron_ssft.conversion.startup import ASSETS, complete_values, is_hf_folder, read_hf_config
+from megatron_ssft.conversion.startup import complete_values, is_hf_folder, read_hf_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
-from megatron_ssft.parallel.checkpoint import (
-    TRACKER,
-    checkpoint_folder,
-    find_latest,
-    load_checkpoint,
-    load_folder,
-    read_state,
-    save_checkpoint,
-)
+from megatron_ssft.parallel.checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.hf_checkpoint import compare_hf_weights, load_hf_weights
 from megatron_ssft.parallel.initialization import initialize_forking_rows
 from megatron_ssft.parallel.topology import Topology, destroy_topology, initialize_topology
+from megatron_ssft.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
 from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.setup import Vocabulary, build_vocabulary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ssft.arguments import to_yaml
@@ -18,19 +19,25 @@ from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 
 
-def print_description(config: Config) -> None:
-    """Print `describe` on the first rank. Raises UserError on all."""
+def print_description(config: Config, describe: Callable[[Config], str]) -> None:
+    """Print what `describe` says of a configuration on the first rank. Raises UserError on all."""
     text = describe(config)
     if launch_environment()[0] == 0:
         print(text)
 
 
-def describe(config: Config) -> str:
-    """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
+def described_world_size(config: Config) -> int:
+    """Ranks of the job that is described: started without a launcher, the smallest that fits. Raises UserError."""
     _, world_size, _ = launch_environment()
-    if world_size == 1:  # started without a launcher: describe the smallest job that fits
+    if world_size == 1:
         world_size = config.parallel.model_parallel_size
     check_world_size(config, world_size)
+    return world_size
+
+
+def describe(config: Config) -> str:
+    """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
+    world_size = described_world_size(config)
     vocabulary = build_vocabulary(config)
     lines = [to_yaml(config), "# what follows from it"]
     with tempfile.TemporaryDirectory() as folder:

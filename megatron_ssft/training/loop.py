@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from megatron_ssft.config import Config
-from megatron_ssft.conversion.startup import ASSETS
-from megatron_ssft.parallel.checkpoint import checkpoint_folder, save_checkpoint
+from megatron_ssft.parallel.checkpoint import save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.run_folder import ASSETS, checkpoint_folder
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.resume import continues_in_place
@@ -56,11 +56,12 @@ class TrainingLoop(abc.ABC):
         """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
         config = self.config
         folder = Path(config.checkpoint.save) if config.checkpoint.save and self.topology.is_first_rank else None
-        saved_at = self.iteration if continues_in_place(config) else -1
+        # Before the first step there is nothing to save: the command that started the run starts it anew.
+        saved_at = self.iteration if continues_in_place(config) or not self.iteration else -1
         with self.open_log(folder) as log:
             if log is not None:
                 self.greet(log, folder)
-            if saved_at == self.iteration and self._export_is_missing():
+            if continues_in_place(config) and self._export_is_missing():
                 self._export(checkpoint_folder(Path(config.checkpoint.save), self.iteration), log)
             stopped = False
             while self.iteration < self.train_iters and not self.is_over():

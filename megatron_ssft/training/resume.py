@@ -10,11 +10,12 @@ from pathlib import Path
 from megatron_ssft.config import Config
 from megatron_ssft.conversion.assets import copy_assets
 from megatron_ssft.conversion.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
-from megatron_ssft.conversion.startup import ASSETS, is_hf_folder
+from megatron_ssft.conversion.startup import is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.data.tokenizer import build_tokenizer
 from megatron_ssft.errors import UserError
+from megatron_ssft.run_folder import ASSETS
 from megatron_ssft.training.setup import Vocabulary, build_vocabulary
 
 STATE_FORMAT = 1
@@ -54,39 +55,48 @@ def weights_state(config: Config, vocabulary: Vocabulary) -> dict[str, object]:
     }
 
 
-def refuse_contradictions(run: Path, stored: dict[str, object], mine: dict[str, object], finetune: bool) -> None:
+def refuse_contradictions(
+    run: Path,
+    stored: dict[str, object],
+    mine: dict[str, object],
+    finetune: bool,
+    flag: str = "--load",
+    otherwise: str = "start from the weights alone with --finetune",
+) -> None:
     """Raise UserError where a checkpoint and this run contradict each other.
 
     Args:
         run: the folder given as --load.
         stored, mine: `run_state` of the checkpoint and of this run.
         finetune: only the weights are taken over, so only they have to fit.
+        flag: by which `run` was given.
+        otherwise: what to do instead of resuming.
     """
     if stored.get("format") != STATE_FORMAT:
-        raise UserError(f"--load {run}: checkpoint format {stored.get('format')}, this version reads {STATE_FORMAT}")
+        raise UserError(f"{flag} {run}: checkpoint format {stored.get('format')}, this version reads {STATE_FORMAT}")
     for name, value in stored["model"].items():
         if name != "transformer_impl" and mine["model"].get(name) != value:
             raise UserError(
-                f"--load {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
+                f"{flag} {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
                 f"--config {run}/config.yaml takes the checkpoint's settings"
             )
     if not stored["forking_tokens"]["ids"]:
-        raise UserError(f"--load {run}: was imported without tags; import it again with --num-forking-tokens N")
+        raise UserError(f"{flag} {run}: was imported without tags; import it again with --num-forking-tokens N")
     for name in ("vocab_size", "forking_tokens"):
         if stored[name] != mine[name]:
-            raise UserError(f"--load {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
+            raise UserError(f"{flag} {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
     if finetune:
         return
     for name in ("use_distributed_optimizer", "bf16"):
         if stored[name] != mine[name]:
             raise UserError(
-                f"--load {run}: saved {'with' if stored[name] else 'without'} --{name.replace('_', '-')}; "
-                "resume the same way, or start from the weights alone with --finetune"
+                f"{flag} {run}: saved {'with' if stored[name] else 'without'} --{name.replace('_', '-')}; "
+                f"resume the same way, or {otherwise}"
             )
     if stored["data"] != mine["data"]:
         raise UserError(
-            f"--load {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
-            "data means nothing; resume with the same, or start from the weights alone with --finetune"
+            f"{flag} {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
+            f"data means nothing; resume with the same, or {otherwise}"
         )
 
 

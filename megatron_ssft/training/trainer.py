@@ -13,13 +13,14 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
-from megatron_ssft.parallel.checkpoint import find_latest, load_checkpoint, read_state
+from megatron_ssft.parallel.checkpoint import load_checkpoint, read_state
 from megatron_ssft.parallel.collectives import on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
 from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
+from megatron_ssft.run_folder import find_latest
 from megatron_ssft.scheduling.collate import loss_denominator
 from megatron_ssft.training.loop import TrainingLoop
 from megatron_ssft.training.lr_schedule import learning_rate

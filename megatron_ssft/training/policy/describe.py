@@ -5,26 +5,15 @@ from __future__ import annotations
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.conversion.startup import POLICY_PROGRAM
-from megatron_ssft.parallel.topology import check_world_size, launch_environment
-from megatron_ssft.training.describe import count_parameters
+from megatron_ssft.training.describe import count_parameters, described_world_size
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.policy.inputs import PolicyInputs, read_inputs
 from megatron_ssft.training.setup import build_vocabulary
 
 
-def print_description(config: GFPOConfig) -> None:
-    """Print `describe` on the first rank. Raises UserError on all."""
-    text = describe(config)
-    if launch_environment()[0] == 0:
-        print(text)
-
-
 def describe(config: GFPOConfig) -> str:
     """Everything resolved, as text. Reads and checks all input, writes nothing. Raises UserError."""
-    _, world_size, _ = launch_environment()
-    if world_size == 1:  # started without a launcher: describe the smallest job that fits
-        world_size = config.parallel.model_parallel_size
-    check_world_size(config, world_size)
+    world_size = described_world_size(config)
     vocabulary = build_vocabulary(config)
     inputs = read_inputs(config, vocabulary, config.training.train_iters)
     tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)

@@ -5,7 +5,7 @@ going to train, while it holds the reference's weights: no second copy of them i
 model. The whole distribution at every token would be (vocabulary x 4 bytes) a token; kept are the k most probable
 tokens. The likelihoods under the weights that made the completions are measured on the same occasion.
 
-    SAVE/reference/index.json      fingerprint of the inputs, planned steps, who wrote what
+    SAVE/reference/index.json      fingerprint of the inputs, planned steps, noise of likelihoods, who wrote what
                    fork.npy        float64 [Q, N]  log-probability of each tag under the reference (gfpo)
                    R_places.npy    int64 [c, 3]    completions that data-parallel rank R has: number, start, length
                    R_nll.npy       float32 [T]     NLL of their tokens under the weights that the run starts from
@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +28,10 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.files import write_durably
 from megatron_ssft.parallel.collectives import barrier, gather_json, on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.records import NO_TAG
-from megatron_ssft.training.planning import Planner
-from megatron_ssft.training.policy.inputs import PolicyInputs
+from megatron_ssft.training.policy.completion_scoring import Answers
 
 FOLDER = "reference"
 _INDEX = "index.json"
-_CHUNK = 256
-"""Completions that are scored at a time, to bound what is held in memory."""
 
 
 def stored_index(save: Path) -> dict[str, object]:
@@ -50,42 +45,18 @@ def stored_index(save: Path) -> dict[str, object]:
         ) from error
 
 
-def refuse_other_inputs(save: Path, index: dict[str, object], fingerprint: str) -> None:
-    """Raise UserError if a run was started with other questions, rewards or completions than it goes on with."""
+def refuse_other_inputs(save: Path, index: dict[str, object], fingerprint: str, reference: str | None) -> None:
+    """Raise UserError if a run was started with other input than it goes on with, or another reference."""
+    if reference is not None and str(Path(reference).resolve()) != index.get("reference"):
+        raise UserError(
+            f"--reference {reference}: the run was started with {index.get('reference')}, whose answers are stored; "
+            "leave the flag out, or start again with another --save"
+        )
     if index.get("fingerprint") != fingerprint:
         raise UserError(
             f"{save / FOLDER}: belongs to other questions, rewards, completions or settings of them; resume with the "
             "same, or start again with another --save"
         )
-
-
-@dataclass
-class Answers:
-    """What one rank has measured: arrays by completion."""
-
-    nll: dict[int, np.ndarray]
-    """float32 [L]"""
-    top: dict[int, tuple[np.ndarray, np.ndarray]]
-    """int32 and float32 [L, k]: ids and log-probabilities."""
-
-
-def measure(engine: Engine, planner: Planner, inputs: PolicyInputs, top_k: int | None) -> Answers:
-    """Score every completion under the present weights. Collective; each rank gets its own share."""
-    answers = Answers({}, {})
-    tags = engine.tags if inputs.tagged else NO_TAG
-    for first in range(0, len(inputs.completions), _CHUNK):
-        which = range(first, min(first + _CHUNK, len(inputs.completions)))
-        batch, assignments, numbers = inputs.completion_batch(which)
-        plan = planner.train(batch, assignments)
-        for spec, output in engine.token_outputs(batch, plan, tags, top_k):
-            number = numbers[spec.question][spec.trace]
-            if top_k is None:
-                answers.nll[number] = output.astype(np.float32)
-                continue
-            answers.nll[number] = output[:, 0].astype(np.float32)
-            logp, ids = np.split(output[:, 1:], 2, axis=1)
-            answers.top[number] = ids.astype(np.int32), logp.astype(np.float32)
-    return answers
 
 
 def write_reference(
@@ -146,6 +117,8 @@ class Reference:
         """Open them. Raises UserError if they are missing or damaged."""
         folder = save / FOLDER
         index = stored_index(save)
+        self.noise = float(index["noise"])
+        """nats^2: variance of log-likelihoods of whole completions between two measurements of the same weights."""
         try:
             fork = folder / "fork.npy"
             self.fork_QN = np.load(fork, allow_pickle=False) if fork.is_file() else None
@@ -167,6 +140,10 @@ class Reference:
     def nll(self, completion: int) -> np.ndarray:
         """float32 [L] under the weights that the run started from."""
         return self._get(completion, "nll")
+
+    def nll_sum(self, completion: int) -> float:
+        """`nll`, summed over the tokens."""
+        return float(self.nll(completion).sum(dtype=np.float64))
 
     def reference_nll(self, completion: int) -> np.ndarray:
         """float32 [L] under the reference."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,21 +15,16 @@ from megatron_ssft.objectives.token_policy import clipped_token_loss
 from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.records import (
     NO_TAG,
-    Assignment,
-    ForkingTokens,
     Microbatch,
     MicrobatchPlan,
     ModelInput,
     QuestionBatch,
 )
-from megatron_ssft.training.policy.inputs import PolicyInputs
+from megatron_ssft.training.policy.completion_scoring import CompletionScorer
 from megatron_ssft.training.policy.reference import Reference
 
 ANCHOR_FIGURES = ("anchor_kl", "completion_nll", "completion_tokens")
 GRPO_FIGURES = ("policy_loss", "kl", "clipped", "completion_nll", "completion_tokens")
-
-
-PlanOf = Callable[[QuestionBatch, Sequence[Assignment]], MicrobatchPlan]
 
 
 def fork_term(batch: QuestionBatch, plan: MicrobatchPlan, gradient_QN: np.ndarray) -> LossTerm:
@@ -46,17 +41,10 @@ def fork_term(batch: QuestionBatch, plan: MicrobatchPlan, gradient_QN: np.ndarra
     return LossTerm(batch, plan, NO_TAG, prepare, weighted_nll)
 
 
-def anchor_term(
-    inputs: PolicyInputs,
-    reference: Reference,
-    which: Sequence[int],
-    plan_of: PlanOf,
-    tags: ForkingTokens,
-    coef: float,
-) -> LossTerm:
+def anchor_term(scorer: CompletionScorer, reference: Reference, which: Sequence[int], coef: float) -> LossTerm:
     """KL(reference || model) on stored completions, `coef` times its mean over their tokens."""
-    batch, assignments, numbers = inputs.completion_batch(which)
-    tokens = sum(len(inputs.completions[number].ids) for number in which)
+    batch, assignments, numbers = scorer.inputs.completion_batch(which)
+    tokens = sum(len(scorer.inputs.completions[number].ids) for number in which)
 
     def prepare(microbatch: Microbatch, model_input: ModelInput) -> Prepared:
         mine = _numbers(microbatch, numbers)
@@ -70,21 +58,19 @@ def anchor_term(
         value, kl = top_k_kl(nll[:, 1:], logp, weights)
         return value, torch.stack([kl.double().sum(), nll[:, 0].detach().double().sum(), _count(nll)])
 
-    return LossTerm(batch, plan_of(batch, assignments), tags, prepare, loss, ANCHOR_FIGURES)
+    return LossTerm(batch, scorer.plan(batch, assignments), scorer.tags, prepare, loss, ANCHOR_FIGURES)
 
 
 def grpo_term(
-    inputs: PolicyInputs,
+    scorer: CompletionScorer,
     reference: Reference,
     which: Sequence[int],
-    plan_of: PlanOf,
-    tags: ForkingTokens,
     advantages: dict[int, float],
     policy: PolicyConfig,
 ) -> LossTerm:
     """GRPO on every token of stored completions; `advantages` by completion."""
-    batch, assignments, numbers = inputs.completion_batch(which)
-    lengths = {number: len(inputs.completions[number].ids) for number in which}
+    batch, assignments, numbers = scorer.inputs.completion_batch(which)
+    lengths = {number: len(scorer.inputs.completions[number].ids) for number in which}
     total = sum(lengths.values())
 
     def weight(number: int) -> float:
@@ -108,7 +94,7 @@ def grpo_term(
         )  # fmt: skip
         return value, torch.cat([figures, nll.detach().double().sum()[None], _count(nll)[None]])
 
-    return LossTerm(batch, plan_of(batch, assignments), tags, prepare, loss, GRPO_FIGURES)
+    return LossTerm(batch, scorer.plan(batch, assignments), scorer.tags, prepare, loss, GRPO_FIGURES)
 
 
 def _numbers(microbatch: Microbatch, numbers: list[list[int]]) -> list[int]:
@@ -124,4 +110,4 @@ def _joined(parts: Sequence[np.ndarray], places: int) -> np.ndarray:
 
 
 def _count(nll: Tensor) -> Tensor:
-    return torch.tensor(float(len(nll)), dtype=torch.float64, device=nll.device)
+    return torch.full((), float(len(nll)), dtype=torch.float64, device=nll.device)

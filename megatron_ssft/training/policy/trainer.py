@@ -11,32 +11,30 @@ import numpy as np
 
 from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import GFPOConfig
-from megatron_ssft.conversion.families import model_values
-from megatron_ssft.conversion.fingerprints import model_fingerprint
-from megatron_ssft.conversion.startup import ASSETS, POLICY_PROGRAM, is_hf_folder, read_hf_config
+from megatron_ssft.conversion.startup import POLICY_PROGRAM
 from megatron_ssft.errors import UserError, shared_error
 from megatron_ssft.files import write_durably
 from megatron_ssft.objectives.drift import Drift, measure_drift
 from megatron_ssft.objectives.forking_policy import log_policy
-from megatron_ssft.parallel.checkpoint import checkpoint_folder, find_latest, load_checkpoint, read_state
+from megatron_ssft.parallel.checkpoint import load_checkpoint, read_state
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
-from megatron_ssft.parallel.initialization import initialize_forking_rows
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
-from megatron_ssft.records import NO_TAG, Assignment, MicrobatchPlan, QuestionBatch, TokenizedSet
+from megatron_ssft.records import MicrobatchPlan
+from megatron_ssft.run_folder import FINISHED, POLICY, find_latest
 from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.training.loop import TrainingLoop
-from megatron_ssft.training.planning import Planner
-from megatron_ssft.training.policy.inputs import PolicyInputs, fork_batch, read_inputs
-from megatron_ssft.training.policy.objectives import Decision, build_objective
+from megatron_ssft.training.policy.completion_scoring import CompletionScorer, planner_for
+from megatron_ssft.training.policy.decisions import Decision, build_objective
+from megatron_ssft.training.policy.forks import Forks
+from megatron_ssft.training.policy.inputs import PolicyInputs, read_inputs
 from megatron_ssft.training.policy.reference import (
     Reference,
-    measure,
     refuse_other_inputs,
     stored_index,
     write_reference,
 )
+from megatron_ssft.training.policy.weights import check_rewards_model, take_weights
 from megatron_ssft.training.resume import (
     check_writable,
     continues_in_place,
@@ -50,11 +48,15 @@ from megatron_ssft.training.run_log import METRICS, NoLog, RunLog, policy_line, 
 from megatron_ssft.training.setup import build_vocabulary
 from megatron_ssft.training.signals import StopSignal
 
-POLICY, FINISHED = "policy.jsonl", "finished.json"
-_STAYS = ("objective", "trainable", "anchor", "anchor_top_k")
+_KEPT = ("objective", "trainable", "anchor", "anchor_top_k")
 """Settings that a run keeps: what its optimizer's state and its reference are made for."""
-_QUESTIONS_AT_ONCE = 512
-"""Of which the tags' probabilities are asked for in one pass, where it is about more than a step's."""
+_KEPT_BY_SETS = ("questions_per_step", "policy_epochs", "samples_per_question")
+"""And these, where a set of drawn tags may be in the middle of its steps."""
+
+
+def _settled(objective: str) -> tuple[str, ...]:
+    """Settings that a resumed run must have in common with its beginning."""
+    return _KEPT + (_KEPT_BY_SETS if objective == "gfpo-sampled" else ())
 
 
 class PolicyTrainer(TrainingLoop):
@@ -74,16 +76,17 @@ class PolicyTrainer(TrainingLoop):
         self.planned_iters = int(index.get("planned_iters", self.train_iters))
         self.inputs = self._read_inputs()
         if resuming:
-            refuse_other_inputs(self.save, index, self.inputs.fingerprint)
+            refuse_other_inputs(self.save, index, self.inputs.fingerprint, config.policy.reference)
         else:
-            self.remark = self._check_rewards_model(Path(config.checkpoint.load))
+            self.remark = on_first_rank(lambda: check_rewards_model(config, self.inputs.model), topology)
         on_first_rank(lambda: keep_assets(config), topology)
         tags, size = self.vocabulary.tags, self.vocabulary.size
         self.engine = Engine(config, topology, tags, size)
-        self.planner = Planner(config, tags, size, topology.dp_size)
-        self.tagged = self.planner if self.inputs.tagged else Planner(config, NO_TAG, size, topology.dp_size)
-        self.forks = Planner(config, NO_TAG, size, topology.dp_size)
-        self.accountant = FlopAccountant(self.planner.flops)
+        untagged = planner_for(self.engine, None, topology.dp_size)
+        tagged = planner_for(self.engine, tags if self.inputs.tagged else None, topology.dp_size)
+        self.forks = Forks(self.engine, untagged)
+        self.scorer = CompletionScorer(self.engine, tagged, self.inputs)
+        self.accountant = FlopAccountant(untagged.flops)
         self.peak_flops = job_peak_flops(config, topology)
         self.engine.start(config.policy.last_layers)
         if resuming:
@@ -102,7 +105,6 @@ class PolicyTrainer(TrainingLoop):
         metrics = self.engine.train_terms(decision.terms, self.learning_rate())
         figures = decision.report(metrics.figures)
         plans = [term.plan for term in decision.terms]
-        flops = sum(self.accountant.training(plan) for plan in plans)
         row = {
             "iteration": self.iteration + 1,
             "objective": self.config.policy.objective,
@@ -115,14 +117,20 @@ class PolicyTrainer(TrainingLoop):
             "makespan_over_bound": max(plan.makespan / plan.makespan_lower_bound for plan in plans),
             "trained_sequences": metrics.trained_sequences,
             "trained_tokens": metrics.trained_tokens,
-            "training_flops": flops,
-            "scoring_flops": decision.scoring_flops,
         }
         self.iteration += 1
         row["seconds"] = time.perf_counter() - begin
+        return row | self._flops(plans, decision.scoring_flops, row["seconds"])
+
+    def _flops(self, plans: Sequence[MicrobatchPlan], scoring: float, seconds: float) -> dict[str, float]:
+        """FLOPs of the step, and its MFU where the GPU is known; those of a partly frozen model are not counted."""
+        if self.engine.last_layers is not None:
+            return {}
+        training = sum(self.accountant.training(plan) for plan in plans)
+        figures = {"training_flops": training, "scoring_flops": scoring}
         if self.peak_flops is not None:
-            row["mfu"] = (flops + decision.scoring_flops) / (row["seconds"] * self.peak_flops)
-        return row
+            figures["mfu"] = (training + scoring) / (seconds * self.peak_flops)
+        return figures
 
     def advance(self, log: RunLog | None) -> None:
         """A step, the checks that are due after it, and their lines."""
@@ -152,32 +160,18 @@ class PolicyTrainer(TrainingLoop):
 
     def rescore(self) -> dict[str, float]:
         """How far the model has moved on stored completions since it made them. Collective."""
-        which = range(min(self.config.policy.rescore_completions, len(self.inputs.completions)))
-        batch, assignments, numbers = self.inputs.completion_batch(which)
-        tags = self.vocabulary.tags if self.inputs.tagged else NO_TAG
-        now = np.concatenate(self.engine.sequence_nll(batch, self.tagged.train(batch, assignments), tags))
-        order = [number for of_question in numbers for number in of_question]
-        then = np.array([self.reference.nll(number).sum(dtype=np.float64) for number in order])
-        lengths = np.array([len(self.inputs.completions[number].ids) for number in order])
-        drift: Drift = measure_drift(now, then, lengths)
+        which = self._rescored()
+        then = np.array([self.reference.nll_sum(number) for number in which])
+        lengths = np.array([len(self.inputs.completions[number].ids) for number in which])
+        drift: Drift = measure_drift(self.scorer.sums(which), then, lengths, self.reference.noise)
         self.stale = drift.effective_sample_size < self.config.policy.min_effective_sample_size
         return {"effective_sample_size": drift.effective_sample_size, "rescored_nll_shift": drift.nll_shift}
 
+    def _rescored(self) -> range:
+        """The completions that are scored again: they stand in random order."""
+        return range(min(self.config.policy.rescore_completions, len(self.inputs.completions)))
+
     # -- the tags' probabilities ---------------------------------------------------------------------------------
-
-    def fork_plan(self, questions: Sequence[TokenizedSet]) -> tuple[QuestionBatch, MicrobatchPlan]:
-        """The tags of the questions, to be scored or trained."""
-        batch = fork_batch(questions, self.vocabulary.tags.ids)
-        none = Assignment((0,) * self.vocabulary.tags.num_tags)
-        return batch, self.forks.train(batch, [none] * len(questions))
-
-    def fork_logp(self, questions: Sequence[TokenizedSet]) -> np.ndarray:
-        """float64 [Q, N]: log-probability of each tag under the present weights, the same everywhere. Collective."""
-        parts = []
-        for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
-            batch, plan = self.fork_plan(questions[first : first + _QUESTIONS_AT_ONCE])
-            parts.append(-np.stack(self.engine.sequence_nll(batch, plan, NO_TAG)))
-        return np.concatenate(parts)
 
     def _tell_policy(self, log: RunLog | None) -> None:
         """Lines of policy.jsonl. Collective."""
@@ -186,7 +180,7 @@ class PolicyTrainer(TrainingLoop):
         for split, questions in (("train", self.inputs.questions), ("eval", self.inputs.held_out)):
             if not questions:
                 continue
-            log_pi, log_mass = log_policy(self.fork_logp(questions))
+            log_pi, log_mass = log_policy(self.forks.logp(questions))
             if log is not None:
                 log.rows(
                     POLICY,
@@ -213,7 +207,7 @@ class PolicyTrainer(TrainingLoop):
             "has_optimizer": True,
             "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
             "data": self.inputs.fingerprint,
-            "policy": {name: getattr(self.config.policy, name) for name in _STAYS},
+            "policy": {name: getattr(self.config.policy, name) for name in _settled(self.config.policy.objective)},
             "objective": self.objective.state(),
             "stale": self.stale,
         }
@@ -235,26 +229,39 @@ class PolicyTrainer(TrainingLoop):
 
     def _begin(self) -> None:
         """Load the weights to start from, and ask the reference before anything moves. Raises UserError."""
-        config, policy = self.config, self.config.policy
-        start = Path(config.checkpoint.load)
-        stays = start if policy.reference is None else Path(policy.reference)
-        is_other = stays.resolve() != start.resolve()
+        policy, start = self.config.policy, Path(self.config.checkpoint.load)
         top_k = None if policy.anchor == "none" else min(policy.anchor_top_k, self.vocabulary.size)
-        answers = None
-        if is_other:
-            self._load_weights(stays, "--reference")
-            needed = policy.anchor == "kl" or policy.objective == "grpo"
-            answers = measure(self.engine, self.tagged, self.inputs, top_k) if needed else None
+        stays = start if policy.reference is None else Path(policy.reference)
+        other = fork = None
+        if stays.resolve() != start.resolve():
+            take_weights(self.engine, self.vocabulary, stays, "--reference")
+            other, fork = self.scorer.measure(top_k), self._reference_fork()
+        take_weights(self.engine, self.vocabulary, start, "--load")
+        here = self.scorer.measure(top_k if other is None else None)
+        if other is None:
             fork = self._reference_fork()
-        self._load_weights(start, "--load")
-        here = measure(self.engine, self.tagged, self.inputs, None if is_other else top_k)
-        if not is_other:
-            fork = self._reference_fork()
-        index = {"fingerprint": self.inputs.fingerprint, "planned_iters": self.planned_iters}
-        write_reference(self.save, self.engine, index, fork, here, answers)
+        index = {
+            "fingerprint": self.inputs.fingerprint,
+            "planned_iters": self.planned_iters,
+            "reference": str(stays.resolve()),
+            "noise": self._noise(),
+        }
+        write_reference(self.save, self.engine, index, fork, here, other)
+
+    def _noise(self) -> float:
+        """nats^2: how much the likelihood of a completion varies with its neighbours in a microbatch. Collective.
+
+        Nothing of it is drift: the weights are the same. In bfloat16 it grows with the length.
+        """
+        which = self._rescored()
+        if not self.config.policy.rescore_interval or len(which) < 2:
+            return 0.0
+        whole, half = self.scorer.sums(which), len(which) // 2
+        halves = [self.scorer.sums(part) for part in (which[:half], which[half:])]
+        return float(np.var(whole - np.concatenate(halves)))
 
     def _reference_fork(self) -> np.ndarray | None:
-        return None if self.config.policy.objective == "grpo" else self.fork_logp(self.inputs.questions)
+        return None if self.config.policy.objective == "grpo" else self.forks.logp(self.inputs.questions)
 
     def _resume(self) -> None:
         """Go on where the newest checkpoint of this run was. Raises UserError."""
@@ -267,60 +274,17 @@ class PolicyTrainer(TrainingLoop):
         }
         if "policy" not in state:
             raise UserError(f"--load {run}: is no run of this program; give another --save to start one from it")
-        try:
-            refuse_contradictions(run, state, mine, finetune=False)
-        except UserError as error:
-            raise UserError(str(error).replace("with --finetune", "with another --save")) from error
+        refuse_contradictions(run, state, mine, finetune=False, otherwise="start again with another --save")
         for name, value in state["policy"].items():
             if getattr(self.config.policy, name) != value:
                 flag = name.replace("_", "-")
                 raise UserError(f"--load {run}: was started with --{flag} {value}; resume the same way")
-        load_checkpoint(self.engine, run, iteration, weights_only=self.config.checkpoint.finetune)
+        load_checkpoint(self.engine, run, iteration)
         self.iteration, self.stale = iteration, bool(state["stale"])
         self.restored = state["objective"]
 
     restored: dict[str, object] | None = None
     """The objective's part of the checkpoint that the run goes on from."""
-
-    def _load_weights(self, run: Path, flag: str) -> None:
-        """The newest weights of a run, or those of a Hugging Face folder. Raises UserError."""
-        own_head = self.config.model.untie_embeddings_and_output_weights
-        if is_hf_folder(run):
-            tied = not model_values(read_hf_config(run), str(run / "config.json"))[
-                "untie_embeddings_and_output_weights"
-            ]
-            load_hf_weights(self.engine, run, untie=tied and own_head)
-            rows, copy_id = self.vocabulary.known_rows, self.vocabulary.copy_id
-            initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, rows, copy_id, self.config)
-            self.engine.optimizer.reload_model_params()
-            return
-        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
-        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
-        untie = own_head and not state.get("model", {}).get("untie_embeddings_and_output_weights", True)
-        if untie:
-            state["model"]["untie_embeddings_and_output_weights"] = True
-        try:
-            refuse_contradictions(run, state, weights_state(self.config, self.vocabulary), finetune=True)
-        except UserError as error:
-            raise UserError(str(error).replace("--load", flag, 1)) from error
-        load_checkpoint(self.engine, run, iteration, weights_only=True, untie=untie)
-
-    def _check_rewards_model(self, run: Path) -> str | None:
-        """Refuse rewards of another model than the run starts from. Raises UserError; a remark where nothing tells."""
-
-        def check() -> str | None:
-            folder = run if is_hf_folder(run) else checkpoint_folder(run, find_latest(run)) / ASSETS
-            if self.inputs.model is None or not is_hf_folder(folder):
-                return "no exported model beside the weights: whether the rewards are theirs is not checked"
-            found = model_fingerprint(folder)
-            if found != self.inputs.model:
-                raise UserError(
-                    f"{self.config.policy.rewards or self.config.policy.scores}: measured under another model "
-                    f"({self.inputs.model[:12]}) than {folder} ({found[:12]}); generate and score with this one"
-                )
-            return None
-
-        return on_first_rank(check, self.topology)
 
     remark: str | None = None
     """About what could not be checked."""

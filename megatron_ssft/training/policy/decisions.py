@@ -18,7 +18,6 @@ from megatron_ssft.objectives.forking_policy import (
 )
 from megatron_ssft.objectives.token_policy import group_advantages
 from megatron_ssft.parallel.loss_terms import LossTerm
-from megatron_ssft.records import NO_TAG
 from megatron_ssft.training.policy.draws import generator, nth_batch
 from megatron_ssft.training.policy.terms import anchor_term, fork_term, grpo_term
 
@@ -80,16 +79,15 @@ class ForkingObjective:
         chosen = nth_batch(
             len(inputs.questions), policy.questions_per_step, number, run.config.training.seed, "questions"
         )
-        batch, plan = run.fork_plan([inputs.questions[q] for q in chosen])
-        logp_QN = -np.stack(run.engine.sequence_nll(batch, plan, NO_TAG))
+        batch, plan = run.forks.plan([inputs.questions[q] for q in chosen])
+        logp_QN = run.forks.planned_logp(batch, plan)
         found = self._objective(iteration, chosen, logp_QN, exact)
         terms = [fork_term(batch, plan, found.gradient_QN)]
         if policy.anchor == "kl":
             which = nth_batch(
                 len(inputs.completions), policy.anchor_completions, iteration, run.config.training.seed, "anchor"
             )
-            tags, coef = run.vocabulary.tags, policy.anchor_coef
-            terms.append(anchor_term(inputs, run.reference, which, run.tagged.train, tags, coef))
+            terms.append(anchor_term(run.scorer, run.reference, which, policy.anchor_coef))
 
         def report(sums: dict[str, float]) -> dict[str, object]:
             figures = dict(found.figures) | self._rewards(logp_QN, chosen) | {"loss": -found.value}
@@ -150,14 +148,14 @@ class TokenObjective:
         chosen = nth_batch(
             len(inputs.questions), policy.questions_per_step, iteration, run.config.training.seed, "questions"
         )
-        which = [number for q in dict.fromkeys(chosen) for number in self.of_question[q]]
-        tags = run.vocabulary.tags if inputs.tagged else NO_TAG
-        term = grpo_term(inputs, run.reference, which, run.tagged.train, tags, self.advantages, policy)
+        chosen = list(dict.fromkeys(chosen))  # over the border of an epoch a question may come twice
+        which = [number for q in chosen for number in self.of_question[q]]
+        term = grpo_term(run.scorer, run.reference, which, self.advantages, policy)
         rewards = [inputs.completions[number].reward for number in which]
 
         def report(sums: dict[str, float]) -> dict[str, object]:
             tokens = sums["completion_tokens"]
-            before = sum(float(run.reference.nll(c).sum(dtype=np.float64)) for c in which)
+            before = sum(map(run.reference.nll_sum, which))
             return {
                 "reward": float(np.mean(rewards)),
                 "kl": sums["kl"],

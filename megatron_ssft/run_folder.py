@@ -1,0 +1,54 @@
+"""What a run folder holds under which name, and which of its checkpoints counts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_ssft.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = "train_state.json"
+"""In a checkpoint's folder, written last: a checkpoint without it is not complete."""
+ASSETS = "hf"
+"""In a run: the Hugging Face files besides weights. In a checkpoint: its export."""
+POLICY = "policy.jsonl"
+FINISHED = "finished.json"
+
+
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration stands."""
+    return run / f"iter_{iteration:07d}"
+
+
+def complete_checkpoints(run: Path) -> list[int]:
+    """Iterations of the complete checkpoints of a folder, ascending; none if it is not there."""
+    return sorted(
+        int(match[1])
+        for folder in (run.iterdir() if run.is_dir() else ())
+        if (match := re.fullmatch(r"iter_(\d{7,})", folder.name)) and (folder / STATE).is_file()
+    )
+
+
+def latest_checkpoint(run: Path) -> int | None:
+    """Iteration of the newest complete checkpoint of a run folder; None without any.
+
+    The tracker file is believed if it names a checkpoint that is there; a torn or stale one is passed over for the
+    newest complete folder.
+    """
+    complete = complete_checkpoints(run)
+    if not complete:
+        return None
+    tracker = run / TRACKER
+    text = tracker.read_bytes().strip() if tracker.is_file() else b""
+    return int(text) if text.isdigit() and int(text) in complete else complete[-1]
+
+
+def find_latest(run: Path) -> int:
+    """The same. Raises UserError if there is none."""
+    if not run.is_dir():
+        raise UserError(f"--load {run}: no such folder")
+    iteration = latest_checkpoint(run)
+    if iteration is None:
+        raise UserError(f"--load {run}: holds no checkpoint (iter_*); drop --load to start afresh")
+    return iteration
