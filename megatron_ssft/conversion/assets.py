@@ -215,7 +215,6 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, A
 
 def _update_config(path: Path, vocab_size: int, torch_dtype: str, tied: bool | None) -> None:
     config = read_json(path)
-
     # transformers 5 writes `dtype`, reads both; older versions know `torch_dtype` only.
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
     updated = {**config, "vocab_size": vocab_size, **dict.fromkeys(names, torch_dtype)}
