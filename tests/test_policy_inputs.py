@@ -119,7 +119,7 @@ def test_completions_are_those_of_the_file(tmp_path):
     ("changes", "expected"),
     [
         ({"anchor_completions": 2, "rescore_interval": 0}, 6),  # 2 x 3 steps
-        ({"anchor_completions": 2, "rescore_completions": 10}, 10),
+        ({"anchor_completions": 2, "rescore_completions": 10}, 16),  # those of the anchor are others
         ({"anchor_completions": 100}, 36),
         ({"anchor": "none", "rescore_completions": 4}, 4),
         ({"anchor": "none", "rescore_interval": 0}, 0),

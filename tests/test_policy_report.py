@@ -30,7 +30,8 @@ def make_policy_run(folder, objective="gfpo-exact", steps=8, questions=12, split
     rows = []
     for step in range(1, steps + 1):
         row = {"iteration": step, "objective": objective, "loss": -step / steps, "lr": 1e-4, "seconds": 0.5}
-        row |= {"reward": 0.4 + 0.05 * step, "completion_nll_shift": 0.01 * step, "anchor_kl": 0.001 * step}
+        of_policy = "reward" if objective.startswith("gfpo") else "reward_stored"
+        row |= {of_policy: 0.4 + 0.05 * step, "completion_nll_shift": 0.01 * step, "anchor_kl": 0.001 * step}
         if objective.startswith("gfpo"):
             row |= {"reward_uniform": 0.4, "reward_best_fixed": 0.5, "entropy": 1 / step, "kl": 0.1, "mass": 0.9}
         rows.append(row | {key: values[(step - 1) % len(values)] for key, values in columns.items()})

@@ -247,3 +247,17 @@ def test_effective_sample_size_by_its_definition():
 def test_drift_of_bad_values():
     with pytest.raises(ValueError, match="row 2"):
         measure_drift([1.0, 2.0, math.nan], [1.0, 2.0, 3.0], [1, 1, 1])
+
+
+def test_noise_of_the_measurement_is_no_drift():
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(1000, 9000, 400)
+    then = rng.normal(2e4, 500, 400)
+    noise, drift = rng.normal(0, 1.2, 400), rng.normal(0, 1.0, 400)
+    silent = measure_drift(then + noise, then, tokens, noise=float(noise.var()))
+    assert silent.effective_sample_size == pytest.approx(1.0)
+    assert measure_drift(then + noise, then, tokens).effective_sample_size < 0.4
+    heard = measure_drift(then + noise + drift, then, tokens, noise=float(noise.var())).effective_sample_size
+    assert heard == pytest.approx(measure_drift(then + drift, then, tokens).effective_sample_size, abs=0.12)
+    shift = measure_drift(then + 3.0, then, tokens, noise=100.0)
+    assert shift.nll_shift == pytest.approx(3.0 * 400 / tokens.sum()) and shift.effective_sample_size == 1.0

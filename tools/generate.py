@@ -91,9 +91,10 @@ def main() -> None:
     console = Console()
     summary = generate_file(options, console)
     speed = f" in {summary.seconds:.1f} s: {summary.tokens / summary.seconds:.0f} tokens/s" if summary.samples else ""
+    untagged = f"{summary.without_tag} without a tag; " if options.tags in ("own", "own-greedy") else ""
     console.print(
         f"{summary.samples} samples, {summary.tokens} tokens{speed}; {summary.cut_off} cut off at their limit; "
-        f"{options.output}",
+        f"{untagged}{options.output}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -91,10 +91,10 @@ _CHARTS = (
 def _add_reward(section: Section, run: PolicyRun, slug: str) -> None:
     """The policy's reward beside what it has to beat on the same questions."""
     of_tags, metrics = run.objective.startswith(_OF_TAGS), run.metrics
-    names = {"policy" if of_tags else "samples of the step": "reward"}
+    names = {"policy": "reward"} if of_tags else {"stored samples of the step": "reward_stored"}
     names |= {"best fixed tag": "reward_best_fixed", "uniform tags": "reward_uniform"}
     note = "Means over a step's questions, with the weights before the step; the best fixed tag is that of the step."
-    note = note if of_tags else "Mean of the stored samples of a step, which does not follow the weights at once."
+    note = note if of_tags else "Mean of the stored samples of a step: what they are worth, not what was learned."
     chart = Chart(
         f"policy_reward_{slug}", f"Reward over the training: {clean(run.name)}", "mean reward", "mean reward", note=note
     )

@@ -202,6 +202,8 @@ class Commands:
         arguments = self.train_arguments(now)
         if resumed:
             arguments[arguments.index("--load") + 1] = now.run
+            place = arguments.index("--reference")  # its answers are stored by now, and it may have been moved
+            del arguments[place : place + 2]
         return _words(*self.launcher(), *self.tools.train, *arguments)
 
 

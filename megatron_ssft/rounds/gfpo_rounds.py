@@ -102,12 +102,14 @@ class Loop:
         stages = StageFile(now.folder / "stages.json", self.work)
         self._choose_questions(now, stages)
         model = self._export(now, stages)
-        if stages.begin("generate", self.commands.generate_arguments(now, model)):
+        nothing = {name: not (now.folder / f"{name}.jsonl").exists() for name in ("rollouts", "scores")}
+        if stages.begin("generate", self.commands.generate_arguments(now, model), nothing["rollouts"]):
             self._generate(now, stages, model)
-        if stages.begin("score", self.commands.score_arguments(now)):
+        if stages.begin("score", self.commands.score_arguments(now), nothing["scores"]):
             self._run("score", now, stages, self.commands.score_command(now))
-        if stages.begin("train", self.commands.train_arguments(now)):
-            command = self.commands.train_command(now, resumed=newest_checkpoint(now.run) is not None)
+        has_checkpoint = newest_checkpoint(now.run) is not None
+        if stages.begin("train", self.commands.train_arguments(now), left_nothing=not has_checkpoint):
+            command = self.commands.train_command(now, has_checkpoint)
             ask = terminate_ranks if self.options.stop_launched is None else asking_by(self.options.stop_launched)
             self._run("train", now, stages, command, ask)
         self._write_rows()

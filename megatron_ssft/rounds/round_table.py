@@ -18,8 +18,8 @@ def round_row(number: int, folder: Path) -> dict[str, object]:
     """One line of rounds.jsonl; figures that the training does not give are left out.
 
     reward_before, reward_after: mean over the round's questions of sum_i pi_i R_i under the policy at the start and at
-    the end of the training, with the rewards measured in this round. Where there is no such policy (grpo), the reward
-    of the first and the last step. entropy (nats) and mass belong to the policy at the end.
+    the end of the training, with the rewards measured in this round; where there is no such policy (grpo), there are no
+    such figures. entropy (nats) and mass belong to the policy at the end.
     """
     run, rewards = folder / "run", read_rows(folder / "rewards.jsonl")
     finished, metrics = read_json(run / FINISHED), read_rows(run / "metrics.jsonl")
@@ -33,13 +33,11 @@ def round_row(number: int, folder: Path) -> dict[str, object]:
     first = [line for line in policies if line["iteration"] == 0]
     end = max((line["iteration"] for line in policies), default=0)
     last = [line for line in policies if line["iteration"] == end]
-    reward = expected_reward(first, rewards)
-    row["reward_before"] = _end_of(metrics[:1], "reward") if reward is None else reward
+    row["reward_before"] = expected_reward(first, rewards)
     if last:
         row |= {"reward_after": expected_reward(last, rewards), "entropy": _mean([_entropy(x["policy"]) for x in last])}
         row["mass"] = _mean([x["mass"] for x in last if "mass" in x])
     else:
-        row |= {"reward_after": _end_of(metrics, "reward")}
         row |= {name: _end_of(metrics, name) for name in ("entropy", "mass")}
     for name in ("completion_nll_shift", "effective_sample_size"):
         row[name] = _end_of(metrics, name)

@@ -31,10 +31,15 @@ class StageFile:
                 raise UserError(f"{path}: not a record of stages; remove the round's folder to begin the round again")
             self._rows = rows
 
-    def begin(self, stage: str, arguments: Sequence[object]) -> bool:
-        """Whether the stage is still to be run. Raises UserError if it was begun with other arguments."""
+    def begin(self, stage: str, arguments: Sequence[object], left_nothing: bool = False) -> bool:
+        """Whether the stage is still to be run. Raises UserError if it was begun with other arguments.
+
+        `left_nothing`: what it began with does not bind it, as there is nothing made with that.
+        """
         now = [self._spell(argument) for argument in arguments]
         row = self._rows.get(stage)
+        if row is not None and left_nothing and "seconds" not in row:
+            row = None
         if row is not None and row["arguments"] != now:
             raise UserError(
                 f"{self._path}: {stage} was begun with {_difference(row['arguments'], now)}; give the flags of "

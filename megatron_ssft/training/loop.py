@@ -119,12 +119,13 @@ class TrainingLoop(abc.ABC):
     def describe_job(self) -> str:
         """Vocabulary, ranks, parameters and steps, for the first line of a log."""
         t, p = self.topology, self.config.parallel
+        steps = f"steps {self.iteration + 1} to {self.train_iters}"
         return (
             f"{self.vocabulary.size} vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | "
             f"{t.world_size} ranks: tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
             f"x context {p.context_parallel_size} x data {t.dp_size} on {t.device.type} | "
             f"{self.engine.num_parameters} parameters on the first rank | "
-            f"steps {self.iteration + 1} to {self.train_iters}"
+            f"{steps if self.iteration < self.train_iters else 'no step left'}"
         )
 
     def describe_layout(self) -> str:

@@ -174,9 +174,9 @@ def policy_line(m: dict[str, object]) -> str:
         parts.append(
             f"reward {m['reward']:.4f} (uniform {m['reward_uniform']:.4f}, best tag {m['reward_best_fixed']:.4f})"
         )
-        parts.append(f"entropy {m['entropy']:.3f} kl {m['kl']:.3f} mass {m['mass']:.3f}")
+        parts.append(f"entropy {m['entropy']:.3f} kl {m['kl']:.3f} mass {m['mass']:.2g}")
     else:
-        parts.append(f"reward {m['reward']:.4f} kl {m['kl']:.4f}")
+        parts.append(f"reward of the stored samples {m['reward_stored']:.4f} kl {m['kl']:.4f}")
     for name, text in (
         ("clip_fraction", "clipped {:.1%}"),
         ("anchor_kl", "anchor kl {:.4f}"),

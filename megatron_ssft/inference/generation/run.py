@@ -28,7 +28,7 @@ from megatron_ssft.inference.generation.requests import (
     token_limit,
 )
 from megatron_ssft.inference.questions import read_questions
-from megatron_ssft.inference.rollouts import Rollout, RolloutWriter, resume_rollouts
+from megatron_ssft.inference.rollouts import OWN_MODES, Rollout, RolloutWriter, resume_rollouts
 
 BACKENDS = ("hf", "openai", "vllm")
 GREEDY_STEPS = 256
@@ -100,6 +100,8 @@ class Summary:
     tokens: int = 0
     cut_off: int = 0
     """Samples that ended at the limit."""
+    without_tag: int = 0
+    """Samples for which the model was free to write a tag and wrote none."""
     seconds: float = 0.0
     """Without loading the model."""
 
@@ -139,6 +141,7 @@ def generate_file(options: Options, console: Console) -> Summary:
                 summary.samples += 1
                 summary.tokens += len(rollout.token_ids)
                 summary.cut_off += rollout.finish_reason == "length"
+                summary.without_tag += rollout.tag is None and plan.mode in OWN_MODES
             summary.seconds = time.monotonic() - started
         else:
             console.print(f"all {len(requests)} samples were there", highlight=False)

@@ -84,9 +84,8 @@ class ForkingObjective:
         found = self._objective(iteration, chosen, logp_QN, exact)
         terms = [fork_term(batch, plan, found.gradient_QN)]
         if policy.anchor == "kl":
-            which = nth_batch(
-                len(inputs.completions), policy.anchor_completions, iteration, run.config.training.seed, "anchor"
-            )
+            anchors, seed = inputs.anchors, run.config.training.seed
+            which = [anchors[i] for i in nth_batch(len(anchors), policy.anchor_completions, iteration, seed, "anchor")]
             terms.append(anchor_term(run.scorer, run.reference, which, policy.anchor_coef))
 
         def report(sums: dict[str, float]) -> dict[str, object]:
@@ -157,7 +156,7 @@ class TokenObjective:
             tokens = sums["completion_tokens"]
             before = sum(map(run.reference.nll_sum, which))
             return {
-                "reward": float(np.mean(rewards)),
+                "reward_stored": float(np.mean(rewards)),
                 "kl": sums["kl"],
                 "clip_fraction": sums["clipped"] / tokens,
                 "completion_nll": sums["completion_nll"] / tokens,

@@ -35,7 +35,10 @@ class PolicyInputs:
     sum_QN: np.ndarray
     """float64: sum of their rewards."""
     completions: tuple[Completion, ...]
-    """Those that the run uses, in random order: the first k are a fair sample of all."""
+    """Those that the run uses, in random order."""
+    rescored: int
+    """How many of them, from the first, are scored again to see how the model drifts. The anchor holds others fast, as
+    long as there are others."""
     tagged: bool
     """Whether completions follow a tag."""
     held_out: tuple[TokenizedSet, ...]
@@ -46,6 +49,11 @@ class PolicyInputs:
     """Lines for the log: what was left out, what is unusual."""
     fingerprint: str
     """Digest of all of the above that a step depends on, and of the seed."""
+
+    @property
+    def anchors(self) -> range:
+        """Completions for the anchor: those that are not scored again, or all where there are no others."""
+        return range(self.rescored if self.rescored < len(self.completions) else 0, len(self.completions))
 
     @property
     def reward_QN(self) -> np.ndarray:
@@ -110,6 +118,7 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
         n_QN=lesson.n_QN,
         sum_QN=lesson.sum_QN,
         completions=lesson.completions,
+        rescored=min(policy.rescore_completions, len(lesson.completions)) if policy.rescore_interval else 0,
         tagged=lesson.tagged,
         held_out=held_out,
         model=lesson.model,
@@ -205,10 +214,10 @@ def _file_to_watch(policy: PolicyConfig, table: RewardTable, notes: list[str]) -
 
 
 def _pool(policy: PolicyConfig, count: int, planned_iters: int, seed: int) -> list[int]:
-    """Which of the stored completions a run uses: those of its anchor, and those that are scored again."""
+    """Which of the stored completions a run uses: those that are scored again, and those of its anchor."""
     anchored = 0 if policy.anchor == "none" else policy.anchor_completions * planned_iters
     rescored = policy.rescore_completions if policy.rescore_interval else 0
-    return first_draws(count, max(anchored, rescored), seed, "completions")
+    return first_draws(count, rescored + anchored, seed, "completions")
 
 
 # -- grpo: rewards of completions ------------------------------------------------------------------------------------

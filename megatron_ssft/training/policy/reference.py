@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,23 +80,30 @@ def write_reference(
     partial = save / f".{FOLDER}.partial"
     on_first_rank(lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True))[1], topology)
     top = (reference or start).top
+    has_top = bool(top)
+
+    def at(kind: str) -> Path:
+        return partial / f"{topology.rank}_{kind}.npy"
+
+    kinds = ["places", "nll", *(["reference"] if reference else []), *(["ids", "logp"] if has_top else [])]
     if start.nll:
         mine = sorted(start.nll)
         lengths = np.array([len(start.nll[number]) for number in mine])
-        places = np.stack([np.array(mine), np.cumsum(lengths) - lengths, lengths], axis=1)
-        _save(partial / f"{topology.rank}_places.npy", places)
-        _save(partial / f"{topology.rank}_nll.npy", np.concatenate([start.nll[number] for number in mine]))
+        _save(at("places"), np.stack([np.array(mine), np.cumsum(lengths) - lengths, lengths], axis=1))
+        _save(at("nll"), np.concatenate([start.nll[number] for number in mine]))
         if reference is not None:
-            _save(partial / f"{topology.rank}_reference.npy", np.concatenate([reference.nll[n] for n in mine]))
-        if top:
-            _save(partial / f"{topology.rank}_ids.npy", np.concatenate([top[number][0] for number in mine]))
-            _save(partial / f"{topology.rank}_logp.npy", np.concatenate([top[number][1] for number in mine]))
-    wrote = [rank for rank, has in enumerate(gather_json(bool(start.nll), topology)) if has]
+            _save(at("reference"), np.concatenate([reference.nll[number] for number in mine]))
+        if has_top:
+            _save(at("ids"), np.concatenate([top[number][0] for number in mine]))
+            _save(at("logp"), np.concatenate([top[number][1] for number in mine]))
+    kinds_of = gather_json(kinds if start.nll else [], topology)
+    wrote = [rank for rank, has in enumerate(kinds_of) if has]
 
     def publish() -> None:
         if fork_QN is not None:
             _save(partial / "fork.npy", fork_QN)
-        write_durably(partial / _INDEX, json.dumps(index | {"ranks": wrote}))
+        files = {"ranks": wrote, "kinds": kinds_of[wrote[0]] if wrote else [], "fork": fork_QN is not None}
+        write_durably(partial / _INDEX, json.dumps(index | files))
         shutil.rmtree(save / FOLDER, ignore_errors=True)
         os.rename(partial, save / FOLDER)
 
@@ -117,13 +125,12 @@ class Reference:
         """Open them. Raises UserError if they are missing or damaged."""
         folder = save / FOLDER
         index = stored_index(save)
-        self.noise = float(index["noise"])
-        """nats^2: variance of log-likelihoods of whole completions between two measurements of the same weights."""
         try:
-            fork = folder / "fork.npy"
-            self.fork_QN = np.load(fork, allow_pickle=False) if fork.is_file() else None
-            self._files = {rank: self._open(folder, rank) for rank in index["ranks"]}
-        except (OSError, ValueError) as error:
+            self.noise = float(index["noise"])
+            """nats^2: variance of log-likelihoods of whole completions between two measurements of the same weights."""
+            self.fork_QN = np.load(folder / "fork.npy", allow_pickle=False) if index["fork"] else None
+            self._files = {rank: self._open(folder, rank, index["kinds"]) for rank in index["ranks"]}
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: damaged ({error}); start again with another --save") from error
         self._where = {
             int(number): (rank, slice(int(start), int(start + length)))
@@ -132,10 +139,9 @@ class Reference:
         }
 
     @staticmethod
-    def _open(folder: Path, rank: int) -> dict[str, np.ndarray]:
-        names = ("places", "nll", "reference", "ids", "logp")
-        paths = {name: folder / f"{rank}_{name}.npy" for name in names}
-        return {n: np.load(p, mmap_mode="r", allow_pickle=False) for n, p in paths.items() if p.is_file()}
+    def _open(folder: Path, rank: int, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        paths = {kind: folder / f"{rank}_{kind}.npy" for kind in kinds}
+        return {kind: np.load(path, mmap_mode="r", allow_pickle=False) for kind, path in paths.items()}
 
     def nll(self, completion: int) -> np.ndarray:
         """float32 [L] under the weights that the run started from."""

@@ -54,6 +54,10 @@ _KEPT_BY_SETS = ("questions_per_step", "policy_epochs", "samples_per_question")
 """And these, where a set of drawn tags may be in the middle of its steps."""
 
 
+_ENOUGH_MASS = 0.9
+"""Below this the run's end says how seldom the model begins with a tag."""
+
+
 def _settled(objective: str) -> tuple[str, ...]:
     """Settings that a resumed run must have in common with its beginning."""
     return _KEPT + (_KEPT_BY_SETS if objective == "gfpo-sampled" else ())
@@ -138,10 +142,11 @@ class PolicyTrainer(TrainingLoop):
             self._tell_policy(log)
         row = self.train_step()
         policy = self.config.policy
-        if policy.rescore_interval and self.inputs.completions and self.iteration % policy.rescore_interval == 0:
+        last = self.iteration == self.train_iters
+        if self.inputs.rescored and (last or self.iteration % policy.rescore_interval == 0):
             row |= self.rescore()
         every = policy.policy_interval
-        if self.iteration == self.train_iters or self.is_over() or (every and self.iteration % every == 0):
+        if last or self.is_over() or (every and self.iteration % every == 0):
             self._tell_policy(log)
         if log is None:
             return
@@ -160,16 +165,12 @@ class PolicyTrainer(TrainingLoop):
 
     def rescore(self) -> dict[str, float]:
         """How far the model has moved on stored completions since it made them. Collective."""
-        which = self._rescored()
+        which = range(self.inputs.rescored)
         then = np.array([self.reference.nll_sum(number) for number in which])
         lengths = np.array([len(self.inputs.completions[number].ids) for number in which])
         drift: Drift = measure_drift(self.scorer.sums(which), then, lengths, self.reference.noise)
         self.stale = drift.effective_sample_size < self.config.policy.min_effective_sample_size
         return {"effective_sample_size": drift.effective_sample_size, "rescored_nll_shift": drift.nll_shift}
-
-    def _rescored(self) -> range:
-        """The completions that are scored again: they stand in random order."""
-        return range(min(self.config.policy.rescore_completions, len(self.inputs.completions)))
 
     # -- the tags' probabilities ---------------------------------------------------------------------------------
 
@@ -181,6 +182,8 @@ class PolicyTrainer(TrainingLoop):
             if not questions:
                 continue
             log_pi, log_mass = log_policy(self.forks.logp(questions))
+            if split == "train" and self.iteration:
+                self.mass = float(np.exp(log_mass).mean())
             if log is not None:
                 log.rows(
                     POLICY,
@@ -196,8 +199,15 @@ class PolicyTrainer(TrainingLoop):
         """Train to the end, to a SIGTERM, or until the rewards are stale. Raises UserError."""
         on_first_rank(lambda: (self.save / FINISHED).unlink(missing_ok=True), self.topology)
         super().run(stop)
+        if self.topology.is_first_rank and self.mass < _ENOUGH_MASS:
+            print(
+                f"the model begins an answer with a tag in only {self.mass:.1%} of the cases, and the reward is that "
+                "of these: take more steps, a higher --lr or --outside-mass-coef, or start from SSFT with "
+                "--train-forking-token",
+                flush=True,
+            )
         if self.topology.is_first_rank and (self.iteration >= self.train_iters or self.is_over()):
-            reason = "stale rewards" if self.is_over() else "done"
+            reason = "done" if self.iteration >= self.train_iters else "stale rewards"
             write_durably(self.save / FINISHED, json.dumps({"iteration": self.iteration, "reason": reason}))
 
     def state(self) -> dict[str, object]:
@@ -253,8 +263,8 @@ class PolicyTrainer(TrainingLoop):
 
         Nothing of it is drift: the weights are the same. In bfloat16 it grows with the length.
         """
-        which = self._rescored()
-        if not self.config.policy.rescore_interval or len(which) < 2:
+        which = range(self.inputs.rescored)
+        if len(which) < 2:
             return 0.0
         whole, half = self.scorer.sums(which), len(which) // 2
         halves = [self.scorer.sums(part) for part in (which[:half], which[half:])]
@@ -288,6 +298,8 @@ class PolicyTrainer(TrainingLoop):
 
     remark: str | None = None
     """About what could not be checked."""
+    mass: float = 1.0
+    """gfpo: how probable it is that an answer begins with a tag, when the policy was last asked."""
 
     # -- log -----------------------------------------------------------------------------------------------------
 
