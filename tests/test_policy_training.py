@@ -448,3 +448,39 @@ def test_drift_is_seen(models, inputs, tmp_path, overrides):
             assert after["effective_sample_size"] > 0.999 and abs(after["rescored_nll_shift"]) < 1e-4 and not stale
         for _, after, stale in told[1:3]:
             assert after["effective_sample_size"] < 0.5 and abs(after["rescored_nll_shift"]) > 0.01 and stale
+
+
+def untied_start(cases):
+    """First rows of runs, the head and the embedding that a tied model's weights became, and both after the steps."""
+    topology = initialize_topology(build_config(cases[0], GFPOConfig))
+    told = []
+    for values in cases:
+        trainer = build_trainer(values, topology)
+        before = weight_shards(trainer.engine)
+        rows = [trainer.train_step() for _ in range(values["train_iters"])]
+        told.append({"rows": rows, "before": before, "shards": weight_shards(trainer.engine)})
+    destroy_topology()
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_tag_rows_of_a_tied_model_get_a_head_of_their_own(models, inputs, tmp_path, layout):
+    """The policy is that of the tied model, and the tags' input rows, which also start the answers, stay."""
+    common = {"objective": "gfpo-exact", "anchor": "none", "rescore_interval": 0, **layout}
+    tied = run_values(models, "tied special", inputs, tmp_path / "tied", **common)
+    rows_only = {"trainable": "tag-rows", "untie_embeddings_and_output_weights": True}
+    untied = run_values(models, "tied special", inputs, tmp_path / "untied", **common, **rows_only)
+    results = run_ranks(2 if layout else 1, untied_start, [tied, untied])
+    first, second = (results[0][case]["rows"][0] for case in range(2))
+    for name in ("reward", "mass", "entropy", "loss"):
+        assert first[name] == pytest.approx(second[name], rel=1e-6), name
+    before = assemble([{"shards": result[1]["before"]} for result in results])
+    after = assemble([{"shards": result[1]["shards"]} for result in results])
+    head, embedding = "output_layer.weight", "embedding.word_embeddings.weight"
+    np.testing.assert_array_equal(before[head], before[embedding])
+    moved = {
+        name: np.flatnonzero((before[name] != after[name]).reshape(len(before[name]), -1).any(1)) for name in before
+    }
+    assert {name for name, rows in moved.items() if len(rows)} == {head}
+    assert set(moved[head].tolist()) == TAG_IDS
