@@ -16,6 +16,7 @@ from rich.console import Console
 
 from megatron_ssft.data.demo import make_demo_sets, writing_style
 from megatron_ssft.errors import UserError
+from megatron_ssft.report.demo_policy import check_policy, policy_table
 from megatron_ssft.report.demo_result import Evaluated, check_evaluation, evaluation_table, tag_style_bits
 from megatron_ssft.report.demo_training import Summary, check_training, summarize
 from megatron_ssft.report.runs import load_run
@@ -120,6 +121,25 @@ EVALUATIONS = {
 }
 
 
+def policy_record(gain=0.45, recovered=0.9, moved=-0.003):
+    """What the demo reads of policy_evaluation.json."""
+
+    def estimate(value):
+        return {"value": value, "stderr": 0.01, "questions": 256}
+
+    return {
+        "rows": [
+            {"key": "own", "name": "own choice", "before": None, "after": estimate(0.93)},
+            {"key": "fixed", "name": "best fixed tag", "before": estimate(0.48), "after": estimate(0.49)},
+        ],
+        "differences": [
+            {"key": "own-fixed_before", **estimate(gain)},
+            {"key": "uniform-uniform_before", **estimate(moved)},
+        ],
+        "headroom_recovered": [{"key": "group_before", **estimate(recovered)}],
+    }
+
+
 @pytest.mark.parametrize(("swap", "status"), [(False, 0), (True, 1)])
 def test_the_demo_from_data_to_bars(demo, tmp_path, monkeypatch, capsys, swap, status):
     """Training and tools replaced by ready-made results; with optimal and random swapped no bar of theirs is met."""
@@ -137,11 +157,35 @@ def test_the_demo_from_data_to_bars(demo, tmp_path, monkeypatch, capsys, swap, s
     monkeypatch.setattr(demo, "training_command", command)
     monkeypatch.setattr(demo, "evaluate", lambda output, held_out: dict.fromkeys(demo.MATCHINGS, output))
     monkeypatch.setattr(demo, "read_evaluation", read)
+    monkeypatch.setattr(demo, "learn_to_choose", lambda output, nproc, train, held_out: None)
+    monkeypatch.setattr(demo, "load_policy_evaluation", lambda folder: policy_record())
     monkeypatch.setattr(demo, "write_report", lambda output: (output / "report.html").write_text("<html>"))
     assert demo.main(["--output", str(tmp_path / "out")]) == status
     out = capsys.readouterr().out
     assert "optimal" in out and "single" in out and "report.html" in out
     assert out.count("NOT MET") == (10 if swap else 0)  # pass@1 is met either way
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (policy_record(), [True, True, True]),
+        (policy_record(gain=0.25, recovered=0.8, moved=0.02), [True, True, True]),
+        (policy_record(gain=0.249), [False, True, True]),
+        (policy_record(recovered=0.79), [True, False, True]),
+        (policy_record(moved=0.021), [True, True, False]),
+        (policy_record(moved=-0.021), [True, True, False]),
+    ],
+)
+def test_bars_of_the_policy_at_their_edges(record, expected):
+    assert [met for met, _ in check_policy(record)] == expected
+
+
+def test_the_table_of_the_policy():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(policy_table(policy_record()))
+    shown = console.file.getvalue()
+    assert "own choice" in shown and "0.930 ±0.010" in shown and "best fixed tag" in shown
 
 
 def test_commands_run_two_at_a_time_and_a_failure_stops_the_others(demo, tmp_path, capfd):
