@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +25,12 @@ from megatron_ssft.training.setup import build_vocabulary
 from megatron_ssft.training.signals import StopSignal
 from tests.distributed import RankFailure, run_ranks
 from tests.policy_runs import write_inputs, write_models
+from tests.run_processes import finish, ranks_of_program, start_program, wait_for_steps
 from tests.training_runs import assemble, weight_shards
 
-ROOT = Path(__file__).resolve().parent.parent
+start = functools.partial(start_program, "tools/train_gfpo.py")
+ranks_of = functools.partial(ranks_of_program, "tools/train_gfpo.py")
+
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 STEPS = 16
 COMMON = (
@@ -102,51 +103,6 @@ def finished(run):
 
 
 # -- killed while it trains ----------------------------------------------------------------------------------------
-
-
-def start(arguments, ranks=1):
-    """A real run in processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "tools/train_gfpo.py", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process, timeout=180):
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
-
-
-def wait_for_steps(process, run, steps, timeout=120):
-    """Until metrics.jsonl has that many lines; the run must not end before."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        path = run / "metrics.jsonl"
-        if path.is_file() and path.read_bytes().count(b"\n") >= steps:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    raise AssertionError("the run did not get that far")
-
-
-def ranks_of(process, ranks):
-    """Process ids of the ranks; torchrun starts each in a session of its own."""
-    if ranks == 1:
-        return [process.pid]
-    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    pids = [int(p) for p in text.split() if b"train_gfpo.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    assert len(pids) == ranks
-    return pids
 
 
 # With three steps a set of drawn tags, checkpoints and stops are in the middle of one.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,12 @@ from megatron_ssft.parallel.checkpoint import save_checkpoint
 from megatron_ssft.parallel.topology import initialize_topology
 from megatron_ssft.training.trainer import Trainer
 from tests.distributed import run_ranks
+from tests.run_processes import finish, ranks_of_program, start_program, wait_for_steps
 from tests.training_runs import BASE, make_rows, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+start = functools.partial(start_program, "pretrain_ssft.py")
+ranks_of = functools.partial(ranks_of_program, "pretrain_ssft.py")
+
 TIMES = ("seconds", "matching_seconds", "solving_seconds", "exact_matching_seconds")
 STEPS = 12
 
@@ -31,41 +32,6 @@ def flags(values):
         flag = "--" + name.replace("_", "-")
         out += [flag] if value is True else [flag, str(value)]
     return out
-
-
-def start(arguments, ranks=1):
-    """A real run in processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "pretrain_ssft.py", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process, timeout=120):
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
-
-
-def wait_for_steps(process, run, steps, timeout=90):
-    """Until metrics.jsonl has that many lines; the run must not end before."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        path = run / "metrics.jsonl"
-        if path.is_file() and path.read_bytes().count(b"\n") >= steps:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise AssertionError("the run did not get that far")
 
 
 def logs(run):
@@ -180,16 +146,6 @@ def test_a_finished_run_is_left_alone(data, tmp_path):
     status, output = finish(start([*flags(values), "--load", str(tmp_path / "run")]))
     assert status == 0, output
     assert logs(tmp_path / "run") == before
-
-
-def ranks_of(process, ranks):
-    """Process ids of the ranks; torchrun starts each in a session of its own."""
-    if ranks == 1:
-        return [process.pid]
-    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    pids = [int(p) for p in text.split() if b"pretrain_ssft.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    assert len(pids) == ranks
-    return pids
 
 
 def final_state(values, steps_until, overrides):
