@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from megatron_ssft.arguments import parse_arguments
-from megatron_ssft.cli import run_command
-from megatron_ssft.conversion.startup import complete_values
+from megatron_ssft.cli.entry import run_command
+from megatron_ssft.config.flags import parse_arguments
+from megatron_ssft.training.startup import complete_values
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_ssft.data.demo import write_demo_data  # noqa: E402
+from megatron_ssft.demo.data import write_demo_data  # noqa: E402
 from tools.demo import GFPO, SAMPLING, TAGS, launcher, tool, training_command  # noqa: E402
 
 QUESTIONS, SAMPLES_PER_TAG, HELD_OUT_SAMPLES = 256, 2, 4

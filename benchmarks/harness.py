@@ -18,10 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ssft.arguments import build_config
-from megatron_ssft.conversion.startup import complete_values
+from megatron_ssft.config.flags import build_config
 from megatron_ssft.parallel.topology import Topology, initialize_topology
 from megatron_ssft.records import QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.training.startup import complete_values
 from megatron_ssft.training.trainer import Trainer
 
 SHAPES: dict[str, dict[str, object]] = {

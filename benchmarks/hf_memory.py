@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 
 MIB = 1024
 
@@ -58,13 +58,13 @@ def main() -> None:
     if arguments.make_model is not None:
         make_model(arguments.make_model)
         return
-    from megatron_ssft.arguments import build_config
-    from megatron_ssft.conversion.startup import complete_values
+    from megatron_ssft.config.flags import build_config
+    from megatron_ssft.parallel.checkpoint.hf import export_hf_weights, load_hf_weights
     from megatron_ssft.parallel.collectives import barrier, on_first_rank
     from megatron_ssft.parallel.engine import Engine
-    from megatron_ssft.parallel.hf_checkpoint import export_hf_weights, load_hf_weights
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
     from megatron_ssft.training.setup import build_vocabulary
+    from megatron_ssft.training.startup import complete_values
 
     values = {
         "load": str(arguments.source),

@@ -22,8 +22,8 @@ import numpy as np
 from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
 
 import megatron_ssft.parallel.engine as engine_module
+from megatron_ssft.layouts.padded import loss_denominator
 from megatron_ssft.records import QuestionBatch, StepMetrics
-from megatron_ssft.scheduling.collate import loss_denominator
 from megatron_ssft.training.set_matching import Matched, SetMatching
 from megatron_ssft.training.trainer import Trainer
 

@@ -1,7 +1,7 @@
 """Training speed beside TRL's SFTTrainer: same model, questions, token ids, loss and AdamW, on the CPU.
 
     pip install -r benchmarks/requirements.txt
-    python -c "from tests.hf_models import smollm2; smollm2('SmolLM2')"       # SmolLM2-135M-Instruct, once
+    python -c "from tests.helpers.hf_models import smollm2; smollm2('SmolLM2')"       # SmolLM2-135M-Instruct, once
     python benchmarks/vs_trl.py --model SmolLM2 --data gsm8k_teachers.jsonl --json vs_trl.json
 
 Every row trains the same first steps from the same weights, in a new process each round; rows take turns. The first
@@ -29,7 +29,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 
@@ -244,10 +244,10 @@ class Bench:
     """The data of every step, and the processes."""
 
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
-        from megatron_ssft.arguments import build_config
-        from megatron_ssft.conversion.startup import complete_values
+        from megatron_ssft.config.flags import build_config
         from megatron_ssft.data.cache import SetDataset
         from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
+        from megatron_ssft.training.startup import complete_values
 
         self.arguments = arguments
         self.work = work

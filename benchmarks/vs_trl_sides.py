@@ -30,9 +30,9 @@ class Clock:
 
 def train_ours(spec: dict) -> dict[str, object]:
     """`Trainer.train_step` over the first steps of the run that `values` configure."""
-    from megatron_ssft.arguments import build_config
-    from megatron_ssft.conversion.startup import complete_values
+    from megatron_ssft.config.flags import build_config
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+    from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 
     config = build_config(complete_values(spec["values"]))

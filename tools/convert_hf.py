@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

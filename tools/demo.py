@@ -22,11 +22,11 @@ from types import FrameType
 
 from rich.console import Console
 
-from megatron_ssft.data.demo import write_demo_data
+from megatron_ssft.demo.data import write_demo_data
+from megatron_ssft.demo.policy import check_policy, policy_table
+from megatron_ssft.demo.result import check_evaluation, evaluation_table, read_evaluation
+from megatron_ssft.demo.training import check_training, summarize, training_table
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.demo_policy import check_policy, policy_table
-from megatron_ssft.report.demo_result import check_evaluation, evaluation_table, read_evaluation
-from megatron_ssft.report.demo_training import check_training, summarize, training_table
 from megatron_ssft.report.policy_runs import load_policy_evaluation
 from megatron_ssft.report.runs import load_run
 

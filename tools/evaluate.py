@@ -4,7 +4,7 @@
     python tools/evaluate.py S.jsonl --output DIR --protocol published --pass-tag 0
     python tools/evaluate.py S.jsonl --output DIR --group-by subject --data Q.jsonl --answers math
 
-Writes DIR/evaluation.json (all figures; megatron_ssft/inference/evaluation.py lists its keys) and DIR/tables.md, and
+Writes DIR/evaluation.json (all figures; megatron_ssft/evaluation/figures.py lists its keys) and DIR/tables.md, and
 prints the tables. Tags are 0-based here and in files; tables write <think1> for tag 0.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
-from megatron_ssft.inference.evaluation import PROTOCOLS, Options, evaluate
-from megatron_ssft.inference.evaluation_tables import all_tables, counted, to_markdown, to_rich, warnings
-from megatron_ssft.inference.math_equivalence import MathEquivalence
-from megatron_ssft.inference.scored_runs import ScoredRun, load_runs, read_groups
+from megatron_ssft.evaluation.figures import PROTOCOLS, Options, evaluate
+from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs, read_groups
+from megatron_ssft.evaluation.tables import all_tables, counted, to_markdown, to_rich, warnings
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.scoring.verifiers.math_equivalence import MathEquivalence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,8 +6,8 @@
     ... --grpo S_grpo.jsonl --grpo-before S_mixed.jsonl
 
 S files are made by tools/score.py, all of the same held-out questions. Writes DIR/policy_evaluation.json
-(megatron_ssft/inference/policy_evaluation.py lists its keys) and prints tables. Tags are 0-based in files; tables write
-<think1> for tag 0.
+(megatron_ssft/evaluation/policy_evaluation.py lists its keys) and prints tables. Tags are 0-based in files; tables
+write <think1> for tag 0.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
-from megatron_ssft.inference.evaluation_tables import to_rich
-from megatron_ssft.inference.policy_evaluation import Grouping, evaluate_policy
-from megatron_ssft.inference.policy_inputs import flag, load_inputs
-from megatron_ssft.inference.policy_tables import policy_tables
-from megatron_ssft.inference.scored_runs import read_groups
+from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
+from megatron_ssft.evaluation.policy_inputs import flag, load_inputs
+from megatron_ssft.evaluation.policy_tables import policy_tables
+from megatron_ssft.evaluation.scored_runs import read_groups
+from megatron_ssft.evaluation.tables import to_rich
+from megatron_ssft.formats.files import write_durably
 
 FILE = "policy_evaluation.json"
 ROLES = {

@@ -14,7 +14,7 @@ Started again after a kill it goes on where it stopped. Tag modes:
   own-greedy   greedy steps until the model has written a tag, once for each question, then samples from there
   none         a model without tags
 
-Tags are 0-based in numbers: 0 is <think1>. Lines of R.jsonl: megatron_ssft/inference/rollouts.py.
+Tags are 0-based in numbers: 0 is <think1>. Lines of R.jsonl: megatron_ssft/formats/rollouts.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,9 +74,9 @@ def main() -> None:
     arguments = vars(parse())
     from rich.console import Console
 
-    from megatron_ssft.inference.generation.model_folder import TagFlags
-    from megatron_ssft.inference.generation.requests import Sampling
-    from megatron_ssft.inference.generation.run import Options, generate_file
+    from megatron_ssft.generation.model_folder import TagFlags
+    from megatron_ssft.generation.requests import Sampling
+    from megatron_ssft.generation.run import Options, generate_file
 
     take = arguments.pop
     temperature = take("temperature")

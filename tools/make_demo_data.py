@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_ssft.data.demo import write_demo_data
+from megatron_ssft.demo.data import write_demo_data
 from megatron_ssft.errors import UserError
 
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from megatron_ssft.cli import run_command
-from megatron_ssft.data.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
-from megatron_ssft.data.held_out import split_set
-from megatron_ssft.data.pool_formats import FORMATS, FormatOptions
-from megatron_ssft.data.pool_tables import pool_tables
-from megatron_ssft.data.pools import PoolOptions, build_pool
-from megatron_ssft.data.tables import Progress, total_bytes
+from megatron_ssft.cli.entry import run_command
+from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
+from megatron_ssft.datasets.held_out import split_set
+from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
+from megatron_ssft.datasets.pool_tables import pool_tables
+from megatron_ssft.datasets.pools import PoolOptions, build_pool
+from megatron_ssft.datasets.tables import Progress, total_bytes
 
 PLAIN_SECONDS = 10.0
 

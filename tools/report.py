@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.group_by is None) != (args.data is None):
         raise UserError("--group-by and --data go together; give both or neither")
-    from megatron_ssft.inference.scored_runs import read_groups
+    from megatron_ssft.evaluation.scored_runs import read_groups
     from megatron_ssft.report.report import write_report
 
     groups = None if args.data is None else read_groups(args.data, args.group_by)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def check_flags(commands: Commands) -> None:
 
     Raises UserError.
     """
-    from megatron_ssft.arguments import parse_arguments
-    from megatron_ssft.conversion.startup import POLICY_PROGRAM, complete_policy_values
+    from megatron_ssft.config.flags import parse_arguments
+    from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
 
     def check_train(flags: list[str]) -> None:
         parse_arguments("", flags, complete=complete_policy_values, program=POLICY_PROGRAM)

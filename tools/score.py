@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
 
 
@@ -57,8 +57,9 @@ def main() -> None:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be positive")
     from rich.console import Console
 
-    from megatron_ssft.inference import score_tables, scoring
-    from megatron_ssft.inference.verifiers.common import Settings
+    from megatron_ssft.scoring import run as scoring
+    from megatron_ssft.scoring import tables as score_tables
+    from megatron_ssft.scoring.verifiers.common import Settings
 
     questions = scoring.read_questions(arguments.data)
     walls = scoring.choose_walls(arguments.data, arguments.unsafe_code) if arguments.verifier == "code" else None

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ssft.cli import run_command
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.tag_selection import as_json, select, show
+from megatron_ssft.evaluation.tag_selection import as_json, select, show
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""From JSONL rows to token ids: reading, tokenizers, forking tokens, the memory-mapped cache, the question order."""
+"""The training data: rows to token ids, the memory-mapped cache, the order of the questions."""

@@ -27,11 +27,11 @@ import numpy as np
 from megatron_ssft.config import DataConfig
 from megatron_ssft.data.jsonl import WrongRows, read_examples
 from megatron_ssft.data.prompt import tokenize_examples
-from megatron_ssft.data.tokenizer import Tokenizer
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import sync_folder
+from megatron_ssft.formats.files import sync_folder
 from megatron_ssft.records import ForkingTokens, TokenizedSet
+from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
 _FORMAT_VERSION = 1
 _DTYPES = {"tokens": np.int32, "offsets": np.int64, "set_starts": np.int64}

@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_ssft.config import DataConfig
 from megatron_ssft.data.jsonl import RowError, WrongRows
-from megatron_ssft.data.tokenizer import Tokenizer
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens, SetExample, TokenizedSet, Trace
+from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
 
 def encode_prompt(example: SetExample, tokenizer: Tokenizer) -> list[int]:

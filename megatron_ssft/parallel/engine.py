@@ -18,13 +18,15 @@ from torch import Tensor
 
 from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.attention import AttentionBackend, choose_backend
+from megatron_ssft.layouts.packed import build_stream
+from megatron_ssft.layouts.padded import collate, context_parallel_share, rows_input
+from megatron_ssft.parallel.attention.kernels import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
 from megatron_ssft.parallel.loss_terms import LossTerm, weighted_nll
-from megatron_ssft.parallel.model import SetGPTModel, build_model_chunks
+from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
+from megatron_ssft.parallel.model.trainable import freeze
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
 from megatron_ssft.parallel.topology import Topology
-from megatron_ssft.parallel.trainable import freeze
 from megatron_ssft.records import (
     ForkingTokens,
     Microbatch,
@@ -34,9 +36,7 @@ from megatron_ssft.records import (
     SequenceSpec,
     StepMetrics,
 )
-from megatron_ssft.scheduling.collate import collate, context_parallel_share, rows_input
 from megatron_ssft.scheduling.cost_stream_plan import distinct_traces
-from megatron_ssft.scheduling.stream import build_stream
 
 Cut = Callable[[Microbatch], ModelInput]
 """Cuts a microbatch from the data."""

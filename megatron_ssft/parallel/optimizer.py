@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import Float16Module
 
 from megatron_ssft.config import Config
-from megatron_ssft.parallel.model import SetGPTModel
+from megatron_ssft.parallel.model.gpt import SetGPTModel
 
 _NOBODY = "nobody"
 """Stands for a parameter in the state of an optimizer that has none."""

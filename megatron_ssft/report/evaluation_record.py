@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.inference.evaluation_tables import own_tags
+from megatron_ssft.evaluation.tables import own_tags
 
 FILE = "evaluation.json"
 Record = dict[str, "object"]
@@ -17,7 +17,7 @@ Check = Callable[[object, str], None]
 
 
 def load_evaluation(folder: str | Path) -> Record:
-    """The record of `folder`, as inference/evaluation.py describes it. Raises UserError."""
+    """The record of `folder`, as evaluation/figures.py describes it. Raises UserError."""
     path = Path(folder) / FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_ssft.inference import evaluation_tables
-from megatron_ssft.inference.evaluation_tables import counted
+from megatron_ssft.evaluation import tables as evaluation_tables
+from megatron_ssft.evaluation.tables import counted
 from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, slugs, tag_name
 from megatron_ssft.report.figures_answers import MOST_TAGS, draw_agreement, draw_lengths, room

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_ssft.inference.evaluation_tables import counted
-from megatron_ssft.inference.policy_choices import entropies
-from megatron_ssft.inference.policy_inputs import PolicyRow
+from megatron_ssft.evaluation.policy_choices import entropies
+from megatron_ssft.evaluation.policy_inputs import PolicyRow
+from megatron_ssft.evaluation.tables import counted
 from megatron_ssft.report.exhibits import (
     Exhibit,
     Section,

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.inference.policy_inputs import Policy, PolicyRow, read_policy
+from megatron_ssft.evaluation.policy_inputs import Policy, PolicyRow, read_policy
+from megatron_ssft.formats.run_folder import FINISHED, POLICY
 from megatron_ssft.report.runs import METRICS_FILE, Metrics, load_metrics, read_objects
-from megatron_ssft.run_folder import FINISHED, POLICY
 
 EVALUATION_FILE = "policy_evaluation.json"
 Record = dict[str, "object"]
@@ -120,7 +120,7 @@ _SHAPE = {
 
 
 def load_policy_evaluation(folder: str | Path) -> Record:
-    """The record of `folder`, as inference/policy_evaluation.py describes it. Raises UserError."""
+    """The record of `folder`, as evaluation/policy_evaluation.py describes it. Raises UserError."""
     path = Path(folder) / EVALUATION_FILE
     advice = "with tools/evaluate_policy.py"
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
+from megatron_ssft.formats.files import write_durably
 from megatron_ssft.report.evaluation_record import Record, load_evaluation
 from megatron_ssft.report.exhibits import Section, clean, join
 from megatron_ssft.report.figures_evaluation import evaluation_section

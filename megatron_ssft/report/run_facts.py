@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.evaluation.tag_selection import num_questions
 from megatron_ssft.matching.assignment import solve_assignment
 from megatron_ssft.matching.coverage import (
     Configuration,
@@ -25,7 +26,6 @@ from megatron_ssft.matching.coverage import (
     select_forking_token,
 )
 from megatron_ssft.report.runs import Run, load_run
-from megatron_ssft.report.tag_selection import num_questions
 
 MAX_SOLVED = 20_000
 """Cost matrices that are solved for a report; of more, evenly spaced ones."""

@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 import numpy as np
 
-from megatron_ssft.inference.evaluation_tables import OWN_PASS, counted, own_tags
+from megatron_ssft.evaluation.tables import OWN_PASS, counted, own_tags
 from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
 from megatron_ssft.report.figures_evaluation import BEST_TAG, common_k, votes_of

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.run_folder import FINISHED
 from megatron_ssft.rounds.server import server_command
-from megatron_ssft.run_folder import FINISHED
 
 SEEDS_BETWEEN_ROUNDS = 1000
 _OWN_FLAGS = {

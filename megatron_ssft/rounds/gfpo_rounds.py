@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from megatron_ssft.data.questions import read_questions
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
-from megatron_ssft.inference.questions import read_questions
+from megatron_ssft.formats.files import write_durably
 from megatron_ssft.rounds.commands import Commands, Round
 from megatron_ssft.rounds.processes import Ask, Children, StageFailure, Stopped, asking_by, terminate_ranks
 from megatron_ssft.rounds.round_table import round_row

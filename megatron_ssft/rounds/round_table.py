@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from megatron_ssft.formats.run_folder import FINISHED, POLICY
 from megatron_ssft.rounds.stages import read_json, read_rows
-from megatron_ssft.run_folder import FINISHED, POLICY
 
 Row = Mapping[str, object]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.inference.generation.http_client import HttpClient
+from megatron_ssft.generation.http_client import HttpClient
 from megatron_ssft.rounds.processes import Children, StageFailure, end
 
 MODEL = "{model}"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
-from megatron_ssft.run_folder import checkpoint_folder, latest_checkpoint
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.run_folder import checkpoint_folder, latest_checkpoint
 
 
 class StageFile:

@@ -7,9 +7,9 @@ from bisect import bisect_left
 
 import numpy as np
 
+from megatron_ssft.layouts.packed import stream_microbatch
 from megatron_ssft.records import PAD, ForkingTokens, MicrobatchPlan, QuestionBatch, SequenceSpec, TokenizedSet
 from megatron_ssft.scheduling.balance import balance
-from megatron_ssft.scheduling.stream import stream_microbatch
 from megatron_ssft.scheduling.stream_nodes import StreamNodes, stream_nodes
 from megatron_ssft.scheduling.stream_plan import finished_plan
 from megatron_ssft.scheduling.work import WorkModel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_ssft.layouts.packed import stream_microbatch
 from megatron_ssft.records import (
     PAD,
     Assignment,
@@ -14,7 +15,6 @@ from megatron_ssft.records import (
     QuestionBatch,
 )
 from megatron_ssft.scheduling.balance import balance
-from megatron_ssft.scheduling.stream import stream_microbatch
 from megatron_ssft.scheduling.stream_nodes import ItemNodes, StreamNodes, stream_nodes
 from megatron_ssft.scheduling.stream_packing import fewest_streams, pack, pack_tightly, split_to
 from megatron_ssft.scheduling.stream_ranks import spread_over_ranks

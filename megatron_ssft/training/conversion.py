@@ -13,24 +13,24 @@ from pathlib import Path
 import torch
 import yaml
 
-from megatron_ssft.arguments import ANY_RUN, build_config, read_config_file
 from megatron_ssft.config import Config
-from megatron_ssft.conversion.assets import copy_assets
-from megatron_ssft.conversion.safetensors_io import HFWeights
-from megatron_ssft.conversion.scratch_assets import NotExpressible, write_scratch_assets
-from megatron_ssft.conversion.startup import complete_values, is_hf_folder, read_hf_config
+from megatron_ssft.config.flags import ANY_RUN, build_config, read_config_file
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
-from megatron_ssft.parallel.checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
+from megatron_ssft.hf.assets import copy_assets
+from megatron_ssft.hf.safetensors_io import HFWeights
+from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
+from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.hf_checkpoint import compare_hf_weights, load_hf_weights
-from megatron_ssft.parallel.initialization import initialize_forking_rows
+from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.parallel.topology import Topology, destroy_topology, initialize_topology
-from megatron_ssft.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
 from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.setup import Vocabulary, build_vocabulary
+from megatron_ssft.training.startup import complete_values, is_hf_folder, read_hf_config
 
 _NOT_FOR_CONVERSION = {"data_path": ["-"], "train_iters": 1}
 """A configuration needs data and a length; a conversion has neither."""

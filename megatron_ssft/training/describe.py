@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
+from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.parallel.topology import check_world_size, launch_environment

@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 
 from megatron_ssft.config import Config
-from megatron_ssft.conversion.assets import write_assets
-from megatron_ssft.conversion.scratch_assets import check_tokenizer
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.checkpoint import load_folder
+from megatron_ssft.hf.assets import write_assets
+from megatron_ssft.hf.scratch_assets import check_tokenizer
+from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, export_hf_weights
+from megatron_ssft.parallel.checkpoint.hf_verification import LogitReport, verify_logits
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_folder
 from megatron_ssft.parallel.collectives import barrier, on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.hf_checkpoint import compare_hf_weights, export_hf_weights
-from megatron_ssft.parallel.hf_verification import LogitReport, verify_logits
 from megatron_ssft.training.setup import Vocabulary
 
 SAMPLE = (

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from megatron_ssft.config import Config
-from megatron_ssft.parallel.checkpoint import save_checkpoint
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder
+from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology
-from megatron_ssft.run_folder import ASSETS, checkpoint_folder
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.resume import continues_in_place

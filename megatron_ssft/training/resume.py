@@ -8,15 +8,15 @@ import tempfile
 from pathlib import Path
 
 from megatron_ssft.config import Config
-from megatron_ssft.conversion.assets import copy_assets
-from megatron_ssft.conversion.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
-from megatron_ssft.conversion.startup import is_hf_folder
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.data.sampler import QuestionQueue
-from megatron_ssft.data.tokenizer import build_tokenizer
 from megatron_ssft.errors import UserError
-from megatron_ssft.run_folder import ASSETS
+from megatron_ssft.formats.run_folder import ASSETS
+from megatron_ssft.hf.assets import copy_assets
+from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
+from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.training.setup import Vocabulary, build_vocabulary
+from megatron_ssft.training.startup import is_hf_folder
 
 STATE_FORMAT = 1
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset, build_dataset
-from megatron_ssft.data.forking_tokens import build_forking_tokens, vocab_size_with_tags
 from megatron_ssft.data.sampler import QuestionQueue
-from megatron_ssft.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens
+from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
+from megatron_ssft.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import Config
-from megatron_ssft.conversion.startup import is_hf_folder
+from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.run_folder import find_latest
+from megatron_ssft.layouts.padded import loss_denominator
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
-from megatron_ssft.parallel.checkpoint import load_checkpoint, read_state
+from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state
 from megatron_ssft.parallel.collectives import on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
-from megatron_ssft.parallel.initialization import initialize_forking_rows, initialize_weights
+from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
-from megatron_ssft.run_folder import find_latest
-from megatron_ssft.scheduling.collate import loss_denominator
 from megatron_ssft.training.loop import TrainingLoop
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.planning import Planner
@@ -36,6 +35,7 @@ from megatron_ssft.training.resume import (
 from megatron_ssft.training.run_log import NoLog, RunLog
 from megatron_ssft.training.set_matching import Matched, SetMatching, matching_figures
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
+from megatron_ssft.training.startup import is_hf_folder
 
 
 class Trainer(TrainingLoop):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.inference.rollouts import (
+from megatron_ssft.formats.rollouts import (
     OWN_MODES,
     Rollout,
     differences,

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.files import write_durably
+from megatron_ssft.formats.files import write_durably
 from megatron_ssft.parallel.collectives import barrier, gather_json, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.training.policy.completion_scoring import Answers

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ssft.arguments import to_yaml
 from megatron_ssft.config import GFPOConfig
-from megatron_ssft.conversion.startup import POLICY_PROGRAM
+from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.errors import UserError, shared_error
-from megatron_ssft.files import write_durably
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.run_folder import FINISHED, POLICY, find_latest
 from megatron_ssft.objectives.drift import Drift, measure_drift
 from megatron_ssft.objectives.forking_policy import log_policy
-from megatron_ssft.parallel.checkpoint import load_checkpoint, read_state
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import MicrobatchPlan
-from megatron_ssft.run_folder import FINISHED, POLICY, find_latest
 from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.training.loop import TrainingLoop
 from megatron_ssft.training.policy.completion_scoring import CompletionScorer, planner_for
@@ -47,6 +46,7 @@ from megatron_ssft.training.resume import (
 from megatron_ssft.training.run_log import METRICS, NoLog, RunLog, policy_line, truncate_from
 from megatron_ssft.training.setup import build_vocabulary
 from megatron_ssft.training.signals import StopSignal
+from megatron_ssft.training.startup import POLICY_PROGRAM
 
 _KEPT = ("objective", "trainable", "anchor", "anchor_top_k")
 """Settings that a run keeps: what its optimizer's state and its reference are made for."""

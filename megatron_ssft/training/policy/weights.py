@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ssft.config import GFPOConfig
-from megatron_ssft.conversion.families import model_values
-from megatron_ssft.conversion.fingerprints import model_fingerprint
-from megatron_ssft.conversion.startup import is_hf_folder, read_hf_config
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.checkpoint import load_checkpoint, read_state
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.hf.families import model_values
+from megatron_ssft.hf.fingerprints import model_fingerprint
+from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.hf_checkpoint import load_hf_weights
-from megatron_ssft.parallel.initialization import initialize_forking_rows
-from megatron_ssft.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.training.resume import refuse_contradictions, weights_state
 from megatron_ssft.training.setup import Vocabulary
+from megatron_ssft.training.startup import is_hf_folder, read_hf_config
 
 _UNTIED = "untie_embeddings_and_output_weights"
 

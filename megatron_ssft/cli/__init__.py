@@ -1,0 +1,1 @@
+"""The programs: parse flags, build, run, close."""

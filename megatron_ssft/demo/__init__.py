@@ -1,0 +1,1 @@
+"""The demo: its synthetic data, and what its runs promise."""

@@ -1,0 +1,1 @@
+"""Judged samples to figures: pass@k, votes, the best tag, the learned policy."""

@@ -1,0 +1,303 @@
+"""All figures of scored files, as the plain record that evaluation.json holds.
+
+    {"protocol", "answers", "group_by", "runs": [run, ...]}
+
+A run:
+
+    name, file, model, tokenizer, sampling, verifiers, questions, samples, samples_per_question [least, most]
+    tags [N]          the tags in use, 0-based; null stands for samples in which the model wrote none
+    incomplete        ids of the questions that have fewer samples than others: under some tag, or in all where the
+                      model chose the tags
+    ours              rule, pass@1 E, pass@k [{k, pooled E, stratified E}], native_cons E, native_votes [least, most],
+                      cons@k [{k, sets E, first_grouped E, first_interleaved E}]
+    published         rule, pass_tag, pass@1 E, pass_samples, native_cons E, native_votes, cons_grouped E,
+                      cons_interleaved E; pass_samples and native_votes are [least, most]; pass_tag null: the
+                      model's own tags, then nothing but pass@1 is defined, or no such tag, then pass@1 is null
+    per_tag [N]       {tag, samples, accuracy E, tokens {mean, median, samples}, truncated, no_answer}, the last two
+                      as shares of the samples
+    length_histogram  {edges [B+1], counts [N][B]}: tokens; the edges are common to all runs
+    agreement         {share [N][N], chance_corrected [N][N]}
+    best_tag          {oracle E, other_samples E, per_question [{id, accuracy [N], best [tags]}]}
+    groups            null, or {field, best_same, best_held_out, groups [{group, questions, accuracy_N [N], best [tags],
+                      best_same, best_held_out}]}
+    verdicts          {verdict: samples}
+
+E is {value, stderr, questions}: a mean over the questions that allow the figure, their number with it. null stands for
+whatever the samples do not allow, `ours` and `published` being null where they were not asked for. What a figure means
+is said where it is computed: metrics.py, voting.py, published_protocol.py. Of the cons@k, `sets` is the mean over
+disjoint sets of k neighbours of the list interleaved by tag (where the model chose the tags: in the order drawn), the
+other two are one vote over the first k of that list and of the list grouped by tag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.evaluation import metrics, published_protocol, voting
+from megatron_ssft.evaluation.scored_runs import Question, ScoredRun
+
+PROTOCOLS = ("ours", "published", "both")
+OUR_RULE = "ours: ties by expectation, failed extractions do not vote"
+Figure = Callable[["Votes"], float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for."""
+
+    protocol: str = "both"
+    """One of PROTOCOLS."""
+    ks: tuple[int, ...] | None = None
+    """k of pass@k and cons@k; None: powers of two and the numbers of tags, as far as the samples go."""
+    answers: str = "string"
+    """How our votes compare answers: `string`, or `math` by `equivalent`."""
+    equivalent: voting.Equivalent | None = None
+    pass_tag: int = 0
+    """Tag of the published pass@1, 0-based; not for runs of one tag, nor where the model chose the tags."""
+    group_by: str | None = None
+    """Name of the field that `groups` come from."""
+    groups: Mapping[str, str] | None = None
+    """Question's id -> its group."""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """One question as the votes see it: answers, one string for all that mean the same, and verdicts."""
+
+    question: Question
+    answers: tuple[str | None, ...]
+    """Of `question.pooled`."""
+    answers_by_tag: tuple[tuple[str | None, ...], ...]
+
+    @property
+    def correct(self) -> list[bool]:
+        return [row.correct for row in self.question.pooled]
+
+    @property
+    def correct_by_tag(self) -> list[list[bool]]:
+        return [[row.correct for row in rows] for rows in self.question.by_tag]
+
+
+def evaluate(runs: Sequence[ScoredRun], options: Options) -> dict[str, object]:
+    """The record of all runs, ready for json.dumps. Raises UserError where a question has no group."""
+    edges = metrics.histogram_edges(max(row.num_tokens for run in runs for row in run.rows))
+    record = {
+        "protocol": options.protocol,
+        "answers": options.answers,
+        "group_by": options.group_by,
+        "runs": [_evaluate_run(run, options, _ks(runs, options), edges) for run in runs],
+    }
+    return _plain(record)
+
+
+def _ks(runs: Sequence[ScoredRun], options: Options) -> list[int]:
+    if options.ks is not None:
+        return sorted(set(options.ks))
+    most = max(len(question.pooled) for run in runs for question in run.questions)
+    wanted = {2**i for i in range(most.bit_length())} | {len(run.tags) for run in runs}
+    return sorted(k for k in wanted if k <= most)
+
+
+def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: list[int]) -> dict[str, object]:
+    votes = [_votes(question, options.equivalent) for question in run.questions]
+    tag_lengths = [[row.num_tokens for row in run.rows if row.tag == tag] for tag in run.tags]
+    return {
+        "name": run.name,
+        "file": run.file,
+        "model": run.rows[0].model,
+        "tokenizer": run.rows[0].tokenizer,
+        "sampling": run.rows[0].sampling,
+        "verifiers": sorted({row.verifier for row in run.rows}),
+        "questions": len(run.questions),
+        "samples": len(run.rows),
+        "samples_per_question": _range(len(question.pooled) for question in run.questions),
+        "tags": run.tags,
+        "incomplete": _incomplete(run),
+        "ours": None if options.protocol == "published" else _ours(run, votes, ks, options),
+        "published": None if options.protocol == "ours" else _published(run, options),
+        "per_tag": [_tag(run, place) for place in range(len(run.tags))],
+        "length_histogram": {"edges": edges, "counts": [np.histogram(tokens, edges)[0] for tokens in tag_lengths]},
+        "agreement": metrics.agreement([own.answers_by_tag for own in votes]),
+        "best_tag": _best_tag(run),
+        "groups": None if options.groups is None else _groups(run, options),
+        "verdicts": dict(Counter(row.verdict for row in run.rows).most_common()),
+    }
+
+
+def _incomplete(run: ScoredRun) -> list[str]:
+    """How often the model chose a tag is no lack of samples; how often a tag was asked for is the same everywhere."""
+    sizes = [[len(q.pooled)] if run.own_tags else list(map(len, q.by_tag)) for q in run.questions]
+    most = list(map(max, zip(*sizes)))
+    return [question.id for question, own in zip(run.questions, sizes) if own != most]
+
+
+def _votes(question: Question, equivalent: voting.Equivalent | None) -> Votes:
+    """The alphabetically first of the answers that mean the same stands for all of them, in every question alike."""
+    texts = sorted({row.answer for row in question.pooled if row.answer is not None})
+    labels = voting.answer_labels(texts, equivalent)
+    one = {None: None} | {text: texts[label] for text, label in zip(texts, labels)}
+    by_tag = tuple(tuple(one[row.answer] for row in rows) for rows in question.by_tag)
+    return Votes(question, tuple(one[row.answer] for row in question.pooled), by_tag)
+
+
+def _ours(run: ScoredRun, votes: Sequence[Votes], ks: Sequence[int], options: Options) -> dict[str, object]:
+    """Figures over a set of tags only where the tags were ours to choose and there are several."""
+
+    def mean(figure: Figure, tagged: bool = False) -> metrics.Estimate | None:
+        return None if tagged and not _by_design(run) else metrics.estimate([figure(own) for own in votes])
+
+    return {
+        "rule": f"{OUR_RULE}, answers compared as {options.answers}",
+        "pass@1": mean(_pass(1)),
+        "pass@k": [{"k": k, "pooled": mean(_pass(k)), "stratified": mean(_stratified(k), True)} for k in ks],
+        "native_cons": mean(_native, True),
+        "native_votes": _range(min(map(len, q.by_tag)) for q in run.questions) if _by_design(run) else None,
+        "cons@k": [
+            {
+                "k": k,
+                "sets": mean(_cons_sets(k)),
+                "first_grouped": mean(_cons_first(k, grouped=True), True),
+                "first_interleaved": mean(_cons_first(k)),
+            }
+            for k in ks
+        ],
+    }
+
+
+def _by_design(run: ScoredRun) -> bool:
+    return len(run.tags) > 1 and not run.own_tags
+
+
+def _pass(k: int) -> Figure:
+    return lambda own: metrics.pass_at_k(len(own.correct), sum(own.correct), k) if k <= len(own.correct) else math.nan
+
+
+def _stratified(k: int) -> Figure:
+    def figure(own: Votes) -> float:
+        sizes = list(map(len, own.correct_by_tag))
+        if -(-k // len(sizes)) > min(sizes):
+            return math.nan
+        return metrics.stratified_pass_at_k(sizes, list(map(sum, own.correct_by_tag)), k)
+
+    return figure
+
+
+def _native(own: Votes) -> float:
+    return _mean(voting.native_cons(own.answers_by_tag, own.correct_by_tag, voting.majority_vote))
+
+
+def _cons_sets(k: int) -> Figure:
+    return lambda own: _mean(voting.cons_over_sets(own.answers, own.correct, k, voting.majority_vote))
+
+
+def _cons_first(k: int, grouped: bool = False) -> Figure:
+    def figure(own: Votes) -> float:
+        answers = voting.grouped(own.answers_by_tag) if grouped else own.answers
+        correct = voting.grouped(own.correct_by_tag) if grouped else own.correct
+        return voting.cons_at_k(answers, correct, k, voting.majority_vote) if k <= len(answers) else math.nan
+
+    return figure
+
+
+def _published(run: ScoredRun, options: Options) -> dict[str, object]:
+    """The protocol's figures; a file of one tag serves its pass@1 whatever the tag is."""
+    place = 0 if len(run.tags) == 1 else run.tags.index(options.pass_tag) if options.pass_tag in run.tags else None
+    place = None if run.own_tags else place
+    figures = []
+    for question in run.questions:
+        answers = [[row.answer for row in rows] for rows in question.by_tag]
+        correct = [[row.correct for row in rows] for rows in question.by_tag]
+        if run.own_tags:
+            figures.append(published_protocol.own_tag_figures([row.correct for row in question.pooled]))
+        else:
+            figures.append(published_protocol.published_figures(answers, correct, pass_tag=place))
+
+    def mean(name: str) -> metrics.Estimate | None:
+        values = [getattr(figure, name) for figure in figures]
+        return metrics.estimate([math.nan if value is None else value for value in values])
+
+    design = _by_design(run)
+    return {
+        "rule": published_protocol.RULE,
+        "pass_tag": None if place is None else run.tags[place],
+        "pass@1": mean("pass_at_1"),
+        "pass_samples": _range(figure.pass_samples for figure in figures),
+        "native_cons": mean("native_cons") if design else None,
+        "native_votes": _range(figure.native_votes for figure in figures) if design else None,
+        "cons_grouped": mean("cons_grouped"),
+        "cons_interleaved": mean("cons_interleaved"),
+    }
+
+
+def _tag(run: ScoredRun, place: int) -> dict[str, object]:
+    rows = [row for row in run.rows if row.tag == run.tags[place]]
+    return {
+        "tag": run.tags[place],
+        "samples": len(rows),
+        "accuracy": metrics.estimate([question.accuracy_N[place] for question in run.questions]),
+        "tokens": metrics.lengths([row.num_tokens for row in rows]),
+        "truncated": _mean([row.truncated for row in rows]),
+        "no_answer": _mean([row.answer is None for row in rows]),
+    }
+
+
+def _best_tag(run: ScoredRun) -> dict[str, object]:
+    accuracy_QN = np.array([question.accuracy_N for question in run.questions])
+    complete = [question for question in run.questions if all(question.by_tag)]
+    by_others = [[[row.correct for row in rows] for rows in question.by_tag] for question in complete]
+    return {
+        "oracle": metrics.estimate([question.accuracy_N.max() for question in complete]),
+        "other_samples": metrics.estimate([metrics.best_tag_by_other_samples(correct) for correct in by_others]),
+        "per_question": [
+            {"id": question.id, "accuracy": accuracy, "best": _best(run, accuracy)}
+            for question, accuracy in zip(run.questions, accuracy_QN)
+        ],
+    }
+
+
+def _best(run: ScoredRun, accuracy_N: np.ndarray) -> list[int | None]:
+    return [tag for tag, value in zip(run.tags, accuracy_N) if value >= np.nanmax(accuracy_N) - 1e-12]
+
+
+def _groups(run: ScoredRun, options: Options) -> dict[str, object]:
+    ids = [question.id for question in run.questions]
+    missing = [id for id in ids if id not in options.groups]
+    if missing:
+        raise UserError(f"{run.file}: question {missing[0]!r} is not in --data; give the file it was generated from")
+    accuracy_QN = np.array([question.accuracy_N for question in run.questions])
+    figures = metrics.group_figures(accuracy_QN, ids, [options.groups[id] for id in ids])
+    return {
+        "field": options.group_by,
+        "best_same": metrics.over_groups([figure.best_same for figure in figures], figures),
+        "best_held_out": metrics.over_groups([figure.best_held_out for figure in figures], figures),
+        "groups": [{**dataclasses.asdict(f), "best": _best(run, f.accuracy_N)} for f in figures],
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _range(values: Iterable[int]) -> list[int]:
+    known = list(values)
+    return [min(known), max(known)]
+
+
+def _plain(value: object) -> object:
+    """Dataclasses, arrays and tuples as JSON has them; NaN as null."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,261 @@
+"""What the evaluation of a forking policy is made from: policy.jsonl, rewards, and scored files that belong together.
+
+Scored files have a role each. `before` and `after` hold samples under every tag (mode each) of the model before and
+after the training of its policy; `own` and `own_greedy` those that the model after began by itself, `own_before` and
+`own_greedy_before` those of the model before; `grpo` and `grpo_before` answers of a baseline with and without
+reinforcement learning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs
+from megatron_ssft.formats.rewards import RewardTable, read_rewards
+from megatron_ssft.formats.rollouts import differences
+
+PAIRS = {"after": "before", "own": "own_before", "own_greedy": "own_greedy_before", "grpo": "grpo_before"}
+"""Roles after and before the training."""
+_MODES = {
+    **dict.fromkeys(("before", "after"), ("each",)),
+    **dict.fromkeys(("own", "own_before"), ("own",)),
+    **dict.fromkeys(("own_greedy", "own_greedy_before"), ("own-greedy",)),
+    **dict.fromkeys(("grpo", "grpo_before"), ("none", "fixed", "own", "own-greedy")),
+}
+_SAME_MODEL = (("own", "after"), ("own_greedy", "after"), ("own_before", "before"), ("own_greedy_before", "before"))
+_DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens")
+"""Sampling settings that change how often an answer is right."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """The policy of one question."""
+
+    policy_N: np.ndarray
+    """float64 [N], sums to 1: probability of each tag, given that one is written."""
+    mass: float
+    """Probability that one is written."""
+
+
+Policy = dict[str, dict[int, dict[str, PolicyRow]]]
+"""Split (`train`, `eval`) -> iteration, ascending -> question's id -> its policy."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files that fit each other: the same questions in all of `runs`, all of them under every tag where asked for."""
+
+    runs: Mapping[str, ScoredRun]
+    """Role -> its file."""
+    rewards: RewardTable
+    policy: Policy | None
+    remarks: tuple[str, ...]
+    """What does not fit but need not be wrong, a sentence each."""
+
+    @property
+    def ids(self) -> list[str]:
+        return [question.id for question in self.runs["before"].questions]
+
+    @property
+    def tags(self) -> tuple[int, ...]:
+        return self.runs["before"].tags
+
+
+def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None = None) -> Inputs:
+    """Read and compare. `scored`: role -> scored file, at least before, after, own and own_greedy. Raises UserError."""
+    runs = dict(zip(scored, load_runs(list(scored.values()))))
+    _check_modes(runs)
+    _check_models(runs)
+    _check_questions(runs)
+    _check_tags(runs)
+    _check_sampling(runs)
+    table = read_rewards(rewards, len(runs["before"].tags))
+    inputs = Inputs(runs, table, None if policy is None else read_policy(policy), ())
+    _check_rewards(inputs)
+    if inputs.policy is not None:
+        _check_policy(inputs, policy)
+    return Inputs(inputs.runs, inputs.rewards, inputs.policy, tuple(_remarks(inputs)))
+
+
+def flag(role: str) -> str:
+    """The option of tools/evaluate_policy.py that names the file of a role."""
+    return "--" + role.replace("_", "-")
+
+
+def _model(run: ScoredRun) -> str:
+    return run.rows[0].model
+
+
+def _check_modes(runs: Mapping[str, ScoredRun]) -> None:
+    for role, run in runs.items():
+        mode, wanted = run.rows[0].sampling["mode"], _MODES[role]
+        if mode not in wanted:
+            advice = f"give one generated with --tags {'|'.join(wanted)}"
+            raise UserError(f"{run.file}: generated with --tags {mode}, which is no {flag(role)}; {advice}")
+
+
+def _check_models(runs: Mapping[str, ScoredRun]) -> None:
+    for role, other in PAIRS.items():
+        if role in runs and other in runs and _model(runs[role]) == _model(runs[other]):
+            raise UserError(
+                f"{runs[role].file}: of the same model as {flag(other)} ({_model(runs[role])[:12]}); "
+                f"{flag(role)} and {flag(other)} must be of the model after and before the training"
+            )
+    for role, other in _SAME_MODEL:
+        if role in runs and _model(runs[role]) != _model(runs[other]):
+            raise UserError(
+                f"{runs[role].file}: of another model ({_model(runs[role])[:12]}) than {flag(other)} "
+                f"({_model(runs[other])[:12]}); {flag(role)} and {flag(other)} must be of one model"
+            )
+
+
+def _check_questions(runs: Mapping[str, ScoredRun]) -> None:
+    wanted = {question.id for question in runs["before"].questions}
+    for role, run in runs.items():
+        found = {question.id for question in run.questions}
+        if found != wanted:
+            lacks, more = sorted(wanted - found), sorted(found - wanted)
+            told = [f"{len(lacks)} of its questions are missing, such as {lacks[0]!r}"] if lacks else []
+            told += [f"{len(more)} are not in it, such as {more[0]!r}"] if more else []
+            text = f"{run.file}: not the questions of --before: {', '.join(told)}"
+            raise UserError(f"{text}; generate and score {flag(role)} for the same questions")
+
+
+def _check_tags(runs: Mapping[str, ScoredRun]) -> None:
+    before = runs["before"]
+    if before.tags != tuple(range(len(before.tags))):
+        raise UserError(f"{before.file}: has tags {list(before.tags)}, not all from 0; generate with --tags each")
+    for role in ("before", "after"):
+        run = runs[role]
+        if run.tags != before.tags:
+            raise UserError(f"{run.file}: has tags {list(run.tags)}, --before has {list(before.tags)}; give one set")
+        for question in run.questions:
+            for tag, samples in zip(run.tags, question.by_tag):
+                if not samples:
+                    advice = "finish generating and scoring it"
+                    raise UserError(f"{run.file}: question {question.id!r} has no samples under tag {tag}; {advice}")
+    for role in PAIRS:
+        for own in (role, PAIRS[role]):
+            strange = set(runs[own].tags) - {*before.tags, None} if own in runs and own.startswith("own") else ()
+            if strange:
+                raise UserError(
+                    f"{runs[own].file}: has samples of tag {min(strange)}, which --before has not; give all tags there"
+                )
+
+
+def _check_sampling(runs: Mapping[str, ScoredRun]) -> None:
+    """What was measured before and after must have been measured alike."""
+    for role, other in PAIRS.items():
+        if role in runs and other in runs:
+            found = differences(_settings(runs[other]), _settings(runs[role]))
+            if found:
+                raise UserError(f"{runs[role].file}: not made like {flag(other)}: {found}; generate both alike")
+
+
+def _settings(run: ScoredRun) -> dict[str, object]:
+    row = run.rows[0]
+    drawn = {name: row.sampling[name] for name in (*_DRAWN, "mode") if name in row.sampling}
+    return {**drawn, "verifiers": sorted({row.verifier for row in run.rows}), "tokenizer": row.tokenizer[:12]}
+
+
+def _check_rewards(inputs: Inputs) -> None:
+    both = sorted(set(inputs.rewards.rows) & set(inputs.ids))
+    if both:
+        raise UserError(
+            f"{inputs.rewards.path}: {len(both)} of the questions are held out, such as {both[0]!r}; a tag chosen on "
+            "them would be too good, so give the rewards of the training questions"
+        )
+
+
+def _check_policy(inputs: Inputs, path: Path) -> None:
+    if not inputs.policy:
+        raise UserError(f"{path}:1: the file is empty; only gfpo-exact and gfpo-sampled write a policy")
+    snapshots = inputs.policy.get("eval")
+    if not snapshots:
+        raise UserError(f"{path}: no policy of held-out questions; train with --eval-data, or leave --policy out")
+    if len(snapshots) < 2:
+        raise UserError(f"{path}: the policy at step {min(snapshots)} alone; let the training end, or leave it out")
+    for iteration in (min(snapshots), max(snapshots)):
+        lacks = [id for id in inputs.ids if id not in snapshots[iteration]]
+        if lacks:
+            raise UserError(
+                f"{path}: step {iteration} lacks {len(lacks)} of the questions of --before, such as {lacks[0]!r}; "
+                "give the policy of the same questions"
+            )
+        num_tags = len(snapshots[iteration][inputs.ids[0]].policy_N)
+        if num_tags != len(inputs.tags):
+            raise UserError(
+                f"{path}: a policy of {num_tags} tags, --before has {len(inputs.tags)}; give that of its run"
+            )
+
+
+def _remarks(inputs: Inputs) -> Iterator[str]:
+    before = inputs.runs["before"]
+    if inputs.rewards.model != _model(before):
+        yield "The rewards are of another model than --before, so g* was chosen on answers of that one."
+    for role, run in inputs.runs.items():
+        found, own = _settings(run), _settings(before)
+        told = [f"{key} {found.get(key)} instead of {own.get(key)}" for key in _DRAWN if found.get(key) != own.get(key)]
+        if told and role not in ("before", "after"):
+            yield f"{flag(role)} was generated with {', '.join(told)}: it does not compare with --before and --after."
+
+
+def read_policy(path: str | Path) -> Policy:
+    """policy.jsonl, {} without any line; of several lines for one question and step the last counts. Raises UserError.
+
+    A last line without its end, left by a writer that was killed, is skipped with a warning.
+    """
+    snapshots: Policy = {}
+    num_tags = None
+    for number, row in _objects(Path(path)):
+        where = f"{path}:{number}"
+        values, mass, iteration = row.get("policy"), row.get("mass"), row.get("iteration")
+        if type(iteration) is not int or iteration < 0 or not isinstance(row.get("id"), str):
+            raise UserError(f"{where}: 'iteration' must be a number from 0 and 'id' a string; remove the line")
+        if row.get("split") not in ("train", "eval"):
+            raise UserError(f"{where}: 'split' must be train or eval; repair or remove the line")
+        if not isinstance(values, list) or not values or not all(map(_is_share, values)):
+            raise UserError(f"{where}: 'policy' must hold a probability for each tag; repair or remove the line")
+        if abs(sum(values) - 1) > 1e-3 or not _is_share(mass):
+            raise UserError(f"{where}: 'policy' must sum to 1 and 'mass' be a probability; repair or remove the line")
+        num_tags = num_tags or len(values)
+        if len(values) != num_tags:
+            raise UserError(f"{where}: {len(values)} tags, other lines have {num_tags}; keep one run in a file")
+        rows = snapshots.setdefault(row["split"], {}).setdefault(iteration, {})
+        rows[row["id"]] = PolicyRow(np.array(values, np.float64), float(mass))
+    return {split: dict(sorted(steps.items())) for split, steps in snapshots.items()}
+
+
+def _is_share(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 + 1e-3
+    )  # sums of rounded probabilities
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """(1-based line, object); a last line that was never finished is skipped. Raises UserError."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the file: {error.strerror or error}; check the path") from error
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            if not raw.endswith(b"\n"):
+                _log.warning("%s:%d: last line is unfinished and was ignored", path, number)
+                return
+            raise UserError(f"{path}:{number}: not valid JSON; repair or remove the line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object; repair or remove the line")
+        yield number, row

@@ -1,0 +1,372 @@
+"""Rollouts on disk: one JSON object a line, appended while they are made, resumed after a kill.
+
+A file holds the samples of one model with one tokenizer under one set of sampling settings; whatever mixes them is
+refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
+where the model chose the tag itself, so that a resumed run knows what is left without knowing what the model chose.
+
+Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Two fields are marks of
+what a line was made from, 16 hexadecimal digits each: `prompt` in R.jsonl, `judged` in S.jsonl. Files without them can
+be read but not gone on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import write_durably
+
+RolloutKey = tuple[str, "int | None", int]
+"""(question's id, tag slot, sample number)."""
+
+OWN_MODES = ("own", "own-greedy")
+"""Sampling modes in which the model chooses its tag."""
+MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
+_START = b'{"id": '
+"""Every line written here starts so; a torn one is cut off only if it does too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What R.jsonl and S.jsonl both say of one generated sample."""
+
+    id: str
+    tag: int | None
+    """0-based; None where the model was free to choose and wrote no tag."""
+    sample: int
+    """0-based within (id, tag slot)."""
+    finish_reason: str
+    """`stop`, or `length` where the sample ran into its token limit."""
+    seed: int
+    sampling: Mapping[str, object]
+    """`mode` (one of MODES), temperature, top_p, max_new_tokens and whatever else shaped the samples."""
+    model: str
+    """Fingerprint."""
+    tokenizer: str
+    """Fingerprint."""
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.id, (None if self.sampling["mode"] in OWN_MODES else self.tag), self.sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Sample):
+    """One line of R.jsonl."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt: str | None = None
+    """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollout(Sample):
+    """One line of S.jsonl."""
+
+    correct: bool
+    answer: str | None
+    """What the verifier extracted; None if it found no answer."""
+    verdict: str
+    """`correct`, `wrong`, `no answer`, `timeout`, ..."""
+    verifier: str
+    """exact, math, choice or code."""
+    num_tokens: int
+    truncated: bool
+    """The sample ended at its token limit."""
+    judged: str | None = None
+    """`mark` of all that the verdict depends on: text, gold answer, verifier, its settings; None in files of earlier
+    versions."""
+
+
+def mark(value: object) -> str:
+    """16 hexadecimal digits that tell JSON values apart: BLAKE2b over their spelling with sorted keys."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode("ascii"), digest_size=8).hexdigest()
+
+
+def score_rollout(
+    rollout: Rollout, *, correct: bool, answer: str | None, verdict: str, verifier: str, judged: str | None = None
+) -> ScoredRollout:
+    """The scored line of `rollout`: its own fields without text, tokens and prompt, and what the verifier said."""
+    return ScoredRollout(
+        **{field.name: getattr(rollout, field.name) for field in dataclasses.fields(Sample)},
+        correct=correct,
+        answer=answer,
+        verdict=verdict,
+        verifier=verifier,
+        num_tokens=len(rollout.token_ids),
+        truncated=rollout.finish_reason == "length",
+        judged=judged,
+    )
+
+
+def read_rollouts(path: str | Path) -> Iterator[Rollout]:
+    """The lines of a rollout file, one by one. Raises UserError `file:line: ...` for the first wrong one."""
+    return _read(Path(path), Rollout)
+
+
+def read_scored(path: str | Path) -> list[ScoredRollout]:
+    """All lines of a scored file. Raises UserError `file:line: ...` for the first wrong one."""
+    return list(_read(Path(path), ScoredRollout))
+
+
+def read_finished_scored(path: str | Path) -> tuple[list[tuple[int, ScoredRollout]], int, bytes]:
+    """The lines of a scored file that end, each with its number from 1; their size in bytes; what follows them.
+
+    Raises OSError; UserError `file:line: ...` for the first wrong line.
+    """
+    checks, rows, whole = _FileChecks(Path(path), ScoredRollout), [], 0
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return rows, whole, raw
+            if raw.strip():
+                rows.append((number, checks.parse(number, raw)))
+            whole += len(raw)
+    return rows, whole, b""
+
+
+def write_scored(path: str | Path, rows: Iterable[ScoredRollout]) -> None:
+    """Write the whole file at once: after a crash the old one or the new one is there. Raises UserError."""
+    try:
+        write_durably(Path(path), "".join(map(to_line, rows)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the scores: {error.strerror}; give another --output") from error
+
+
+def to_line(record: Sample) -> str:
+    """The record as one line, pure ASCII (generated text may hold line separators and halves of surrogate pairs).
+
+    A mark that is None is left out, as in the file it was read from.
+    """
+    row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+class RolloutWriter:
+    """Appends rollouts to a file that no other program may write meanwhile. A context manager.
+
+    Lines reach the file by the time `write` returns and outlive the process; being killed within `write` leaves at
+    most its own lines missing, the last of them perhaps torn: start with `resume_rollouts`, which repairs that.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open or create the file. Raises UserError if that fails or another program is writing it."""
+        self._path = Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        _lock(self._file.fileno(), self._path)
+
+    def write(self, rollouts: Iterable[Rollout]) -> None:
+        """Append `rollouts`. Raises UserError if the disk refuses."""
+        data = memoryview("".join(map(to_line, rollouts)).encode("ascii"))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def close(self) -> None:
+        """Bring everything onto the disk and close the file. Raises UserError if the disk refuses."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        finally:
+            self._file.close()
+
+    def __enter__(self) -> RolloutWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self._file.close()  # the first error is the one to tell
+
+
+def resume_rollouts(
+    path: str | Path,
+    *,
+    model: str,
+    tokenizer: str,
+    sampling: Mapping[str, object],
+    prompts: Mapping[str, str] | None = None,
+) -> set[RolloutKey]:
+    """What a rollout file already holds, after cutting off a last line that was never finished.
+
+    `prompts`: the `prompt` that the lines of each question must have, by id; questions it does not name are not
+    compared. An absent or empty file gives the empty set. Raises UserError, and leaves the file as it is, where a line
+    is wrong, another program is writing it, or it comes from another model, tokenizer, prompt or other sampling
+    settings.
+    """
+    path = Path(path)
+    if not path.exists():
+        return set()
+    expected = _origin(model, tokenizer, json.loads(json.dumps(dict(sampling))))
+    try:
+        with path.open("r+b") as file:
+            _lock(file.fileno(), path)
+            finished, whole, torn = _scan(file, path, expected, prompts or {})
+            if torn:
+                if torn[: len(_START)] != _START[: len(torn)]:
+                    raise UserError(f"{path}: does not look like a file of rollouts; give another --output")
+                file.truncate(whole)
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return finished
+
+
+def _scan(
+    file: Iterable[bytes], path: Path, expected: dict[str, object], prompts: Mapping[str, str]
+) -> tuple[set[RolloutKey], int, bytes]:
+    """Keys of the whole lines, their size in bytes, and what follows the last line feed."""
+    checks, whole = _FileChecks(path, Rollout, expected), 0
+    for number, raw in enumerate(file, start=1):
+        if not raw.endswith(b"\n"):
+            return set(checks.lines), whole, raw
+        record = checks.parse(number, raw)
+        if record.prompt != prompts.get(record.id, record.prompt):
+            raise UserError(f"{path}:{number}: id {record.id!r}: {_other_prompt(record.prompt)}; give another --output")
+        whole += len(raw)
+    return set(checks.lines), whole, b""
+
+
+def _other_prompt(found: str | None) -> str:
+    if found is None:
+        return "the line has no 'prompt', so whether the question is still the same cannot be told"
+    return "the question's prompt is not the one this sample was made from"
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Hold the file until the descriptor is closed. Raises UserError if another program holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{path}: another program is writing it; wait for it or give another --output") from error
+    except OSError:
+        return  # a file system without locks; the file is still good for one writer
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot write the rollouts: {error.strerror or error}; start again to resume")
+
+
+def _read(path: Path, record: type[Sample]) -> Iterator[Sample]:
+    checks = _FileChecks(path, record)
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if raw.strip():
+                    yield checks.parse(number, raw)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the file: {error.strerror or error}; check the path") from error
+    if not checks.lines:
+        raise UserError(f"{path}:1: the file is empty; expected one JSON object a line")
+
+
+class _FileChecks:
+    """Turns lines into records and sees to what must hold over the whole file."""
+
+    def __init__(self, path: Path, record: type[Sample], expected: dict[str, object] | None = None) -> None:
+        """`expected`: the origin the samples must have, where it is known beforehand."""
+        self._path, self._record, self._expected = path, record, expected
+        self._first: dict[str, object] | None = None
+        self.lines: dict[RolloutKey, int] = {}
+        """Each sample's line."""
+
+    def parse(self, number: int, raw: bytes) -> Sample:
+        """The record of line `number` (1-based). Raises UserError."""
+        where = f"{self._path}:{number}"
+        record = _record(where, raw, self._record)
+        origin = sample_origin(record)
+        if self._expected is not None and origin != self._expected:
+            found = differences(origin, self._expected)
+            raise UserError(f"{where}: made by another run, {found} now; give another --output")
+        self._first = self._first or origin
+        if origin != self._first:
+            found = differences(self._first, origin)
+            raise UserError(f"{where}: not of one run, {found} here; keep one model and one setting in a file")
+        if record.key in self.lines:
+            name = f"id {record.id!r}, tag {record.tag}, sample {record.sample}"
+            raise UserError(f"{where}: {name} is already on line {self.lines[record.key]}; remove one of them")
+        self.lines[record.key] = number
+        return record
+
+
+def sample_origin(sample: Sample) -> dict[str, object]:
+    """What `sample` must share with all samples of its file."""
+    return _origin(sample.model, sample.tokenizer, sample.sampling)
+
+
+def _origin(model: str, tokenizer: str, sampling: Mapping[str, object]) -> dict[str, object]:
+    """What all samples of a file share."""
+    return {"model": model, "tokenizer": tokenizer, **sampling}
+
+
+def differences(before: dict[str, object], now: dict[str, object]) -> str:
+    """`temperature 0.7 before and 1.0`, for all that differs."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(now.get(key))}" for key in keys)
+
+
+def _record(where: str, raw: bytes, record: type[Sample]) -> Sample:
+    """The record of one line, `where` = file:line; fields it does not know are left out. Raises UserError."""
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        advice = "repair or remove the line" if raw.endswith(b"\n") else "its writer was stopped: resume it"
+        raise UserError(f"{where}: not valid JSON; {advice}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object; repair or remove the line")
+    names = [field.name for field in dataclasses.fields(record)]
+    for name in names:
+        holds, expected = _CHECKS[name]
+        if name not in row:
+            if name in _OPTIONAL:
+                row[name] = None
+                continue
+            raise UserError(f"{where}: {name!r} is missing, it must be {expected}; repair or remove the line")
+        if not holds(row[name]):
+            found = textwrap.shorten(json.dumps(row[name]), 40)
+            raise UserError(f"{where}: {name!r} must be {expected}, not {found}; repair or remove the line")
+    if "token_ids" in names:
+        row["token_ids"] = tuple(row["token_ids"])
+    return record(**{name: row[name] for name in names})
+
+
+def _is_mark(value: object) -> bool:
+    return value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_NAME = (lambda v: isinstance(v, str) and bool(v), "a string that is not empty")
+_FLAG = (lambda v: isinstance(v, bool), "true or false")
+_OPTIONAL = ("prompt", "judged")
+_CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(("id", "model", "tokenizer", "verdict", "verifier"), _NAME),
+    **dict.fromkeys(("correct", "truncated"), _FLAG),
+    **dict.fromkeys(("sample", "num_tokens"), (_is_count, "a whole number from 0")),
+    "tag": (lambda v: v is None or _is_count(v), "a whole number from 0, or null"),
+    "text": (lambda v: isinstance(v, str), "a string"),
+    "token_ids": (lambda v: isinstance(v, list) and all(map(_is_count, v)), "a list of whole numbers from 0"),
+    "finish_reason": (lambda v: v in ("stop", "length"), "stop or length"),
+    "seed": (lambda v: type(v) is int, "a whole number"),
+    "sampling": (lambda v: isinstance(v, dict) and v.get("mode") in MODES, f"an object with mode {'|'.join(MODES)}"),
+    **dict.fromkeys(_OPTIONAL, (_is_mark, "16 hexadecimal digits, or null")),
+    "answer": (lambda v: v is None or isinstance(v, str), "a string or null"),
+}

@@ -1,0 +1,63 @@
+"""The tag that a model wrote by itself, found in token ids or in text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_ssft.records import ForkingTokens
+from megatron_ssft.tokenizers.tokenizer import Tokenizer
+
+LEAD_TOKENS = 24
+"""A tag that begins later is part of the answer. The published evaluation looks through as many tokens at a time."""
+_LEAD_CHARACTERS = 200
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>")
+
+
+class OwnTags:
+    """Looks for tags of a set.
+
+    A tag of format `special` is its id. Of format `text` what counts is the spelling without turn markers and white
+    space, `<think2>` for `<|im_start|><think2>` and a line feed, whatever tokens it is made of: servers drop the
+    markers, and the published evaluation looks for the same.
+    """
+
+    def __init__(self, tags: ForkingTokens, tokenizer: Tokenizer) -> None:
+        self._tags, self._tokenizer = tags, tokenizer
+        self._tag_of_row = {row: tag for tag, row in enumerate(tags.row_ids)}
+        self._tag_of_core = {_SPECIAL.sub("", s).strip() or s: tag for tag, s in enumerate(tags.strings)}
+        # The longest first, lest `think1` is seen in `think12`.
+        cores = sorted(self._tag_of_core, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, cores)))
+
+    def find(self, ids: Sequence[int]) -> tuple[int | None, int]:
+        """(tag, number of ids up to its end), or (None, 0). Only the beginning of `ids` is looked at."""
+        if self._tags.format == "special":
+            for place, token in enumerate(ids[:LEAD_TOKENS]):
+                if token in self._tag_of_row:
+                    return self._tag_of_row[token], place + 1
+            return None, 0
+        window = ids[: LEAD_TOKENS + max(map(len, self._tags.ids))]
+        if self._in_text(window) is None:
+            return None, 0
+        length = next(n for n in range(1, len(window) + 1) if self._in_text(window[:n]) is not None)
+        return self._in_text(window[:length]), length
+
+    def ends_with_tag(self, ids: Sequence[int]) -> int | None:
+        """The tag that `ids`, which hold none before their last token, end with."""
+        if self._tags.format == "special":
+            return self._tag_of_row.get(ids[-1])
+        return self._in_text(ids[-LEAD_TOKENS:])
+
+    def split_text(self, text: str) -> tuple[int | None, str]:
+        """(tag, the text behind it), or (None, all of the text)."""
+        found = self._pattern.search(text)
+        if found is None or found.start() > _LEAD_CHARACTERS:
+            return None, text
+        tag = self._tag_of_core[found[0]]
+        ending = self._tags.strings[tag].rpartition(found[0])[2]
+        return tag, text[found.end() :].removeprefix(ending)
+
+    def _in_text(self, ids: Sequence[int]) -> int | None:
+        found = self._pattern.search(self._tokenizer.decode(ids))
+        return None if found is None else self._tag_of_core[found[0]]

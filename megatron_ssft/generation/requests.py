@@ -1,0 +1,240 @@
+"""What is to be generated: one request a sample, each with a seed of its own, and how its result becomes a rollout.
+
+A sample's seed is a function of (base seed, question's id, tag slot, sample number) alone, so neither the order of the
+requests, nor how they are batched, nor a restart changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_ssft.data.jsonl import RowError, WrongRows
+from megatron_ssft.data.prompt import encode_prompt
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.rollouts import Rollout, RolloutKey, mark
+from megatron_ssft.generation.model_folder import ModelFolder
+from megatron_ssft.generation.own_tags import OwnTags
+from megatron_ssft.records import ForkingTokens, SetExample
+
+TAG_MODES = ("each", "fixed", "round-robin", "own", "own-greedy", "none")
+FREE_MODES = ("own", "own-greedy", "none")
+"""Modes that append no tag to the prompt."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float
+    """0: the most probable token."""
+    top_p: float
+    """In (0, 1]."""
+    top_k: int
+    """0: no such limit."""
+    max_new_tokens: int
+    """The stop token counts, and in mode `own` the tag that the model writes."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        for name, holds, must in (
+            ("temperature", 0 <= self.temperature < float("inf"), "not negative"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top-k", self.top_k >= 0, "not negative (0: no limit)"),
+            ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise UserError(f"--{name} {getattr(self, name.replace('-', '_'))}: must be {must}")
+
+
+@dataclass(frozen=True)
+class TagPlan:
+    """Which tags, and how many samples of a question."""
+
+    mode: str
+    """One of TAG_MODES."""
+    samples: int
+    """Of each tag in mode `each`, of the question in the other modes."""
+    tag: int | None = None
+    """Mode `fixed`: 0-based."""
+
+    def slots(self, num_tags: int) -> Iterator[tuple[int | None, int]]:
+        """(tag slot, sample number within it) of every sample of a question, in order."""
+        if self.mode == "each":
+            yield from ((tag, sample) for tag in range(num_tags) for sample in range(self.samples))
+        elif self.mode == "round-robin":
+            yield from ((i % num_tags, i // num_tags) for i in range(self.samples))
+        else:
+            yield from ((self.tag, sample) for sample in range(self.samples))
+
+
+def plan_tags(
+    mode: str, tags: ForkingTokens | None, *, tag: str | None, samples_per_tag: int | None, samples: int | None
+) -> TagPlan:
+    """What the flags of these names ask for; one sample where they say nothing.
+
+    `tag`: a number from 0, or the text of a tag, with or without what stands around its letters. Raises UserError.
+    """
+    assert mode in TAG_MODES, mode
+    if mode != "none" and tags is None:
+        raise UserError(
+            f"--tags {mode}: the folder has no forking_tokens.json; export the model again, give "
+            "--num-forking-tokens N, or --tags none for a model without tags"
+        )
+    if (tag is not None) != (mode == "fixed"):
+        raise UserError("--tags fixed and --tag go together; give both or neither")
+    if samples_per_tag is not None and mode not in ("each", "fixed"):
+        raise UserError(f"--samples-per-tag: --tags {mode} counts samples of a question; give --samples")
+    if samples is not None and (mode == "each" or samples_per_tag is not None):
+        raise UserError("--samples: with --tags each give --samples-per-tag, with --tags fixed one of the two")
+    count = samples_per_tag or samples or 1
+    if count < 1 or 0 in (samples_per_tag, samples):
+        raise UserError(f"--samples and --samples-per-tag must be at least 1, not {samples_per_tag or samples or 0}")
+    return TagPlan(mode, count, None if tag is None else _find_tag(tag, tags))
+
+
+def _find_tag(text: str, tags: ForkingTokens) -> int:
+    """Raises UserError."""
+    if text.isdecimal():  # never taken for a part of a text: the 3 in <think3> is tag 2
+        found = [int(text)] if int(text) < tags.num_tags else []
+    else:
+        found = [i for i, string in enumerate(tags.strings) if text and text in string]
+    if len(found) != 1:
+        known = f"0 to {tags.num_tags - 1}, or {tags.strings[0].strip()} to {tags.strings[-1].strip()}"
+        raise UserError(f"--tag {text}: no such tag; give {known}")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to be generated."""
+
+    id: str
+    prompt: tuple[int, ...]
+    """Ids up to and including the generation prompt; one object for all requests of a question."""
+    start: tuple[int, ...]
+    """Ids that follow the prompt: the tag, or in mode `own-greedy` what the model wrote up to its tag."""
+    slot: int | None
+    sample: int
+    seed: int
+    limit: int
+    """Most tokens to generate, at least 1."""
+    chosen: int | None = None
+    """Mode `own-greedy`: the tag that `start` ends with."""
+
+    @property
+    def key(self) -> RolloutKey:
+        return self.id, self.slot, self.sample
+
+
+def prompt_mark(request: Request) -> str:
+    """The field `prompt` of a rollout's line: it changes with the question's wording, not with the tag."""
+    return mark(request.prompt)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a backend made of a request."""
+
+    request: Request
+    token_ids: tuple[int, ...] | None
+    """All generated tokens, the stop token among them; None where the server tells only the text."""
+    finish_reason: str
+    """`stop` or `length`."""
+    text: str = ""
+    """Looked at only where `token_ids` is None."""
+
+
+def sample_seed(base: int, name: str, slot: int | None, sample: int) -> int:
+    """The seed of one sample, in [0, 2^31): every server takes numbers of that size."""
+    # JSON keeps the parts apart and spells halves of surrogate pairs.
+    text = json.dumps([base, name, slot, sample])
+    return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:4], "big") >> 1
+
+
+def build_requests(
+    examples: Sequence[SetExample], model: ModelFolder, plan: TagPlan, sampling: Sampling, seed: int
+) -> list[Request]:
+    """Every sample's request, question by question, prompts encoded as in training.
+
+    Raises one UserError for all questions whose prompt cannot be encoded or leaves no room to generate.
+    """
+    tags = model.tags.ids if model.tags is not None else ()
+    assert plan.mode in FREE_MODES or tags, plan
+    wrong, requests = WrongRows(), []
+    for example in examples:
+        try:
+            prompt = tuple(encode_prompt(example, model.tokenizer))
+            if not prompt:
+                raise RowError(f"the tokenizer makes no token of the prompt of question {example.id!r}")
+            for slot, sample in plan.slots(len(tags)):
+                start = () if slot is None else tags[slot]
+                limit = token_limit(model, len(prompt) + len(start), sampling.max_new_tokens)
+                drawn = sample_seed(seed, example.id, slot, sample)
+                requests.append(Request(example.id, prompt, start, slot, sample, drawn, limit))
+        except UserError as error:
+            wrong.add(example.file, example.line, error)
+    wrong.raise_if_any()
+    return requests
+
+
+def token_limit(model: ModelFolder, before: int, max_new_tokens: int) -> int:
+    """How many tokens may follow `before` tokens. Raises RowError if the model has no place for any."""
+    if model.max_length is None:
+        return max_new_tokens
+    room = model.max_length - before
+    if room < 1:
+        raise RowError(f"the prompt is {before} tokens with its tag, the model takes {model.max_length}; shorten it")
+    return min(max_new_tokens, room)
+
+
+def describe_tags(tags: ForkingTokens) -> str:
+    """The tags in a few words, to tell two sets of them apart: `special, 6: <think1>`."""
+    return f"{tags.format}, {tags.num_tags}: {tags.strings[0]}"
+
+
+class RolloutMaker:
+    """Turns what backends generate into lines of the rollout file."""
+
+    def __init__(self, model: ModelFolder, plan: TagPlan, sampling: dict[str, object]) -> None:
+        """`sampling`: the field of that name in every line."""
+        self._model, self._sampling = model, sampling
+        self._own = OwnTags(model.tags, model.tokenizer) if plan.mode in ("own", "own-greedy") and model.tags else None
+
+    def rollout(self, done: Generated) -> Rollout:
+        """The line. `text` and `token_ids` are what follows the tag; the ids end with the stop token, if there is one.
+
+        Where only the text is known, it is tokenized again, and the end of text is taken for the stop token.
+        """
+        request, ids = done.request, done.token_ids
+        tag = request.slot if request.chosen is None else request.chosen
+        free = self._own is not None and request.chosen is None
+        if ids is None:
+            text = done.text
+            if free:
+                tag, text = self._own.split_text(text)
+            ids = tuple(self._model.tokenizer.encode(text))
+            ids += (self._model.tokenizer.eos_id,) * (done.finish_reason == "stop")
+        else:
+            if free:
+                tag, length = self._own.find(ids)
+                ids = ids[length:]
+            stopped = done.finish_reason == "stop"
+            if stopped and not (ids and ids[-1] in self._model.stop_ids):
+                ids = (*ids, self._model.tokenizer.eos_id)  # a server that keeps its stop token to itself
+            text = self._model.tokenizer.decode(ids[:-1] if stopped else ids)
+        return Rollout(
+            id=request.id,
+            tag=tag,
+            sample=request.sample,
+            finish_reason=done.finish_reason,
+            seed=request.seed,
+            sampling=self._sampling,
+            model=self._model.fingerprint,
+            tokenizer=self._model.tokenizer_fingerprint,
+            text=text,
+            token_ids=ids,
+            prompt=prompt_mark(request),
+        )

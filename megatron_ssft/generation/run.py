@@ -1,0 +1,260 @@
+"""From flags to a file of rollouts: open, plan, resume, generate, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_ssft.data.questions import read_questions
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.rollouts import OWN_MODES, Rollout, RolloutWriter, resume_rollouts
+from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
+from megatron_ssft.generation.own_tags import OwnTags
+from megatron_ssft.generation.requests import (
+    Generated,
+    Request,
+    RolloutMaker,
+    Sampling,
+    TagPlan,
+    build_requests,
+    describe_tags,
+    plan_tags,
+    prompt_mark,
+    token_limit,
+)
+
+BACKENDS = ("hf", "openai", "vllm")
+GREEDY_STEPS = 256
+"""Mode own-greedy: most steps until a tag is complete, as in the published evaluation."""
+_PLAIN_SECONDS = 10.0
+
+
+class Backend(Protocol):
+    """What all backends do; the classes say the details."""
+
+    chunk_size: int
+
+    @property
+    def origin(self) -> dict[str, object]: ...
+
+    def load(self) -> None: ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generated]: ...
+
+    def greedy(
+        self, requests: Sequence[Request], until: Callable[[Sequence[int]], bool]
+    ) -> dict[str, tuple[int, ...]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is to be generated, from what, into which file. Names are those of the flags of tools/generate.py."""
+
+    model: Path
+    data: Path
+    output: Path
+    tags: str
+    sampling: Sampling
+    seed: int
+    tag: str | None = None
+    samples_per_tag: int | None = None
+    samples: int | None = None
+    limit: int | None = None
+    tag_flags: TagFlags = field(default_factory=TagFlags)
+    backend: str = "hf"
+    batch_size: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    share_prompt: bool = True
+    tensor_parallel_size: int = 1
+    base_url: str | None = None
+    served_model: str | None = None
+    concurrency: int = 16
+    timeout: float = 3600.0
+    retries: int = 5
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        for name in ("limit", "batch_size", "tensor_parallel_size", "concurrency", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
+        if self.retries < 0:
+            raise UserError(f"--retries {self.retries}: must not be negative")
+        if (self.base_url is not None) != (self.backend == "openai"):
+            raise UserError("--backend openai and --base-url go together; give both or neither")
+
+
+@dataclass
+class Summary:
+    """What one call added to the file."""
+
+    samples: int = 0
+    tokens: int = 0
+    cut_off: int = 0
+    """Samples that ended at the limit."""
+    without_tag: int = 0
+    """Samples for which the model was free to write a tag and wrote none."""
+    seconds: float = 0.0
+    """Without loading the model."""
+
+
+def generate_file(options: Options, console: Console) -> Summary:
+    """Generate what the file does not hold yet. Raises UserError."""
+    model = open_model_folder(options.model, options.tag_flags)
+    plan = plan_tags(
+        options.tags, model.tags, tag=options.tag, samples_per_tag=options.samples_per_tag, samples=options.samples
+    )
+    examples = read_questions(options.data)
+    requests = build_requests(examples[: options.limit], model, plan, options.sampling, options.seed)
+    backend = make_backend(options, model, console)
+    settings = sampling_record(options, model, plan, backend)
+    done = resume_rollouts(
+        options.output,
+        model=model.fingerprint,
+        tokenizer=model.tokenizer_fingerprint,
+        sampling=settings,
+        prompts={request.id: prompt_mark(request) for request in requests},
+    )
+    strangers = {key[0] for key in done} - {example.id for example in examples}
+    if strangers:
+        raise UserError(
+            f"{options.output}: holds rollouts of question {min(strangers)!r}, which is not in {options.data}; give "
+            "another --output"
+        )
+    pending = [request for request in requests if request.key not in done]
+    summary, maker = Summary(), RolloutMaker(model, plan, settings)
+    with RolloutWriter(options.output) as writer:
+        if pending:
+            backend.load()
+            started = time.monotonic()
+            results = map(maker.rollout, _generated(backend, model, plan, options.sampling, pending))
+            for rollout in _shown(console, results, len(requests) - len(pending), len(requests)):
+                writer.write([rollout])
+                summary.samples += 1
+                summary.tokens += len(rollout.token_ids)
+                summary.cut_off += rollout.finish_reason == "length"
+                summary.without_tag += rollout.tag is None and plan.mode in OWN_MODES
+            summary.seconds = time.monotonic() - started
+        else:
+            console.print(f"all {len(requests)} samples were there", highlight=False)
+    return summary
+
+
+def make_backend(options: Options, model: ModelFolder, console: Console) -> Backend:
+    """The backend that `options` name; the weights are not loaded. Raises UserError."""
+    if options.backend == "hf":
+        from megatron_ssft.generation.hf_backend import HFBackend  # here: imports torch
+
+        return HFBackend(
+            model.path,
+            options.sampling,
+            model.stop_ids,
+            device=options.device,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            share_prompt=options.share_prompt,
+        )
+    if options.backend == "vllm":
+        from megatron_ssft.generation.vllm_backend import VLLMBackend
+
+        return VLLMBackend(
+            model.path,
+            options.sampling,
+            model.stop_ids,
+            dtype=options.dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
+            batch_size=options.batch_size,
+        )
+    from megatron_ssft.generation.http_client import HttpClient
+    from megatron_ssft.generation.openai_backend import OpenAIBackend
+
+    return OpenAIBackend(
+        model,
+        options.sampling,
+        HttpClient(options.base_url, options.timeout, options.retries),
+        served_model=options.served_model,
+        concurrency=options.concurrency,
+        log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+
+
+def sampling_record(options: Options, model: ModelFolder, plan: TagPlan, backend: Backend) -> dict[str, object]:
+    """The field `sampling` of every line: all that shapes a sample but the model and the question.
+
+    How many samples there are is left out, so that more can be added to a file.
+    """
+    record: dict[str, object] = {"mode": plan.mode, **dataclasses.asdict(options.sampling), "seed": options.seed}
+    if plan.mode != "none":
+        record["tags"] = describe_tags(model.tags)
+    if plan.tag is not None:
+        record["tag"] = plan.tag
+    return {**record, **backend.origin}
+
+
+def _generated(
+    backend: Backend, model: ModelFolder, plan: TagPlan, sampling: Sampling, requests: list[Request]
+) -> Iterator[Generated]:
+    """The samples; in mode own-greedy after the model has chosen a tag for each question."""
+    if plan.mode != "own-greedy":
+        yield from backend.generate(requests)
+        return
+    own = OwnTags(model.tags, model.tokenizer)
+    of_question: dict[str, list[Request]] = {}
+    for request in requests:
+        of_question.setdefault(request.id, []).append(request)
+    names = list(of_question)
+    for first in range(0, len(names), backend.chunk_size):
+        groups = [of_question[name] for name in names[first : first + backend.chunk_size]]
+        heads = [
+            dataclasses.replace(group[0], limit=token_limit(model, len(group[0].prompt), GREEDY_STEPS))
+            for group in groups
+        ]
+        starts = backend.greedy(heads, lambda ids: own.ends_with_tag(ids) is not None)
+        chosen = [_started(request, starts.get(request.id), own, model, sampling) for g in groups for request in g]
+        yield from backend.generate(chosen)
+
+
+def _started(
+    request: Request, start: tuple[int, ...] | None, own: OwnTags, model: ModelFolder, sampling: Sampling
+) -> Request:
+    """`request` after what was chosen for its question; where that is nothing, it stays as in mode own."""
+    if start is None:
+        return request
+    limit = token_limit(model, len(request.prompt) + len(start), sampling.max_new_tokens)
+    return dataclasses.replace(request, start=start, chosen=own.ends_with_tag(start), limit=limit)
+
+
+def _shown(console: Console, rollouts: Iterable[Rollout], done: int, total: int) -> Iterator[Rollout]:
+    """Pass `rollouts` on: with a bar on a terminal, with a plain line now and then elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("", total=total, completed=done, speed="")
+            for rollout, speed in _with_speed(rollouts):
+                yield rollout
+                bar.update(task, advance=1, speed=speed)
+        return
+    if done:
+        console.print(f"{done} of {total} samples were there")
+    last = time.monotonic()
+    for count, (rollout, speed) in enumerate(_with_speed(rollouts), start=done + 1):
+        yield rollout
+        if count < total and time.monotonic() - last > _PLAIN_SECONDS:
+            last = time.monotonic()
+            console.print(f"{count} of {total} samples, {speed}", highlight=False)
+
+
+def _with_speed(rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, str]]:
+    """Each rollout with the tokens a second so far."""
+    started, tokens = time.monotonic(), 0
+    for rollout in rollouts:
+        tokens += len(rollout.token_ids)
+        yield rollout, f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s"

@@ -1,0 +1,91 @@
+"""Generation by vLLM in this process: continuous batching, tensor parallelism, prompts shared by its prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.generation.requests import Generated, Request, Sampling
+
+CHUNK = 4096
+"""Requests handed over at once: what a kill costs at most."""
+
+
+class VLLMBackend:
+    """Loads the model at the first request. Raises UserError where vLLM is not installed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        *,
+        dtype: str | None = None,
+        tensor_parallel_size: int = 1,
+        batch_size: int | None = None,
+    ) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError("--backend vllm: vLLM is not installed; pip install 'megatron-ssft[vllm]'") from error
+        self._vllm = vllm
+        self._folder, self._sampling, self._stop_ids = folder, sampling, stop_ids
+        self._dtype, self._tensor_parallel_size = dtype or "auto", tensor_parallel_size
+        self.chunk_size = batch_size or CHUNK
+        self._engine: Any = None
+
+    @property
+    def origin(self) -> dict[str, object]:
+        """What shapes the samples besides the sampling settings."""
+        return {"backend": "vllm", "dtype": self._dtype}
+
+    def load(self) -> None:
+        """Start the engine, once."""
+        if self._engine is None:
+            self._engine = self._vllm.LLM(
+                model=str(self._folder),
+                dtype=self._dtype,
+                tensor_parallel_size=self._tensor_parallel_size,
+                enable_prefix_caching=True,
+            )
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generated]:
+        """The samples, chunk by chunk."""
+        for first in range(0, len(requests), self.chunk_size):
+            yield from self._complete(requests[first : first + self.chunk_size], self._sampling.temperature)
+
+    def greedy(self, requests: Sequence[Request], until: Callable[[Sequence[int]], bool]) -> dict[str, tuple[int, ...]]:
+        """Greedy tokens for one request of each question: question's id -> ids up to where `until` became true of them.
+
+        Questions where that did not happen within the request's limit are left out.
+        """
+        found = {}
+        for done in self._complete(requests, 0.0):
+            ids = done.token_ids
+            end = next((n for n in range(1, len(ids) + 1) if until(ids[:n])), None)
+            if end is not None:
+                found[done.request.id] = ids[:end]
+        return found
+
+    def _complete(self, requests: Sequence[Request], temperature: float) -> Iterator[Generated]:
+        self.load()
+        settings = [
+            self._vllm.SamplingParams(
+                temperature=temperature,
+                top_p=self._sampling.top_p,
+                top_k=self._sampling.top_k or -1,
+                max_tokens=request.limit,
+                seed=request.seed,
+                stop_token_ids=sorted(self._stop_ids),
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": [*request.prompt, *request.start]} for request in requests]
+        # The answers stand in the order of the prompts.
+        for request, answer in zip(requests, self._engine.generate(prompts, settings, use_tqdm=False)):
+            output = answer.outputs[0]
+            reason = "stop" if output.finish_reason == "stop" else "length"
+            yield Generated(request, tuple(output.token_ids), reason)

@@ -1,0 +1,351 @@
+"""Safetensors folders read slice by slice and written tensor by tensor.
+
+The file format: 8 bytes little-endian length of the header, the header (JSON: for each tensor its dtype, shape and
+[begin, end) in the data), the data without gaps. The safetensors library checks a file when it is opened; the bytes
+are read here, because the library maps files into memory, where every page ever touched stays resident until the file
+is closed. Here nothing is resident but what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import sync_folder, write_durably
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+_COMPARED_AT_ONCE = 1 << 24  # bytes
+_NAMED_AT_MOST = 5
+_HARMLESS = (".rotary_emb.inv_freq",)  # stored by old versions, computed by all
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    file: Path
+    offset: int
+    """From the beginning of the file."""
+
+
+class HFWeights:
+    """The tensors of a Hugging Face folder: `model.safetensors`, or the shards its index names.
+
+    Opening reads headers only.
+
+    Raises:
+        UserError: no safetensors there, a shard is missing or damaged, the index is wrong, or a tensor's dtype is not
+            one of `DTYPES`.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._places: dict[str, _Place] = {}
+        self._files: dict[Path, BinaryIO] = {}
+        promised = _weight_files(self.folder)
+        for file in dict.fromkeys(promised.values()) or [self.folder / SINGLE]:
+            self._read_header(file)
+        for name, file in promised.items():
+            if name not in self._places or self._places[name].file != file:
+                raise UserError(f"{self.folder / INDEX}: {name} is not in {file.name}; download the folder again")
+
+    def __enter__(self) -> HFWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files that were read."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """A contiguous copy of the given rows and columns, in the stored dtype; None stands for all.
+
+        Memory and bytes read are those of the result.
+
+        Raises:
+            UserError: the file cannot be read any more.
+        """
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        assert columns is None or len(shape) == 2, f"columns of {name}, which has shape {shape}"
+        top, bottom = _bounds(rows, shape[0])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        begin = self._places[name].offset + top * row_bytes
+        if columns is None or _bounds(columns, shape[1]) == (0, shape[1]):  # one run of bytes
+            result = torch.empty((bottom - top, *shape[1:]), dtype=dtype)
+            self._fill(_bytes_of(result), name, begin)
+            return result
+        left, right = _bounds(columns, shape[1])
+        result = torch.empty((bottom - top, right - left), dtype=dtype)
+        target, width = _bytes_of(result), (right - left) * dtype.itemsize
+        for i in range(bottom - top):
+            start = begin + i * row_bytes + left * dtype.itemsize
+            self._fill(target[i * width : (i + 1) * width], name, start)
+        return result
+
+    def check_names(self, hf_tensors: dict[str, tuple[int, ...]], where: str) -> None:
+        """Refuse a folder whose tensors are not exactly these.
+
+        Rotary frequencies, which every reader computes, may be there. A `lm_head.weight` beside tied embeddings may be
+        there if it is bitwise the embedding: otherwise the model is not tied, whatever its config.json says.
+
+        Raises:
+            UserError: names what is missing, of another shape, or unused.
+        """
+        missing = [name for name in hf_tensors if name not in self.shapes]
+        wrong = [
+            f"{name} {list(self.shapes[name])} instead of {list(shape)}"
+            for name, shape in hf_tensors.items()
+            if self.shapes.get(name, shape) != shape
+        ]
+        unused = [name for name in self.shapes if name not in hf_tensors and not name.endswith(_HARMLESS)]
+        extra_head = _HEAD in unused and _EMBEDDING in hf_tensors
+        if extra_head:
+            unused.remove(_HEAD)
+        found = [("missing", missing), ("of another shape", wrong), ("unused", unused)]
+        problems = [f"tensors {what}: {_listed(names)}" for what, names in found if names]
+        if problems:
+            raise UserError(
+                f"{where}: weights and config.json do not describe the same model: {'; '.join(problems)}; "
+                "correct config.json or take the folder from its origin"
+            )
+        if extra_head and not self._same(_HEAD, _EMBEDDING):
+            raise UserError(
+                f"{where}: config.json ties the embeddings, but {_HEAD} differs from {_EMBEDDING}; set "
+                '"tie_word_embeddings" to false if the head is meant, or remove it'
+            )
+
+    def _same(self, a: str, b: str) -> bool:
+        """Whether two tensors are bitwise equal, a block of rows at a time."""
+        if self.shapes[a] != self.shapes[b] or self.dtypes[a] != self.dtypes[b]:
+            return False
+        rows = self.shapes[a][0]
+        step = max(1, _COMPARED_AT_ONCE // max(1, math.prod(self.shapes[a][1:]) * self.dtypes[a].itemsize))
+        blocks = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+        return all(torch.equal(self.read(a, s).view(torch.uint8), self.read(b, s).view(torch.uint8)) for s in blocks)
+
+    def _read_header(self, file: Path) -> None:
+        for name, dtype, shape, offset in _header(file):
+            if name in self._places:
+                raise UserError(f"{file}: {name} stands in {self._places[name].file.name} too; remove one of the two")
+            if dtype not in DTYPES:
+                raise UserError(f"{file}: {name} has dtype {dtype}; only {', '.join(DTYPES)} are supported")
+            self.shapes[name], self.dtypes[name] = shape, DTYPES[dtype]
+            self._places[name] = _Place(file, offset)
+
+    def _fill(self, target: memoryview, name: str, offset: int) -> None:
+        """Read as many bytes as `target` has from a tensor's file; the system hands out at most 2 GiB at a time."""
+        path = self._places[name].file
+        try:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115
+            while target:
+                count = os.preadv(file.fileno(), [target], offset)
+                if count == 0:
+                    raise UserError(f"{path}: ends too early; it was changed while it was read")
+                target, offset = target[count:], offset + count
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name to shard, as the index says; empty for a single file, which transformers prefers to an index too."""
+    if (folder / SINGLE).is_file():
+        return {}
+    index = folder / INDEX
+    if not index.is_file():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        if any(folder.glob("*.bin")) or any(folder.glob("*.bin.index.json")):
+            raise UserError(
+                f"{folder}: holds pickled weights only (*.bin), which may run code when read; "
+                "convert them to safetensors"
+            )
+        raise UserError(f"{folder}: holds no weights ({SINGLE} or {INDEX})")
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{index}: cannot be read ({error}); download it again") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f'{index}: has no "weight_map"; download it again')
+    for file in names.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{index}: {file!r} is not the name of a safetensors file beside it")
+    absent = [file for file in dict.fromkeys(names.values()) if not (folder / file).is_file()]
+    if absent:
+        raise UserError(f"{folder}: shards are missing: {_listed(sorted(absent))}; download them again")
+    return {name: folder / file for name, file in names.items()}
+
+
+def _header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """(name, dtype, shape, offset from the beginning of the file) of every tensor, after the library's checks."""
+    try:
+        with safe_open(str(file), framework="pt"):  # lengths, offsets without gaps, the file's size
+            pass
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: is no complete safetensors file ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        yield name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+
+
+class TensorPlan(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Streams tensors into `model.safetensors`, or into shards with their index, one tensor at a time.
+
+    Everything is laid out beforehand, so nothing is held back. A file has its name once it is complete and on disk,
+    the index comes last: what a crash leaves does not pass for a model.
+
+    Args:
+        folder: where to write; it exists and holds no weights.
+        tensors: (name, dtype, shape) of every tensor in the order in which they will come.
+        max_shard_bytes: a shard is closed before it would grow larger; a larger tensor has a shard of its own.
+
+    Raises:
+        UserError: the folder has weights already, or cannot be written (also by `write` and `finish`).
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> None:
+        self.folder = Path(folder)
+        plans = [TensorPlan(name, dtype, tuple(shape)) for name, dtype, shape in tensors]
+        assert plans and len({plan.name for plan in plans}) == len(plans), "names must be given once each"
+        if any(self.folder.glob("*.safetensors")) or (self.folder / INDEX).exists():
+            raise UserError(f"{self.folder}: holds weights already; choose another folder or remove them")
+        self._total = sum(plan.num_bytes for plan in plans)
+        self._shards = _split(plans, max_shard_bytes)
+        self._coming = [(i, plan) for i, shard in enumerate(self._shards) for plan in shard]
+        self._written = 0
+        self._file: BinaryIO | None = None
+        self._offsets: dict[str, int] = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor. It must be the planned one, in name, dtype and shape; it may be on any device."""
+        assert self._written < len(self._coming), f"{name} comes after the last tensor"
+        shard, plan = self._coming[self._written]
+        assert TensorPlan(name, tensor.dtype, tuple(tensor.shape)) == plan, f"{name} comes where {plan} was planned"
+        try:
+            if self._file is None:
+                self._begin(shard)
+            self._file.seek(self._offsets[name])
+            self._file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+            self._written += 1
+            if self._written == len(self._coming) or self._coming[self._written][0] != shard:
+                self._complete(shard)
+        except OSError as error:
+            raise self._cannot(shard, error) from error
+
+    def finish(self) -> None:
+        """Write the index where there are several shards. All tensors must have come."""
+        assert self._written == len(self._coming), f"{self._coming[self._written][1].name} did not come"
+        if len(self._shards) == 1:
+            return
+        files = {plan.name: self._name(i) for i, plan in self._coming}
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(files.items()))}
+        try:
+            write_durably(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder / INDEX}: cannot be written: {error.strerror}") from error
+
+    def _name(self, shard: int) -> str:
+        count = len(self._shards)
+        return SINGLE if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+    def _partial(self, shard: int) -> Path:
+        return self.folder / f"{self._name(shard)}.partial"
+
+    def _begin(self, shard: int) -> None:
+        """Write the header. In the file wider dtypes come first, so that every tensor is aligned to its own."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        end = 0
+        for plan in sorted(self._shards[shard], key=lambda plan: -plan.dtype.itemsize):
+            begin, end = end, end + plan.num_bytes
+            header[plan.name] = {"dtype": names[plan.dtype], "shape": list(plan.shape), "data_offsets": [begin, end]}
+            self._offsets[plan.name] = begin
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        for plan in self._shards[shard]:
+            self._offsets[plan.name] += 8 + len(text)
+        self._file = open(self._partial(shard), "wb")  # noqa: SIM115
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _complete(self, shard: int) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        os.replace(self._partial(shard), self.folder / self._name(shard))
+        sync_folder(self.folder)
+
+    def _cannot(self, shard: int, error: OSError) -> UserError:
+        return UserError(f"{self.folder / self._name(shard)}: cannot be written: {error.strerror}")
+
+
+def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
+    """Shards in order, each as full as it may be."""
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for plan in plans:
+        if shards[-1] and size + plan.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(plan)
+        size += plan.num_bytes
+    return shards
+
+
+def _bounds(part: slice | None, size: int) -> tuple[int, int]:
+    if part is None:
+        return 0, size
+    assert part.step in (None, 1) and 0 <= part.start <= part.stop <= size, f"{part} of {size}"
+    return part.start, part.stop
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not a copy."""
+    assert tensor.is_contiguous()
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _listed(names: list[str]) -> str:
+    """The first few, and how many there are in all."""
+    rest = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")

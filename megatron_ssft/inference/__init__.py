@@ -1,1 +1,0 @@
-"""From an exported model to judged answers: rollouts, verifiers, votes, metrics."""

@@ -1,0 +1,1 @@
+"""Core attention over rows and token streams."""

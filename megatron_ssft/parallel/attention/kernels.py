@@ -1,0 +1,289 @@
+"""Core attention: rows that are causal (padded layout) or segments of a stream (packed layout), by several kernels.
+
+Shapes: T tokens of a stream, s sequence, b batch, n query heads and g key/value groups on this tensor-parallel rank,
+d channels of one head.
+
+A segment's queries see all of its context and, causally, the segment itself. Its keys are gathered in that order, so
+that to any kernel it is one sequence with more keys than queries and a causal mask aligned at the bottom right.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.attention.segment_groups import SegmentGroup, group_segments
+from megatron_ssft.records import Segment
+
+Attend = Callable[[Tensor, Tensor, Tensor, "float | None"], Tensor]
+"""(query [T, n, d], key [T, g, d], value [T, g, d], softmax scale) -> [T, n * d]"""
+
+
+@dataclass
+class StreamParams(PackedSeqParams):
+    """Carries the attention of one stream through Megatron's layers, which pass it on to the core attention."""
+
+    attend: Attend | None = None
+
+
+class CoreAttention(nn.Module):
+    """Causal scaled-dot-product attention over rows, or over a stream's segments where `packed_seq_params` has them.
+
+    Rows are padded on the right, so the causal mask alone keeps real tokens from seeing padding.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: StreamParams | None = None,
+        **_: object,
+    ) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. `attention_mask` must be None."""
+        assert attention_mask is None, "the mask is built in"
+        if packed_seq_params is not None:
+            streams = (t.squeeze(1) for t in (query, key, value))
+            return packed_seq_params.attend(*streams, self.softmax_scale).unsqueeze(1)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=k.size(1) != q.size(1)
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+# -- torch SDPA: anywhere, and the reference ---------------------------------------------------------------------------
+
+
+class SdpaAttend:
+    """Segments of similar shape go through one call of torch's kernel; what the mask leaves out is padding."""
+
+    def __init__(
+        self, segments: tuple[Segment, ...], length: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.groups = [_SdpaGroup(g, dtype, device) for g in group_segments(segments, width)]
+        self.outputs_in_order = torch.from_numpy(_places_of_outputs(self.groups, length)).to(device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        n, g, d = query.size(1), key.size(1), query.size(2)
+        if query.is_cuda and n != g:  # with a mask and grouped heads no fused CUDA kernel is found
+            key, value = (t.repeat_interleave(n // g, dim=1) for t in (key, value))
+            g = n
+        query, key, value = (t.flatten(1) for t in (query, key, value))
+        outputs = []
+        for group in self.groups:
+            # A lookup by embedding is a gather whose gradient is fast, and deterministic on CUDA as well.
+            q = F.embedding(group.queries, query).unflatten(-1, (n, d)).transpose(1, 2)
+            k, v = (F.embedding(group.keys, t).unflatten(-1, (g, d)).transpose(1, 2) for t in (key, value))
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=n != g
+            )
+            outputs.append(out.transpose(1, 2).reshape(-1, n * d))
+        return F.embedding(self.outputs_in_order, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+class _SdpaGroup:
+    """A SegmentGroup's index tensors and its mask on the device."""
+
+    def __init__(self, group: SegmentGroup, dtype: torch.dtype, device: torch.device) -> None:
+        self.places, self.shape = group.places, group.queries.shape
+        self.queries = torch.from_numpy(group.queries).to(device)
+        self.keys = torch.from_numpy(group.keys).to(device)
+        self.mask = None
+        if group.contexts.any():
+            context = torch.from_numpy(np.unique(group.contexts))  # one mask for all where they agree
+            if len(context) > 1:
+                context = torch.from_numpy(group.contexts)
+            rows, columns = torch.arange(group.queries.shape[1]), torch.arange(group.keys.shape[1])
+            hidden = columns > context.view(-1, 1, 1, 1) + rows.view(-1, 1)
+            self.mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(device)
+
+
+def _places_of_outputs(groups: list[_SdpaGroup], length: int) -> np.ndarray:
+    """int64 [T]: where each token of the stream stands among the groups' outputs, padding included."""
+    order = np.full(length, -1, dtype=np.int64)
+    offset = 0
+    for group in groups:
+        rows, columns, tokens = group.places
+        order[tokens] = offset + rows * group.shape[1] + columns
+        offset += group.shape[0] * group.shape[1]
+    assert (order >= 0).all(), "the segments do not cover the stream"
+    return order
+
+
+# -- kernels for sequences of any length, on CUDA ----------------------------------------------------------------------
+
+
+class VarlenAttend:
+    """All segments in one call of a kernel that takes cumulative sequence lengths."""
+
+    def __init__(self, segments: tuple[Segment, ...], length: int, device: torch.device, kernel: Callable) -> None:
+        assert sum(s.length for s in segments) == length
+        queries = np.array([s.length for s in segments])
+        keys = np.array([s.num_context + s.length for s in segments])
+        self.kernel = kernel
+        ranges = [r for s in segments for r in (*s.context, (s.start, s.length))]
+        index = np.concatenate([np.arange(start, start + count) for start, count in ranges])
+        self.keys = torch.from_numpy(index).to(device, non_blocking=True)
+        self.cu_queries, self.cu_keys = (
+            torch.from_numpy(np.concatenate([[0], x.cumsum()]).astype(np.int32)).to(device, non_blocking=True)
+            for x in (queries, keys)
+        )
+        self.max_queries, self.max_keys = int(queries.max()), int(keys.max())
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        groups = key.shape[1:]
+        key, value = (F.embedding(self.keys, t.flatten(1)).unflatten(-1, groups) for t in (key, value))
+        out = self.kernel(query.contiguous(), key, value, self, scale)
+        return out.reshape(query.size(0), -1)
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
+        scale=scale, window_size=(-1, 0), enable_gqa=q.size(1) != k.size(1),
+    )  # fmt: skip
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
+        softmax_scale=scale, causal=True, deterministic=True,
+    )  # fmt: skip
+
+
+def _transformer_engine(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
+    return _te_module(q.size(1), k.size(1), q.size(2), scale)(
+        q, k, v, cu_seqlens_q=lengths.cu_queries, cu_seqlens_kv=lengths.cu_keys,
+        max_seqlen_q=lengths.max_queries, max_seqlen_kv=lengths.max_keys,
+    )  # fmt: skip
+
+
+@functools.cache
+def _te_module(heads: int, groups: int, channels: int, scale: float | None) -> nn.Module:
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads, channels, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right", softmax_scale=scale,
+    )  # fmt: skip
+
+
+VARLEN_KERNELS: dict[str, tuple[str, Callable]] = {
+    "flash": ("flash_attn", _flash_attn),
+    "varlen": ("torch.nn.attention.varlen", _torch_varlen),
+    "te": ("transformer_engine", _transformer_engine),
+}
+"""Name -> (module it needs, kernel), in order of preference."""
+
+
+# -- choosing one ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """The kernel that streams go through."""
+
+    name: str
+    width: int
+    """Channels of all query heads on this rank."""
+    dtype: torch.dtype
+    device: torch.device
+    why: str
+    """For the log: why this one."""
+
+    def stream(self, segments: tuple[Segment, ...], length: int) -> StreamParams:
+        """What the layers need for one stream of `length` tokens; built once, used by every layer."""
+        if self.name == "sdpa":
+            return StreamParams(attend=SdpaAttend(segments, length, self.width, self.dtype, self.device))
+        return StreamParams(attend=VarlenAttend(segments, length, self.device, VARLEN_KERNELS[self.name][1]))
+
+
+def choose_backend(
+    wanted: str, num_heads: int, num_groups: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    """The kernel `wanted`, or with `auto` the first that is there and agrees with SDPA on a small stream.
+
+    The check makes sure of what documentation leaves open, such as how a causal mask is aligned where there are more
+    keys than queries.
+
+    Raises:
+        UserError: the kernel asked for is not there or is wrong.
+    """
+    candidates = ["sdpa"] if wanted == "sdpa" else [*VARLEN_KERNELS, "sdpa"] if wanted == "auto" else [wanted]
+    reasons = []
+    for name in candidates:
+        problem = _unusable(name, dtype, device)
+        backend = AttentionBackend(name, num_heads * channels, dtype, device, "; ".join(reasons) or "first choice")
+        if problem is None and name != "sdpa":
+            problem = _disagreement(backend, num_heads, num_groups, channels)
+        if problem is None:
+            return backend
+        reasons.append(f"{name}: {problem}")
+    raise UserError(f"--attention-backend {wanted}: {reasons[0].partition(': ')[2]}; choose another or auto")
+
+
+def _unusable(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return "needs CUDA"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "needs --bf16"
+    module = VARLEN_KERNELS[name][0]
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"{module} is not installed"
+    if module.startswith("torch.") and importlib.util.find_spec(module) is None:
+        return f"this torch has no {module}"
+    return None
+
+
+_CHECKED = (
+    Segment(0, 70, ()),
+    Segment(70, 40, ((0, 70),)),
+    Segment(110, 90, ((0, 70), (70, 40))),
+    Segment(200, 33, ()),
+)
+
+
+def _disagreement(backend: AttentionBackend, num_heads: int, num_groups: int, channels: int) -> str | None:
+    """How the kernel differs from SDPA in output or gradient on a small stream; None if it does not."""
+    length = sum(s.length for s in _CHECKED)
+    generator = torch.Generator().manual_seed(0)  # the CPU's, so that nothing else that is random changes
+    shapes = [(length, heads, channels) for heads in (num_heads, num_groups, num_groups)]
+    draws = [torch.randn(shape, generator=generator).to(backend.device, backend.dtype) for shape in shapes]
+    sdpa = AttentionBackend("sdpa", backend.width, backend.dtype, backend.device, "")
+    results = []
+    try:
+        for kind in (sdpa, backend):
+            inputs = [x.clone().requires_grad_() for x in draws]
+            out = kind.stream(_CHECKED, length).attend(*inputs, None)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
+        return (
+            f"does not run here ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+        )
+    for expected, got in zip(*results):
+        error = (expected.float() - got.float()).norm() / expected.float().norm()
+        if not error < 2e-2:  # bfloat16 has 8 bits
+            return f"differs from SDPA by {error:.3g}"
+    return None

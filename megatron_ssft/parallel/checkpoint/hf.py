@@ -1,0 +1,178 @@
+"""Weights from and to Hugging Face folders, slice by slice and tensor by tensor.
+
+`hf.tensor_map` says which rows of which Hugging Face tensor make up a Megatron tensor; megatron-core's sharded
+checkpoint entries say which slice of it this rank holds. Loading reads just these slices. Exporting assembles one
+Megatron tensor at a time on the first rank and streams it out: this rank's shard plus twice the largest tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_ssft.config import ModelConfig
+from megatron_ssft.hf.safetensors_io import HFWeights, ShardWriter
+from megatron_ssft.hf.tensor_map import Segment, hf_tensors, megatron_tensors, segments, sources
+from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.model.initialization import fold_forking_rows, sharded_tensors, take_forking_rows
+
+
+def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False, untie: bool = False) -> None:
+    """Fill the engine's weights from a Hugging Face folder, every rank reading its own slices.
+
+    `only_some_layers`: the engine has fewer layers than the folder, for verification.
+    `untie`: the folder's model has tied embeddings, the engine's output head becomes a copy of them.
+    Rows that the folder does not have (added tags, padding) become zero; the tags' own rows are taken from the table.
+
+    Raises:
+        UserError: tensors are missing, unused, or of another shape.
+    """
+    model = engine.config.model
+    if untie:
+        model = dataclasses.replace(model, untie_embeddings_and_output_weights=False)
+    if not only_some_layers:
+        on_first_rank(lambda: _check_names(folder, model), engine.topology)
+    with torch.no_grad(), HFWeights(folder) as weights:
+        for entry, layer in weight_entries(engine):
+            if untie and entry.key == "output_layer.weight":
+                entry = dataclasses.replace(entry, key="embedding.word_embeddings.weight")
+            entry.data.zero_()
+            for _, local, values in _stored_slices(weights, entry, layer, model):
+                entry.data.narrow(0, local, len(values)).copy_(values)
+    take_forking_rows(engine.chunks)
+
+
+def compare_hf_weights(engine: Engine, folder: Path, new_rows: tuple[int, ...] = ()) -> None:
+    """Raise UserError naming the first tensor of the folder that is not bitwise what the engine holds. Collective.
+
+    Args:
+        new_rows: vocabulary rows that the folder does not have yet, or has spare: tags that were added.
+    """
+    fold_forking_rows(engine.chunks)
+    with HFWeights(folder) as weights:
+        rows = weights.shapes.get("model.embed_tokens.weight", (0,))[0]
+        model = dataclasses.replace(engine.config.model, vocab_size=rows)
+        on_first_rank(lambda: _check_names(folder, model), engine.topology)
+        error = _first_difference(engine, weights, model, new_rows, folder)
+    raise_together(error, engine.topology)
+
+
+def _check_names(folder: Path, model: ModelConfig) -> None:
+    with HFWeights(folder) as weights:
+        weights.check_names(hf_tensors(model), str(folder))
+
+
+def _first_difference(
+    engine: Engine, weights: HFWeights, model: ModelConfig, new_rows: tuple[int, ...], folder: Path
+) -> str | None:
+    for entry, layer in weight_entries(engine):
+        start = entry.global_offset[entry.prepend_axis_num]
+        for name, local, values in _stored_slices(weights, entry, layer, model):
+            mine = entry.data.narrow(0, local, len(values)).cpu()
+            if layer is None and values.dim() == 2:
+                kept = [i for i in range(len(values)) if start + local + i not in new_rows] if new_rows else slice(None)
+                mine, values = mine[kept], values[kept]
+            if not torch.equal(mine.to(values.dtype), values):
+                distance = float((mine.float() - values.float()).abs().max())
+                return f"{folder}: {name} differs from the Megatron weights (largest difference {distance:g})"
+    return None
+
+
+def weight_entries(engine: Engine) -> Iterator[tuple[ShardedTensor, int | None]]:
+    """(sharded entry, layer) of every weight on this rank; gate and up come as two entries of one tensor."""
+    for chunk in engine.chunks:
+        for entry in sharded_tensors(chunk.sharded_state_dict()):
+            if "forking_rows" not in entry.key:
+                yield entry, (entry.global_offset[0] if entry.prepend_axis_num else None)
+
+
+def _stored_slices(
+    weights: HFWeights, entry: ShardedTensor, layer: int | None, model: ModelConfig
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(tensor name, row of this rank's shard where it begins, values) of what the folder holds of a shard."""
+    lead = entry.prepend_axis_num
+    offset, shape = entry.global_offset[lead:], entry.local_shape
+    columns = slice(offset[1], offset[1] + shape[1]) if len(shape) == 2 else None
+    for name, rows, local in sources(entry.key, layer, model, range(offset[0], offset[0] + shape[0])):
+        yield name, local, weights.read(name, rows, columns)
+
+
+def export_hf_weights(engine: Engine, folder: Path) -> None:
+    """Write the engine's weights as safetensors shards with their index into `folder`, which exists. Collective.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    fold_forking_rows(engine.chunks)
+    topology = engine.topology
+    model = dataclasses.replace(engine.config.model, vocab_size=engine.vocab_size)
+    mine = {}
+    for entry, layer in weight_entries(engine):
+        replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
+        if not any(replica):  # one owner for each slice
+            mine.setdefault((entry.key, layer), []).append(entry)
+    listed = [[key, layer, [_place(e) for e in entries]] for (key, layer), entries in mine.items()]
+    owners: dict[tuple[str, int | None], list[tuple[int, int, list]]] = {}
+    for rank, rows in enumerate(gather_json(listed, topology)):
+        for key, layer, places in rows:
+            owners.setdefault((key, layer), []).extend((rank, i, place) for i, place in enumerate(places))
+    writer = None
+    if topology.is_first_rank:
+        writer = ShardWriter(folder, [(name, _dtype(engine), shape) for name, shape in hf_tensors(model).items()])
+    for tensor in megatron_tensors(model):
+        whole = torch.empty(tensor.shape, dtype=_dtype(engine)) if writer is not None else None
+        for rank, i, place in owners[tensor.key, tensor.layer]:
+            piece = None
+            if topology.rank == rank:
+                piece = mine[tensor.key, tensor.layer][i].data.detach().cpu().contiguous()
+            _deliver(piece, rank, place, whole, topology)
+        if writer is not None:
+            _write(writer, whole, segments(tensor.key, tensor.layer, model), hf_tensors(model))
+    if writer is not None:
+        writer.finish()
+
+
+def _place(entry: ShardedTensor) -> list[list[int]]:
+    lead = entry.prepend_axis_num
+    return [list(entry.global_offset[lead:]), list(entry.local_shape)]
+
+
+def _dtype(engine: Engine) -> torch.dtype:
+    return next(engine.chunks[0].parameters()).dtype
+
+
+def _deliver(piece: Tensor | None, source: int, place: list, whole: Tensor | None, topology: object) -> None:
+    """Bring one slice to the first rank and into its tensor, padding of the vocabulary left out."""
+    offset, shape = place
+    if source != 0:
+        if topology.rank == source:
+            dist.send(piece, dst=0, group=topology.control_group)
+        elif topology.rank == 0:
+            piece = torch.empty(shape, dtype=whole.dtype)
+            dist.recv(piece, src=source, group=topology.control_group)
+    if whole is not None:
+        rows = max(0, min(shape[0], whole.size(0) - offset[0]))
+        target = whole.narrow(0, min(offset[0], whole.size(0)), rows)
+        if len(shape) == 2:
+            target = target.narrow(1, offset[1], shape[1])
+        target.copy_(piece[:rows])
+
+
+def _write(writer: ShardWriter, whole: Tensor, parts: tuple[Segment, ...], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Split one Megatron tensor into its Hugging Face tensors and stream them out."""
+    for name in dict.fromkeys(part.name for part in parts):
+        own = [part for part in parts if part.name == name]
+        if len(own) == 1:
+            writer.write(name, whole[own[0].start : own[0].stop])
+            continue
+        tensor = torch.empty(shapes[name], dtype=whole.dtype)
+        for part in own:
+            tensor[part.hf_start : part.hf_start + part.stop - part.start] = whole[part.start : part.stop]
+        writer.write(name, tensor)

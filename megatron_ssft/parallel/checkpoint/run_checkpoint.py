@@ -1,0 +1,164 @@
+"""Checkpoints in megatron-core's distributed format, loadable at any layout, complete or absent.
+
+A run folder holds `iter_0000010/` and so on, and `latest_checkpointed_iteration.txt`. A checkpoint is written under
+a temporary name and renamed when everything is on disk, so a folder `iter_*` is always complete. Our own state is
+JSON; megatron-core's pickles are scanned before they are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import sync_folder, write_durably
+from megatron_ssft.formats.run_folder import STATE, TRACKER, checkpoint_folder
+from megatron_ssft.parallel.checkpoint.pickle_scan import refuse_unusable
+from megatron_ssft.parallel.checkpoint.writer import save_strategy
+from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.model.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
+from megatron_ssft.parallel.optimizer import load_optimizer_state, sharded_optimizer_state
+
+_ROWS = "forking_rows.weight"
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+_EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
+
+
+def read_state(run: Path, iteration: int) -> dict[str, object]:
+    """The JSON state stored with a checkpoint. Raises UserError if it is damaged."""
+    path = checkpoint_folder(run, iteration) / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove this checkpoint to load an older one") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path}: holds no state of a run; remove this checkpoint to load an older one")
+    return state
+
+
+def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, object]) -> Path:
+    """Write weights, optimizer (where there is one) and `state` (JSON). Collective; returns the folder."""
+    folder = checkpoint_folder(run, iteration)
+    partial = run / f".{folder.name}.partial"
+    topology = engine.topology
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def publish() -> None:
+        write_durably(partial / STATE, json.dumps(state, indent=1))
+        replaced = run / f".{folder.name}.old"
+        if folder.exists():  # the same iteration once more, after resuming from before it
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        os.rename(partial, folder)
+        sync_folder(run)
+        write_durably(run / TRACKER, str(iteration))
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    on_first_rank(prepare, topology)
+    fold_forking_rows(engine.chunks)
+    sharded = _sharded_state(engine, is_loading=False, weights_only=engine.optimizer is None)
+    try:
+        dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
+    except CheckpointException as error:
+        raise UserError(f"{partial}: cannot write the checkpoint: {_first_reason(error)}") from error
+    barrier(topology)
+    on_first_rank(publish, topology)
+    return folder
+
+
+def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
+    """`load_folder` of a run's checkpoint."""
+    load_folder(engine, checkpoint_folder(run, iteration), weights_only, untie)
+
+
+def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: bool = False) -> None:
+    """Fill weights, and unless `weights_only` the optimizer, at whatever layout the engine has. Collective.
+
+    `untie`: the checkpoint's model has tied embeddings, the engine's output head becomes a copy of them.
+
+    Raises:
+        UserError: the checkpoint is foreign, damaged, or does not fit the model.
+    """
+    on_first_rank(lambda: refuse_unusable(folder), engine.topology)
+    sharded = _sharded_state(engine, is_loading=True, weights_only=weights_only)
+    if untie:
+        for key in _chunk_keys(engine):
+            head = sharded[key].get(_HEAD)
+            if head is not None:  # a second reader of the embedding
+                head.key, head.replica_id = _EMBEDDING, (1, *head.replica_id[1:])
+    try:
+        state = dist_checkpointing.load(sharded, folder)
+    except (CheckpointingException, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
+    except CheckpointException as error:  # torch's, of ranks that failed to read their shards
+        raise UserError(
+            f"{folder}: damaged ({_first_reason(error)}); remove this checkpoint to load an older one"
+        ) from error
+    for key, chunk in zip(_chunk_keys(engine), engine.chunks):
+        missing, unexpected = chunk.load_state_dict(state[key], strict=False)
+        absent = [name for name in missing if not name.endswith((_ROWS, _EXTRA))]
+        if absent or unexpected:
+            raise UserError(f"{folder}: does not fit this model: missing {absent}, unexpected {list(unexpected)}")
+    take_forking_rows(engine.chunks)
+    damaged = find_damaged_weight(engine.chunks)
+    raise_together(
+        damaged and f"{folder}: weights are damaged: {damaged} holds NaN or infinity; load another checkpoint",
+        engine.topology,
+    )
+    if engine.optimizer is None:
+        return
+    if weights_only:
+        engine.optimizer.reload_model_params()
+    else:
+        load_optimizer_state(engine.optimizer, state["optimizer"])
+
+
+def _first_reason(error: CheckpointException) -> str:
+    """What the first rank that failed says, in one line."""
+    reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
+    return min(reasons).strip().split("\n")[0]
+
+
+def _chunk_keys(engine: Engine) -> list[str]:
+    return ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+
+
+def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False) -> dict[str, object]:
+    """What is saved or loaded, as megatron-core's sharded tensors.
+
+    The tags' own rows are folded into the embedding, so the model part leaves them out; the optimizer's state of
+    these rows is stored under their own name. Layers are stacked into one tensor each; the state of an optimizer that
+    trains some of them only cannot be, so its layers are stored one by one.
+    """
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_chunk_keys(engine), engine.chunks)}
+    state: dict[str, object] = {
+        key: {name: entry for name, entry in part.items() if not name.endswith((_ROWS, _EXTRA))}
+        for key, part in model.items()
+    }
+    if not weights_only:
+        if engine.last_layers is not None:
+            metadata["non_homogeneous_layers"] = True
+            model = {
+                key: chunk.sharded_state_dict(metadata=metadata)
+                for key, chunk in zip(_chunk_keys(engine), engine.chunks)
+            }
+        state["optimizer"] = sharded_optimizer_state(engine.optimizer, model, is_loading, metadata)
+    return state

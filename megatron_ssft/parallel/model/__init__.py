@@ -1,0 +1,1 @@
+"""The GPT of a rank: layers, initial weights, the rows of the tags, the loss head."""

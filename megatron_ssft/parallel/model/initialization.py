@@ -1,0 +1,140 @@
+"""Initial weights that do not depend on the layout.
+
+Every parameter is drawn by its global name: the generator is seeded by (seed, name, layer), draws the whole tensor on
+the CPU, and each rank keeps the slice its sharded checkpoint entry describes. So TP, PP, virtual pipeline and the
+number of data-parallel ranks never change where training starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_ssft.config import Config
+from megatron_ssft.parallel.model.gpt import SetGPTModel
+from megatron_ssft.records import ForkingTokens
+
+
+@torch.no_grad()
+def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
+    """Draw every weight matrix: N(0, std), the projections back into the residual stream N(0, std / sqrt(2 layers)).
+
+    Biases are zero; norms keep the ones their modules are built with.
+    """
+    std = config.model.init_method_std
+    back = std / math.sqrt(2.0 * config.model.num_layers)
+    for chunk in chunks:
+        for entry in sharded_tensors(chunk.sharded_state_dict()):
+            if entry.key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                _draw(entry, back, config.training.seed)
+            elif len(entry.global_shape) - entry.prepend_axis_num == 2:
+                _draw(entry, std, config.training.seed)
+            elif entry.key.endswith("bias"):
+                entry.data.zero_()  # megatron-core leaves them unwritten when it does not initialise
+
+
+def sharded_tensors(state: dict[str, object]) -> list[ShardedTensor]:
+    """All tensor entries; factories (gate and up of SwiGLU) give theirs, which are views of the parameter."""
+    entries = []
+    for value in state.values():
+        if isinstance(value, ShardedTensorFactory):
+            entries += value.build()
+        elif isinstance(value, ShardedTensor):
+            entries.append(value)
+    return entries
+
+
+@torch.no_grad()
+def _draw(entry: ShardedTensor, std: float, seed: int) -> None:
+    lead = entry.prepend_axis_num
+    values = torch.randn(
+        entry.global_shape[lead:], generator=named_generator(seed, entry.key, *entry.global_offset[:lead])
+    )
+    for axis, (offset, size) in enumerate(zip(entry.global_offset[lead:], entry.local_shape)):
+        values = values.narrow(axis, offset, size)
+    entry.data.copy_(values * std)
+
+
+def named_generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator that is a pure function of its arguments."""
+    digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialize_forking_rows(
+    chunks: list[SetGPTModel], tags: ForkingTokens, known_size: int, copy_id: int | None, config: Config
+) -> None:
+    """Give the new tags' rows of every vocabulary table their start, as --forking-token-init says.
+
+    Args:
+        known_size: rows that come with a meaning: mean and RMS are over these (a model may have spare rows that were
+            never trained). Tags among them keep the rows they have.
+        copy_id: row to start from with `copy:<token>`; None: the mean row.
+    """
+    new_ids = tuple(i for i in tags.row_ids if i >= known_size)
+    if not new_ids:
+        return
+    for chunk in chunks:
+        for table in chunk.vocab_tables():
+            rows = _starting_rows(table, chunk.pg_collection.tp, len(new_ids), known_size, copy_id, config)
+            start = chunk.pg_collection.tp.rank() * table.size(0)
+            for row, i in zip(rows, new_ids):
+                if 0 <= i - start < table.size(0):
+                    table[i - start] = row.to(table.dtype)
+    take_forking_rows(chunks)
+
+
+def _starting_rows(
+    table: Tensor,
+    tp_group: dist.ProcessGroup,
+    num_rows: int,
+    known_size: int,
+    copy_id: int | None,
+    config: Config,
+) -> Tensor:
+    """float32 [num_rows, h], equal on all ranks."""
+    start = tp_group.rank() * table.size(0)
+    ids = torch.arange(start, start + table.size(0), device=table.device)
+    in_use = ids < known_size
+    used = table[in_use].double()
+    base = table[ids == copy_id].double().sum(0) if copy_id is not None else used.sum(0)
+    totals = torch.cat([base, used.square().sum().view(1), in_use.sum().double().view(1)])
+    dist.all_reduce(totals, group=tp_group)
+    base, squares, count = totals[:-2], totals[-2], totals[-1]
+    if copy_id is None:
+        base = base / count
+    rows = base.float().repeat(num_rows, 1)
+    if config.forking.forking_token_init != "mean":
+        rms = (squares / (count * table.size(1))).sqrt().float()
+        noise = torch.randn(rows.shape, generator=named_generator(config.training.seed, "forking rows"))
+        rows += noise.to(rows.device) * rms * config.forking.forking_token_noise
+    return rows
+
+
+def take_forking_rows(chunks: list[SetGPTModel]) -> None:
+    """Fill the tags' own rows from the vocabulary tables they are folded into."""
+    for chunk in chunks:
+        if chunk.forking_rows is not None:
+            chunk.forking_rows.unfold(chunk.vocab_tables()[0])
+
+
+def fold_forking_rows(chunks: list[SetGPTModel]) -> None:
+    """Write the tags' own rows into the vocabulary tables they stand for."""
+    for chunk in chunks:
+        if chunk.forking_rows is not None:
+            chunk.forking_rows.fold(chunk.vocab_tables()[0])
+
+
+def find_damaged_weight(chunks: list[SetGPTModel]) -> str | None:
+    """Name of this rank's first parameter that holds NaN or infinity, if any."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return name
+    return None

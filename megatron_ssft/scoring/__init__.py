@@ -1,0 +1,1 @@
+"""Rollouts to judged rollouts: verifiers, and the sandbox for generated programs."""

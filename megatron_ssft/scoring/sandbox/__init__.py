@@ -1,0 +1,1 @@
+"""Generated programs run here: isolated, limited, watched from outside."""

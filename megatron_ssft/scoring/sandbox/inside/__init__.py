@@ -1,0 +1,1 @@
+"""What runs inside the sandbox: started by path with `python -I`, it imports nothing but the standard library."""

@@ -1,0 +1,96 @@
+"""What the scoring program shows: how far it is, and in the end accuracies and verdicts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_ssft.formats.rollouts import ScoredRollout
+
+_PLAIN_SECONDS = 10.0
+_MAX_VERDICTS = 12
+
+
+def shown(console: Console, scored: Iterable[ScoredRollout], done: int, total: int) -> Iterator[ScoredRollout]:
+    """Pass `scored` on: with a bar on a terminal, with a plain line now and then elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            for row in scored:
+                yield row
+                bar.advance(task)
+        return
+    last = time.monotonic()
+    if done:
+        console.print(f"scored {done} of {total} before")
+    for count, row in enumerate(scored, start=done + 1):
+        yield row
+        if count == total or time.monotonic() - last > _PLAIN_SECONDS:
+            last = time.monotonic()
+            console.print(f"scored {count} of {total}")
+
+
+def print_tables(
+    console: Console,
+    scored: Sequence[ScoredRollout],
+    group_by: Sequence[str] = ("tag",),
+    questions: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """Accuracy for each combination of the fields `group_by`, then how often each verdict fell.
+
+    A field is one of the scored line, else one of the question's row.
+    """
+    console.print(accuracy_table(scored, group_by, questions or {}))
+    counts = Counter(row.verdict for row in scored)
+    table = Table("verdict", title="verdicts")
+    table.add_column("samples", justify="right")
+    table.add_column("share", justify="right")
+    for verdict, count in counts.most_common(_MAX_VERDICTS):
+        table.add_row(escape(verdict), str(count), f"{count / len(scored):.1%}")
+    rest = len(scored) - sum(count for _, count in counts.most_common(_MAX_VERDICTS))
+    if rest:
+        table.add_row("others", str(rest), f"{rest / len(scored):.1%}")
+    console.print(table)
+
+
+def accuracy_table(
+    scored: Sequence[ScoredRollout], group_by: Sequence[str], questions: Mapping[str, Mapping[str, object]]
+) -> Table:
+    """Samples, share of correct ones, of those without an answer, of truncated ones, mean length."""
+    groups: dict[tuple[str, ...], list[ScoredRollout]] = defaultdict(list)
+    for row in scored:
+        groups[tuple(_field(row, name, questions) for name in group_by)].append(row)
+    table = Table(*map(escape, group_by), title=f"verifier {scored[0].verifier}, {len(scored)} samples")
+    for name in ("samples", "correct", "no answer", "truncated", "tokens"):
+        table.add_column(name, justify="right")
+    keys = sorted(groups, key=lambda key: [(len(text), text) for text in key])
+    lines = [(key, groups[key]) for key in keys]
+    if len(lines) > 1:
+        lines.append((("all", *[""] * (len(group_by) - 1)), list(scored)))
+    for key, rows in lines:
+        shares = (
+            sum(row.correct for row in rows),
+            sum(row.verdict == "no answer" for row in rows),
+            sum(row.truncated for row in rows),
+        )
+        tokens = sum(row.num_tokens for row in rows) / len(rows)
+        if key[0] == "all" and len(lines) > 1:
+            table.add_section()
+        table.add_row(
+            *map(escape, key), str(len(rows)), *(f"{share / len(rows):.1%}" for share in shares), f"{tokens:.0f}"
+        )
+    return table
+
+
+def _field(row: ScoredRollout, name: str, questions: Mapping[str, Mapping[str, object]]) -> str:
+    if name == "tag":
+        return "none" if row.tag is None else f"<think{row.tag + 1}>"
+    value = getattr(row, name) if hasattr(row, name) else questions.get(row.id, {}).get(name)
+    return "-" if value is None else str(value)

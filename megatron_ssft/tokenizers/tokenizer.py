@@ -1,0 +1,242 @@
+"""Text to token ids and back: one small interface, three tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.hf.assets import copy_assets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project needs of a tokenizer."""
+
+    vocab_size: int
+    """Entries before any forking tokens: every id of `encode` and every special id is smaller."""
+    eos_id: int
+    """Ends a turn; it is trained at the end of every completion."""
+    bos_id: int | None
+    """Begins prompts that no chat template renders, where the tokenizer's own convention adds one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added at the ends."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens spelled out; ids from `vocab_size` on (forking tokens) are left out."""
+        ...
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of the vocabulary entry spelled `token`, None if there is none."""
+        ...
+
+    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
+        """Ids of the chat template with generation prompt; None without a template. Raises UserError on refusal."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 hex digest that changes whenever tokenization or the template changes."""
+        ...
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokenizer:
+    """The tokenizer that the flags name. Raises UserError, led by `--tokenizer-model PATH:`, for unusable files."""
+    if tokenizer_type == "CharTokenizer":
+        return CharTokenizer()
+    if tokenizer_type not in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
+        raise UserError(
+            f"--tokenizer-type {tokenizer_type}: choose CharTokenizer, SentencePieceTokenizer or HuggingFaceTokenizer"
+        )
+    if tokenizer_model is None:
+        raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+    if tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(tokenizer_model)
+    return HuggingFaceTokenizer(tokenizer_model)
+
+
+def _digest(*parts: str | bytes) -> str:
+    """sha256 over the parts and their boundaries."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+class CharTokenizer:
+    """The bytes of UTF-8 as ids 0..255 (so one token an ASCII character, nothing unknown), then end of text."""
+
+    _EOS = "<|endoftext|>"
+
+    def __init__(self) -> None:
+        self.eos_id = 256
+        self.bos_id: int | None = None
+        self.vocab_size = 257
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        pieces = (self._EOS.encode() if i == self.eos_id else bytes([i]) for i in ids if i < self.vocab_size)
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_to_id(self, token: str) -> int | None:
+        if token == self._EOS:
+            return self.eos_id
+        return ord(token) if len(token) == 1 and token.isascii() else None
+
+    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
+        return None
+
+    def fingerprint(self) -> str:
+        return _digest("CharTokenizer", self._EOS)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: str) -> None:
+        import sentencepiece  # here: importing this module stays fast
+
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"--tokenizer-model {path}: cannot read the SentencePiece model: {error.strerror}"
+            ) from error
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise UserError(f"--tokenizer-model {path}: not a SentencePiece model") from error
+        if not loaded or self._processor.get_piece_size() == 0:
+            raise UserError(f"--tokenizer-model {path}: not a SentencePiece model")
+        self.vocab_size = self._processor.get_piece_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise UserError(f"--tokenizer-model {path}: the model has no end-of-sentence piece, which ends every trace")
+        bos = self._processor.bos_id()
+        self.bos_id = bos if bos >= 0 else None
+        self._fingerprint = _digest("SentencePieceTokenizer", model)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, out_type=int)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        # The library drops control pieces; spell them, so that a decoded text shows where a turn ended.
+        text, ordinary = "", []
+        for i in (int(i) for i in ids if i < self.vocab_size):
+            if self._processor.is_control(i):
+                text += self._processor.decode(ordinary) + self._processor.id_to_piece(i)
+                ordinary = []
+            else:
+                ordinary.append(i)
+        return text + self._processor.decode(ordinary)
+
+    def token_to_id(self, token: str) -> int | None:
+        found = self._processor.piece_to_id(token)  # the unknown piece for a stranger
+        return found if self._processor.id_to_piece(found) == token else None
+
+    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
+        return None
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer of a folder. Raises UserError."""
+    from huggingface_hub import errors
+    from transformers import AutoTokenizer  # here: takes seconds
+
+    # Configurations that contradict themselves raise an error of their own, which older versions do not have.
+    strict = getattr(errors, "StrictDataclassError", ValueError)
+    with tempfile.TemporaryDirectory() as parent:
+        readable = folder
+        alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        if alone and (folder / "config.json").is_file():
+            # transformers' own conversion of a SentencePiece model may give other ids; ours is checked against it.
+            readable = Path(parent) / "assets"
+            copy_assets(folder, readable)
+        try:
+            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(": ")
+            raise UserError(
+                f"--tokenizer-model {folder}: no usable tokenizer: {type(error).__name__}: {reason}"
+            ) from error
+
+
+class HuggingFaceTokenizer:
+    """A local Hugging Face folder, read by transformers without network and without code from the folder."""
+
+    def __init__(self, path: str) -> None:
+        if not Path(path).is_dir():
+            raise UserError(f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer folder")
+        self._tokenizer = _load(Path(path))
+        vocabulary = self._tokenizer.get_vocab()
+        # Without vocabulary files some tokenizer classes come up with nothing but their special tokens.
+        if not set(vocabulary.values()) - set(self._tokenizer.added_tokens_decoder):
+            raise UserError(f"--tokenizer-model {path}: the folder holds no vocabulary")
+        # Ids may have holes, so that the number of entries is not always a bound.
+        self.vocab_size = max(len(self._tokenizer), 1 + max(vocabulary.values()))
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"--tokenizer-model {path}: the tokenizer has no eos_token, which ends every trace")
+        self.eos_id: int = self._tokenizer.eos_token_id
+        bos = self._tokenizer.bos_token_id
+        adds_bos = bos is not None and self._tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+        self.bos_id: int | None = bos if adds_bos else None
+        self._fingerprint = self._compute_fingerprint(Path(path), vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        # verbose=False: lengths are checked against --seq-length, not against the folder's own limit.
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [int(i) for i in ids if i < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        known = found is not None and (found != self._tokenizer.unk_token_id or token == self._tokenizer.unk_token)
+        return found if known else None
+
+    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
+        if self._tokenizer.chat_template is None:
+            return None
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError) as error:  # ValueError: several templates, none of them the default
+            reason = " ".join(str(error).split())
+            raise UserError(f"the tokenizer's chat template refuses the messages: {reason}") from error
+        return self.encode(text)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def _compute_fingerprint(self, folder: Path, vocabulary: dict[str, int]) -> str:
+        tokenizer = self._tokenizer
+        settings = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": sorted(vocabulary.items()),
+            "added": sorted((i, repr(token)) for i, token in tokenizer.added_tokens_decoder.items()),
+            "special": [self.eos_id, self.bos_id, getattr(tokenizer, "split_special_tokens", False)],
+            "chat_template": tokenizer.chat_template,
+        }
+        parts: list[str | bytes] = [json.dumps(settings, sort_keys=True)]
+        if tokenizer.is_fast:
+            parts.append(tokenizer.backend_tokenizer.to_str())
+        else:  # the rules are in the files
+            names = {*tokenizer.vocab_files_names.values(), "tokenizer_config.json"}
+            parts += [(folder / name).read_bytes() for name in sorted(names) if (folder / name).is_file()]
+        return _digest("HuggingFaceTokenizer", *parts)

@@ -1,0 +1,159 @@
+"""What a folder given as --load decides: the shape of the model, the tokenizer, the tags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ssft.config import GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
+from megatron_ssft.config.flags import ANY_RUN, Program, read_config_file
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, read_forking_tokens
+from megatron_ssft.formats.run_folder import ASSETS
+from megatron_ssft.hf.assets import find_tokenizer
+from megatron_ssft.hf.families import model_values
+
+_IMPLEMENTATION = "transformer_impl"
+"""The one setting of the model that a later run may change."""
+_TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
+_TOKENIZER = ("tokenizer_type", "tokenizer_model")
+_LAYOUT = (
+    *(field.name for field in dataclasses.fields(ParallelConfig)),
+    *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
+    _IMPLEMENTATION,
+)
+_OF_SSFT = (
+    *(field.name for field in dataclasses.fields(MatchingConfig)),
+    *("data_path", "eval_data_path", "data_cache_path", "overlong_traces", "max_traces", "trace_filter"),
+    *("answer_separator", "train_forking_token", "forking_token_init", "forking_token_noise"),
+    *("global_batch_size", "train_epochs", "question_lookahead", "loss_normalization"),
+    *("finetune", "eval_interval", "eval_questions"),
+)
+POLICY_PROGRAM = Program(
+    GFPOConfig, frozenset(_OF_SSFT), {"weight_decay": 0.0, "lr_decay_style": "constant", "seq_length": 4096}
+)
+"""What tools/train_gfpo.py is configured by. There is nothing to match, and traces are not trained."""
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether this is a Hugging Face checkpoint and not a run of ours."""
+    return (folder / "config.json").is_file()
+
+
+def read_hf_config(folder: Path) -> dict[str, object]:
+    """config.json as a dictionary. Raises UserError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}:1: expected a JSON object")
+    return config
+
+
+def complete_values(values: dict[str, object]) -> dict[str, object]:
+    """The given configuration values, completed by what the folder named by `load` fixes.
+
+    A Hugging Face folder fixes the model's shape (a value that contradicts it is refused) and proposes its tokenizer;
+    a run of ours proposes shape, tokenizer and tags as its config.yaml has them. Raises UserError.
+    """
+    if values.get("load") is None:
+        return values
+    folder = Path(str(values["load"]))
+    if not folder.is_dir():
+        raise UserError(f"--load {folder}: no such folder")
+    if is_hf_folder(folder):
+        shape = model_values(read_hf_config(folder), str(folder / "config.json"))
+        for name, value in shape.items():
+            given = values.get(name)
+            if given is not None and given != value:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {given} contradicts {folder / 'config.json'}, which has {value}; "
+                    "the shape comes from there, drop the flag"
+                )
+        values = {k: v for k, v in shape.items() if v is not None} | {k: v for k, v in values.items() if v is not None}
+        if "tokenizer_type" not in values and "tokenizer_model" not in values:
+            kind, path = find_tokenizer(folder)
+            values |= {"tokenizer_type": kind, "tokenizer_model": str(path)}
+        return values
+    stored = folder / "config.yaml"
+    if stored.is_file():
+        proposed = read_config_file(str(stored), ANY_RUN)
+        shape = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
+        values = {k: v for k, v in proposed.items() if k in shape or k in _TAGS or k in _TOKENIZER} | values
+    tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
+    if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
+        values = values | {"tokenizer_model": str(own)}  # the run was moved, or what it started from is gone
+    return values
+
+
+def complete_policy_values(values: dict[str, object]) -> dict[str, object]:
+    """The same for policy learning, which takes a run's layout over as well, and an export's tags. Raises UserError."""
+    if values.get("load") is None:
+        raise UserError("--load is required: the run whose tags are to be chosen")
+    if values.get("train_iters") is None:
+        raise UserError("--train-iters is required: the number of optimizer steps")
+    load = Path(str(values["load"]))
+    values = complete_values(values)
+    if is_hf_folder(load):
+        values = _complete_tags(values, load)
+        proposed = {}
+    else:
+        _check_run(load)
+        proposed = read_config_file(str(load / "config.yaml"), ANY_RUN)
+    _check_neighbours(values, load, started_here="objective" in proposed)
+    values = {name: value for name, value in proposed.items() if name in _LAYOUT} | values
+    return values | {"data_path": [str(values.get("data"))]}
+
+
+def _check_run(folder: Path) -> None:
+    """Raise UserError for a folder that is no run, or one without a checkpoint."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"--load {folder}: neither a run (config.yaml, iter_*) nor a Hugging Face folder (config.json); give the "
+            "folder that was --save of pretrain_ssft.py"
+        )
+    if not any(folder.glob("iter_*")):
+        raise UserError(f"--load {folder}: holds no checkpoint (iter_*); give the run that it was to start from")
+
+
+def _check_neighbours(values: dict[str, object], load: Path, started_here: bool) -> None:
+    """Raise UserError where --save or --reference cannot be; `started_here`: --load is a run of this program."""
+    save, reference = values.get("save"), values.get("reference")
+    continues = save is not None and Path(str(save)).resolve() == load.resolve()
+    if continues and not started_here:
+        raise UserError(f"--save {save}: is what to start from (--load); give another folder")
+    if reference is not None and not continues and not Path(str(reference)).is_dir():
+        raise UserError(f"--reference {reference}: no such folder")
+
+
+def _complete_tags(values: dict[str, object], folder: Path) -> dict[str, object]:
+    """The values with the tags that an export names; others are refused. Raises UserError."""
+    path = folder / FORKING_TOKENS
+    if not path.is_file():
+        if values.get("num_forking_tokens") is None:
+            raise UserError(f"--load {folder}: has no {FORKING_TOKENS}, so its tags are unknown; load the run instead")
+        return values
+    tags = read_forking_tokens(folder)
+    template = tag_template(tags.strings)
+    if template is None:
+        raise UserError(f"{path}: its tags do not differ in a number that counts from 1; load the run instead")
+    for name, value in zip(_TAGS, (tags.num_tags, tags.format, template)):
+        if values.get(name) not in (None, value):
+            raise UserError(
+                f"--{name.replace('_', '-')} {values[name]} contradicts {path}, which has {value!r}; drop the flag"
+            )
+        values = values | {name: value}
+    return values
+
+
+def tag_template(strings: Sequence[str]) -> str | None:
+    """The text with {i} that gives `strings` for i = 1, 2, ...; None if there is none."""
+    # The first two are of one length and differ exactly where the number stands.
+    first, second = strings[0], strings[1] if len(strings) > 1 else strings[0].replace("1", "2", 1)
+    template = "".join("{i}" if (a, b) == ("1", "2") else a for a, b in zip(first, second))
+    spelled = [template.replace("{i}", str(i)) for i in range(1, len(strings) + 1)]
+    return template if spelled == list(strings) and "{i}" in template else None

@@ -1,0 +1,309 @@
+"""The scoring program: order, resuming, refusals, tables, rewards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ssft.demo.data import make_demo_sets
+from megatron_ssft.formats.rollouts import Rollout, read_scored
+from megatron_ssft.scoring.run import LocatedQuestion, Marks
+from megatron_ssft.scoring.sandbox import probe as isolation
+from megatron_ssft.scoring.verifiers.common import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rollout(id: str, text: str, tag: int | None = 0, sample: int = 0, **fields) -> dict:
+    return {
+        "id": id,
+        "tag": tag,
+        "sample": sample,
+        "text": text,
+        "token_ids": [1, 2, 3],
+        "finish_reason": "stop",
+        "seed": 1,
+        "sampling": {"mode": "each" if tag is not None else "own", "temperature": 0.7},
+        "model": "m",
+        "tokenizer": "t",
+        **fields,
+    }
+
+
+def score(*arguments: object, rc: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "tools/score.py", *map(str, arguments), "--workers", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == rc, done.stderr
+    return done
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Questions and rollouts of the synthetic set; sample s of tag t is trace (s + t) mod 4."""
+    rows, _ = make_demo_sets(train=16, held_out=4)
+    texts = [
+        rollout(row["id"], row["traces"][(s + t) % 4]["text"], t, s) for row in rows for t in range(3) for s in range(2)
+    ]
+    correct = [row["traces"][(s + t) % 4]["correct"] for row in rows for t in range(3) for s in range(2)]
+    return write(tmp_path / "q.jsonl", rows), write(tmp_path / "r.jsonl", texts), correct
+
+
+def test_scores_have_the_order_and_fields_of_the_rollouts(demo, tmp_path):
+    questions, rollouts, correct = demo
+    output, rewards = tmp_path / "s.jsonl", tmp_path / "deep" / "w.jsonl"
+    done = score(rollouts, "--data", questions, "--verifier", "exact", "--output", output, "--rewards", rewards)
+    given = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["correct"] for row in rows] == correct
+    for before, after in zip(given, rows, strict=True):
+        assert {key: before[key] for key in before if key not in ("text", "token_ids")} == {
+            key: after[key] for key in before if key in after
+        }
+        assert after["verdict"] == ("correct" if after["correct"] else "wrong")
+        assert (after["verifier"], after["num_tokens"], after["truncated"]) == ("exact", 3, False)
+    for tag in range(3):
+        share = sum(row["correct"] for row in rows if row["tag"] == tag) / 32
+        assert re.search(rf"<think{tag + 1}>\W+32\W+{share * 100:.1f}%", done.stdout), done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    lines = [json.loads(line) for line in rewards.read_text().splitlines()]
+    assert len(lines) == 16
+    first = rows[:6]
+    assert lines[0] == {
+        "id": first[0]["id"],
+        "tags": [0, 1, 2],
+        "n": [2, 2, 2],
+        "sum": [sum(row["correct"] for row in first if row["tag"] == tag) for tag in range(3)],
+        "truncated": [0, 0, 0],
+        "verifier": "exact",
+        "model": "m",
+        "rollouts": f"../{rollouts.name}",
+        "scores": "../s.jsonl",
+    }
+
+
+def test_resuming_neither_loses_nor_repeats(demo, tmp_path):
+    questions, rollouts, _ = demo
+    output = tmp_path / "s.jsonl"
+    arguments = (rollouts, "--data", questions, "--verifier", "exact", "--output", output)
+    score(*arguments)
+    whole = output.read_bytes()
+    for cut in (0, 1, len(whole) // 2, whole.index(b"\n") + 1, len(whole) - 1):
+        output.write_bytes(whole[:cut])
+        score(*arguments)
+        assert output.read_bytes() == whole
+    output.write_bytes(whole)
+    assert "scored" not in score(*arguments).stdout
+    assert output.read_bytes() == whole
+
+
+def test_more_rollouts_are_scored_later(demo, tmp_path):
+    questions, rollouts, _ = demo
+    output = tmp_path / "s.jsonl"
+    lines = rollouts.read_text().splitlines(keepends=True)
+    rollouts.write_text("".join(lines[:10]))
+    score(rollouts, "--data", questions, "--verifier", "exact", "--output", output)
+    rollouts.write_text("".join(lines))
+    score(rollouts, "--data", questions, "--verifier", "exact", "--output", output)
+    assert len(read_scored(output)) == len(lines)
+
+
+def test_an_output_of_something_else_is_refused_and_kept(demo, tmp_path):
+    questions, rollouts, _ = demo
+    output = tmp_path / "s.jsonl"
+    arguments = (rollouts, "--data", questions, "--output", output)
+    score(*arguments, "--verifier", "exact")
+    kept = output.read_bytes()
+    error = score(*arguments, "--verifier", "math", rc=2).stderr
+    assert re.fullmatch(rf"{re.escape(str(output))}:1: scored by exact, not math; .*\n", error)
+    other = [json.loads(line) | {"model": "m2"} for line in rollouts.read_text().splitlines()]
+    write(rollouts, other)
+    assert 'model "m" before and "m2" now' in score(*arguments, "--verifier", "exact", rc=2).stderr
+    write(rollouts, other[6:])
+    assert "no such rollout" in score(*arguments, "--verifier", "exact", rc=2).stderr
+    assert output.read_bytes() == kept
+    output.write_text("notes")
+    assert "does not look like" in score(*arguments, "--verifier", "exact", rc=2).stderr
+    assert output.read_text() == "notes"
+
+
+def tiny(tmp_path, **question):
+    """Scored once: one question, two rollouts; its paths and how to score it again."""
+    questions = write(tmp_path / "q.jsonl", [{"id": "a", "question": "?", "answer": "B", **question}])
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", "#B"), rollout("a", "#C", 1)])
+    output = tmp_path / "s.jsonl"
+
+    def again(*flags, rc=0):
+        return score(rollouts, "--data", questions, "--verifier", "choice", "--output", output, *flags, rc=rc)
+
+    again()
+    return questions, rollouts, output, again
+
+
+def refused_and_kept(output, again, line, reason, *flags):
+    kept = output.read_bytes()
+    error = again(*flags, rc=2).stderr
+    assert error.startswith(f"{output}:{line}: id 'a', tag {line - 1}, sample 0: ") and error.count("\n") == 1
+    assert reason in error and error.endswith("; give another --output, or remove the file\n")
+    assert output.read_bytes() == kept
+
+
+def test_scores_of_other_rollouts_are_refused(tmp_path):
+    _, rollouts, output, again = tiny(tmp_path)
+    cut = rollout("a", "#C", 1, finish_reason="length")
+    for changed, line, reason in [
+        ([rollout("a", "#B"), rollout("a", "#B", 1)], 2, "another text"),
+        ([rollout("a", "#B"), rollout("a", "#C", 1, seed=2)], 2, "seed 1 before and 2 now"),
+        ([rollout("a", "#B"), cut], 2, 'finish_reason "stop" before and "length" now'),
+        ([rollout("a", "#B", sampling={"mode": "each", "temperature": 1.0})], 1, "temperature 0.7 before and 1.0 now"),
+        ([rollout("a", "#B", tokenizer="t2")], 1, 'tokenizer "t" before and "t2" now'),
+    ]:
+        write(rollouts, changed)
+        refused_and_kept(output, again, line, reason)
+
+
+def test_scores_by_other_gold_answers_are_refused(tmp_path):
+    questions, _, output, again = tiny(tmp_path, choices=["1", "2", "3"])
+    row = {"id": "a", "question": "?", "answer": "B", "choices": ["1", "2", "3"]}
+    for changes in ({"answer": "C"}, {"choices": ["1", "2", "4"]}, {"choices": ["1", "2", "3", "4"]}):
+        write(questions, [row | changes])
+        refused_and_kept(output, again, 1, "gold answer")
+    kept = output.read_bytes()
+    write(questions, [row | {"question": "what?", "level": "easy", "tests": {}}, {"id": "b", "answer": "A"}])
+    again()  # nothing of this is read by the verifier
+    assert output.read_bytes() == kept
+
+
+def test_scores_with_other_settings_are_refused(tmp_path):
+    _, _, output, again = tiny(tmp_path)
+    for flags in (("--answer-after", "#"), ("--timeout", "9"), ("--memory-mb", "2048")):
+        refused_and_kept(output, again, 1, flags[0], *flags)
+    again("--timeout", "10", "--memory-mb", "1024")
+
+
+def test_scores_without_a_mark_can_be_read_but_not_gone_on_with(tmp_path):
+    _, _, output, again = tiny(tmp_path)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len({row["judged"] for row in rows}) == 2
+    del rows[1]["judged"]
+    write(output, rows)
+    output.write_bytes(output.read_bytes() + b'{"id": "a", "ta')  # is not cut off either
+    refused_and_kept(output, again, 2, "the line has no 'judged'")
+    write(output, rows)
+    assert [row.judged for row in read_scored(output)] == [rows[0]["judged"], None]
+
+
+def test_changed_tests_are_refused(tmp_path):
+    """Without running a program: what is there is compared first."""
+    tests = {"type": "stdin", "cases": [{"input": "2", "output": "4"}]}
+    row = {"id": "a", "question": "?", "tests": tests}
+    marks = [
+        Marks({"a": LocatedQuestion(row | changes, 1)}, "code", Settings()).of(Rollout(**rollout("a", "x")))
+        for changes in ({}, {"answer": "4"}, {"tests": tests | {"preamble": "import math"}})
+    ]
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_unusable_gold_answers_are_errors_before_anything_is_scored(tmp_path):
+    questions = write(
+        tmp_path / "q.jsonl",
+        [
+            {"id": "a", "question": "?", "answer": "1"},
+            {"id": "b", "question": "?", "answer": "\\frac{"},
+            {"id": "c", "question": "?"},
+        ],
+    )
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", r"\boxed{1}")])
+    output = tmp_path / "s.jsonl"
+    error = score(rollouts, "--data", questions, "--verifier", "math", "--output", output, rc=2).stderr.splitlines()
+    assert len(error) == 2
+    assert error[0].startswith(f"{questions}:2: ") and error[1].startswith(f"{questions}:3: ")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", ":1: the file is empty"),
+        ("{}\n", ":1: 'id' is missing"),
+        ('{"id": "a"}\n{"id": "a"}\n', ":2: id 'a' is already used on line 1"),
+        ('{"id": "a"}\n[1]\n', ":2: expected a JSON object"),
+        ('{"id": "a"}\n{"id"', ":2: not valid JSON"),
+    ],
+)
+def test_wrong_questions_are_named(tmp_path, content, message):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(content)
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", "#1")])
+    error = score(rollouts, "--data", questions, "--verifier", "exact", "--output", tmp_path / "s.jsonl", rc=2).stderr
+    assert error.startswith(f"{questions}{message}") and error.count("\n") == 1
+
+
+def test_wrong_flags_and_foreign_rollouts_are_refused(demo, tmp_path):
+    questions, rollouts, _ = demo
+    arguments = (rollouts, "--data", questions, "--verifier", "exact", "--output", tmp_path / "s.jsonl")
+    assert score(*arguments, "--timeout", "0", rc=2).stderr == "--timeout 0.0: must be positive\n"
+    write(rollouts, [rollout("nobody", "#1")])
+    assert "id 'nobody' is not in" in score(*arguments, rc=2).stderr
+    rollouts.unlink()
+    assert "cannot read the file" in score(*arguments, rc=2).stderr
+
+
+def test_groups_come_from_scores_and_questions(tmp_path):
+    questions = write(
+        tmp_path / "q.jsonl",
+        [{"id": str(i), "question": "?", "answer": "1", "level": "easy" if i < 2 else "[hard]"} for i in range(3)],
+    )
+    texts = ["#1", "#2", "none"]
+    rollouts = write(tmp_path / "r.jsonl", [rollout(str(i), texts[i], None, finish_reason="length") for i in range(3)])
+    output = tmp_path / "s.jsonl"
+    arguments = (rollouts, "--data", questions, "--verifier", "exact", "--output", output)
+    shown = score(*arguments, "--group-by", "level", "tag", "--rewards", tmp_path / "w.jsonl").stdout
+    assert re.search(r"easy\W+none\W+2\W+50.0%\W+0.0%\W+100.0%", shown)
+    assert re.search(r"\[hard\]\W+none\W+1\W+0.0%\W+100.0%", shown)
+    assert [row.answer for row in read_scored(output)] == ["1", "2", None]
+    assert (tmp_path / "w.jsonl").read_text() == ""
+
+
+def test_programs_are_scored_behind_walls(tmp_path):
+    if all(isolation.probe(kind) is not None for kind in isolation.KINDS):
+        pytest.skip("this machine cannot isolate programs")
+    questions = write(
+        tmp_path / "q.jsonl",
+        [
+            {"id": "io", "question": "?", "tests": {"type": "stdin", "cases": [{"input": "2", "output": "4"}]}},
+            {"id": "f", "question": "?", "tests": {"type": "function", "code": "assert f(2) == 4", "entry_point": "f"}},
+        ],
+    )
+    spy = f"```python\nprint(open({str(questions)!r}).read())\n```"
+    rollouts = write(
+        tmp_path / "r.jsonl",
+        [
+            rollout("io", "```python\nprint(int(input()) * 2)\n```"),
+            rollout("io", spy, 1),
+            rollout("f", "```python\ndef f(x): return x + 2\n```"),
+            rollout("f", "I would rather not.", 1),
+        ],
+    )
+    output = tmp_path / "s.jsonl"
+    score(rollouts, "--data", questions, "--verifier", "code", "--output", output)
+    verdicts = [row.verdict for row in read_scored(output)]
+    assert verdicts[0] == verdicts[2] == "correct"
+    assert verdicts[1] in ("crash: PermissionError", "crash: FileNotFoundError")
+    assert verdicts[3] == "no answer"

@@ -1,0 +1,423 @@
+"""Evaluation sets from local files: every release's fields, hostile payloads, rows that the verifiers accept."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import io
+import json
+import pickle
+import zlib
+from collections import Counter
+
+import pytest
+
+from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, read_benchmark, write_benchmark
+from megatron_ssft.datasets.string_pickle import decode_payload, read_string_pickle
+from megatron_ssft.errors import UserError
+from megatron_ssft.scoring.run import read_questions
+from megatron_ssft.scoring.verifiers import choice, code, exact, mathematics
+from megatron_ssft.scoring.verifiers.common import Settings
+
+GPQA = {
+    "Question": "Which of these is a metal?",
+    "Correct Answer": "iron\n",
+    "Incorrect Answer 1": "neon",
+    "Incorrect Answer 2": " sulphur",
+    "Incorrect Answer 3": "argon",
+    "Record ID": "rec1",
+    "Subdomain": "Inorganic",
+    "High-level domain": "Chemistry",
+    "Extra Revised Question": "",
+}
+
+
+def pack(text, protocol=4):
+    return base64.b64encode(zlib.compress(pickle.dumps(text, protocol))).decode()
+
+
+def lcb(kind="stdin", packed=True, **fields):
+    public = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
+    hidden = [{"input": "4 5\n", "output": "9\n", "testtype": "stdin"}]
+    row = {"starter_code": "", "metadata": "{}"}
+    if kind == "functional":
+        public = [{"input": '[1, 2]\n"a"', "output": "[1, 2, 1]", "testtype": kind}]
+        hidden = [{"input": '[]\n"b\\n"', "output": "[0]", "testtype": kind}]
+        starter = "class Solution:\n    def grow(self, xs: List[int], s: str) -> List[int]:\n        "
+        row = {"starter_code": starter, "metadata": '{"func_name": "grow"}'}
+    return {
+        "question_title": "Sums",
+        "question_content": "Add them.",
+        "platform": "atcoder",
+        "question_id": "abc1_a",
+        "contest_date": "2024-08-10T00:00:00",
+        "difficulty": "easy",
+        "public_test_cases": json.dumps(public),
+        "private_test_cases": pack(json.dumps(hidden)) if packed else json.dumps(hidden),
+        **row,
+        **fields,
+    }
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/900",
+    "prompt": "import math\n\n\ndef twice(x):\n    return 2 * x\n\n\n"
+    'def root(x: float):\n    """ The root of\n    twice x."""\n',
+    "canonical_solution": "    return helper(x)\n\n\ndef helper(x):\n    return math.sqrt(twice(x))\n",
+    "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(3) == math.sqrt(twice(3))\n",
+    "entry_point": "root",
+}
+
+
+def save(path, *rows):
+    if path.name.endswith(".csv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        path.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())
+    elif path.name.endswith(".json"):
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        data = b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
+        path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+def read(path, name, **options):
+    return list(read_benchmark([path], name, BenchmarkOptions(**options)))
+
+
+def error_of(path, name, **options):
+    with pytest.raises(UserError) as caught:
+        read(path, name, **options)
+    return str(caught.value)
+
+
+MATH = {
+    "maxwell-jia": ("aime24", {"ID": "24-I-4", "Problem": "p?", "Solution": "s", "Answer": 33}, "aime24-24-I-4", "33"),
+    "huggingfaceh4": ("aime24", {"id": 60, "problem": "p?", "answer": "204", "year": "2024"}, "aime24-60", "204"),
+    "yentinglin": ("aime25", {"id": 0, "problem": "p?", "answer": 70.0, "url": "u"}, "aime25-0", "70"),
+    "opencompass": ("aime25", {"question": "p?", "answer": "016"}, None, "016"),
+    "math500": (
+        "math500",
+        {"problem": "p?", "solution": "s", "answer": "\\frac{3}{4}", "subject": "Algebra", "level": 2}
+        | {"unique_id": "test/a/1.json"},
+        "math500-test/a/1.json",
+        "\\frac{3}{4}",
+    ),
+    "gsm8k": ("gsm8k", {"question": "p?", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, None, "1002"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", MATH)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz", "csv"])
+def test_mathematics(tmp_path, release, suffix):
+    name, row, expected_id, answer = MATH[release]
+    other = {**row, **{key: value + "!" for key, value in row.items() if key.lower() in ("problem", "question")}}
+    other |= {key: f"{row[key]}x" for key in ("id", "ID", "unique_id") if key in row}
+    out = tmp_path / "q.jsonl"
+    assert write_benchmark([save(tmp_path / f"in.{suffix}", row, other)], out, name, BenchmarkOptions()) == 2
+    first, second = (located.row for located in read_questions(out).values())
+    assert first["id"] == (expected_id or first["id"]) and first["id"].startswith(name) and second["id"] != first["id"]
+    assert first["answer"] == (answer if suffix != "csv" or release != "yentinglin" else "70.0")
+    assert first["question"].endswith("\n\np?") and "\\boxed{}" in first["question"]
+    if release == "math500":
+        assert (first["subject"], str(first["level"])) == ("Algebra", "2") and "solution" not in first
+    for verifier in (exact, mathematics):
+        verifier.check_question(first)
+    wording = f"so on\nTherefore, the final answer is: $\\boxed{{{first['answer']}}}$. I hope it is correct."
+    assert exact.extract(wording, None) == exact.normalise(first["answer"])
+
+
+def test_an_id_made_from_the_question_does_not_depend_on_its_place(tmp_path):
+    rows = [{"question": f"p{i}?", "answer": "1"} for i in range(5)]
+    ids = {r["question"]: r["id"] for r in read(save(tmp_path / "a.jsonl", *rows), "aime25")}
+    assert len(set(ids.values())) == 5
+    assert ids == {r["question"]: r["id"] for r in read(save(tmp_path / "b.jsonl", *rows[::-1]), "aime25")}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_gpqa(tmp_path, suffix):
+    rows = [{**GPQA, "Record ID": f"rec{i}", "Question": f"Is {i}, or\n\"{i}\", one?"} for i in range(400)]  # fmt: skip
+    got = read(save(tmp_path / f"a.{suffix}", *rows), "gpqa", seed=3)
+    for row in got:
+        assert sorted(row["choices"]) == ["argon", "iron", "neon", "sulphur"]
+        assert row["choices"]["ABCD".index(row["answer"])] == "iron"
+        listed = "\n".join(f"{letter}) {text}" for letter, text in zip("ABCD", row["choices"]))
+        assert row["question"].endswith(f"one?\n\n{listed}") and "\n\nIs " in row["question"]
+        choice.check_question(row)
+    assert (got[0]["id"], got[0]["subject"], got[0]["subdomain"]) == ("gpqa-rec0", "Chemistry", "Inorganic")
+    assert all(60 <= n <= 140 for n in Counter(r["answer"] for r in got).values())  # 100, 4.6 standard deviations
+    assert len({tuple(r["choices"]) for r in got}) == 24
+    assert read(save(tmp_path / "one.jsonl", rows[7]), "gpqa", seed=3) == [got[7]]
+    changed = read(save(tmp_path / f"a.{suffix}", *rows), "gpqa", seed=4)
+    assert sum(a["choices"] != b["choices"] for a, b in zip(got, changed)) > 350
+
+
+def test_livecodebench_programs(tmp_path):
+    for packed in (True, False):
+        (row,) = read(save(tmp_path / "a.jsonl", lcb(packed=packed)), "livecodebench")
+        assert row["tests"]["cases"] == [{"input": "1 2\n", "output": "3\n"}, {"input": "4 5\n", "output": "9\n"}]
+        code.check_question(row)
+    assert (row["id"], row["difficulty"], row["platform"]) == ("livecodebench-abc1_a", "easy", "atcoder")
+    assert "# YOUR CODE HERE" in row["question"] and "stdin" in row["question"] and "Add them." in row["question"]
+
+
+def test_livecodebench_functions(tmp_path):
+    (row,) = read(save(tmp_path / "a.jsonl", lcb("functional")), "livecodebench")
+    tests = row["tests"]
+    code.check_question(row)
+    assert tests["entry_point"] == "grow" and "def grow(self" in row["question"] and "stdin" not in row["question"]
+
+    def run(body):
+        """As the release does: the preamble, the solution, a call for each test."""
+        names = {}
+        exec(
+            f"{tests['preamble']}\nclass Solution:\n    def grow(self, xs: List[int], s: str) -> List[int]:\n{body}",
+            names,
+        )
+        exec(tests["code"], {"candidate": names["Solution"]().grow})
+
+    run("        return xs + [int(s == 'a')]")
+    run("        return tuple(xs) + (Counter(s)['a'],)")
+    for wrong in ("        return xs", "        return xs + [1]", "        return str(xs)"):
+        with pytest.raises(AssertionError):
+            run(wrong)
+
+
+def test_livecodebench_dates(tmp_path):
+    dates = ("2024-07-31", "2024-08-01", "2025-02-01", "2025-02-02")
+    path = save(tmp_path / "a.jsonl", *(lcb(question_id=d, contest_date=f"{d}T23:00:00") for d in dates))
+    ids = [r["id"] for r in read(path, "livecodebench", since="2024-08-01", until="2025-02-01")]
+    assert ids == ["livecodebench-2024-08-01", "livecodebench-2025-02-01"]
+    assert len(read(path, "livecodebench", until="2024-07-31")) == 1 and len(read(path, "livecodebench")) == 4
+    with pytest.raises(UserError, match="no question is left"):
+        write_benchmark([path], tmp_path / "q", "livecodebench", BenchmarkOptions(since="2030-01-01"))
+    with pytest.raises(UserError, match="gsm8k has no contest dates"):
+        write_benchmark([path], tmp_path / "q", "gsm8k", BenchmarkOptions(since="2030-01-01"))
+    assert not (tmp_path / "q").exists()
+    undated = save(tmp_path / "b.jsonl", lcb(contest_date=None))
+    assert "'contest_date' is missing" in error_of(undated, "livecodebench", since="2024-08-01")
+    assert len(read(undated, "livecodebench")) == 1
+
+
+def test_humaneval_takes_the_prompt_s_helpers_to_tests_and_solution_alone(tmp_path):
+    for row in (HUMANEVAL, {**HUMANEVAL, "canonical_solution": None}):
+        (got,) = read(save(tmp_path / "a.jsonl", row), "humaneval")
+        code.check_question(got)
+        assert got["id"] == "HumanEval/900" and HUMANEVAL["prompt"].strip() in got["question"]
+        assert "return math" not in json.dumps(got) and "helper" not in json.dumps(got)
+        names = {}
+        exec(got["tests"]["preamble"] + "def root(x): return math.sqrt(twice(x))", names)
+        exec(got["tests"]["code"], {"candidate": names["root"]})
+        with pytest.raises(AssertionError):
+            exec(got["tests"]["code"], {"candidate": lambda x: x})
+
+
+JUDGED = {
+    "humaneval": (HUMANEVAL, "import math\ndef root(x):\n    return math.sqrt(2 * x)", "def root(x):\n    return x"),
+    "livecodebench": (lcb(), "a, b = map(int, input().split())\nprint(a + b)", "print(3)"),
+    "livecodebench functions": (
+        lcb("functional"),
+        "class Solution:\n    def grow(self, xs, s):\n        return xs + [int(s == 'a')]",
+        "class Solution:\n    def grow(self, xs, s):\n        return xs + [1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_the_code_verifier_judges_by_the_rows(tmp_path, name):
+    row, right, wrong = JUDGED[name]
+    (question,) = read(save(tmp_path / "a.jsonl", row), name.split()[0])
+    for source, verdict in ((right, "correct"), (wrong, "wrong")):
+        assert code.judge(f"So:\n```python\n{source}\n```", question, Settings(timeout=30.0)).verdict == verdict
+
+
+class Hostile:
+    """Unpickling it writes the file `ran`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_string_is_read_from_any_pickle_protocol():
+    for text in ("", "a", "é\u2028\x00", "x" * 300, "y" * 70_000, "\\u0041\nb"):
+        for protocol in range(6):
+            assert read_string_pickle(pickle.dumps(text, protocol), "it") == text
+    assert decode_payload(pack("[]"), "it") == "[]"
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_no_other_pickle_is_read_and_nothing_runs(tmp_path, protocol):
+    ran = tmp_path / "ran"
+    for value in (
+        Hostile(ran),
+        ["a"],
+        ("a", "a"),
+        {"a": "b"},
+        b"abc",
+        7,
+        None,
+        True,
+        [],
+        str,
+        print,
+        ["a", Hostile(ran)],
+    ):
+        with pytest.raises(UserError, match="is not read"):
+            read_string_pickle(pickle.dumps(value, protocol), "it")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b".",
+        b"X",
+        b"\x80\x04.",
+        pickle.dumps("abc")[:-1],
+        pickle.dumps("abc") + b".",
+        pickle.dumps("abc") + b"cos\nsystem\n(S'true'\ntR.",
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"cos\nsystem\n\x8c\x04true\x85R.",
+        b"\x8c\x02os\x93.",
+        b"(\x8c\x01at.",
+        b"\x8c\x01a\x8c\x01b.",
+        b"\x8c\x01aq\x00h\x00.",
+        b"\x8c\x01a0\x8c\x01b.",
+        b"S'old'\n.",
+        b"\x8c\x01a\x80\x04.",
+        b"Pid\n.",
+        b"\x82\x01.",
+        b"X\xff\xff\xff\x7fabc.",
+        b"\x8c\x02\xff\xfe.",
+        b"q\x00" * 100 + b"\x8c\x01a.",
+        b"\xff\xff",
+    ],
+)
+def test_damaged_and_hand_written_pickles_are_refused(data):
+    with pytest.raises(UserError) as caught:
+        read_string_pickle(data, "it")
+    assert str(caught.value).startswith("it ") and "\n" not in str(caught.value)
+
+
+def test_payloads_that_are_no_payloads(monkeypatch):
+    cut = base64.b64encode(zlib.compress(pickle.dumps("abc"))[:-3]).decode()
+    for payload, reason in ((cut, "cut off"), ("!!", "neither JSON"), ("AAAA", "neither JSON"), ("é", "neither JSON")):
+        with pytest.raises(UserError, match=reason):
+            decode_payload(payload, "it")
+    monkeypatch.setattr("megatron_ssft.datasets.string_pickle.MAX_BYTES", 1 << 20)
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        decode_payload(pack("x" * (1 << 21)), "it")
+
+
+BAD_CASES = '[{"input": "x", "output": "1", "testtype": "functional"}]'
+WRONG = {
+    "'problem' or 'question' is missing; is --format right": ("aime24", {"id": 1, "answer": "1"}),
+    "'answer' is missing": ("math500", {"problem": "p"}),
+    "'answer' is blank": ("aime25", {"problem": "p", "answer": " "}),
+    "'answer' must be a text or a number, not a list": ("aime25", {"problem": "p", "answer": [1]}),
+    "'problem' must be a string, not a number": ("aime25", {"problem": 3, "answer": "1"}),
+    "no final answer behind ####": ("gsm8k", {"question": "p", "answer": "it is 4"}),
+    "no final answer behind": ("gsm8k", {"question": "p", "answer": "it is ####  "}),
+    "'incorrect answer 3' is missing": ("gpqa", {k: v for k, v in GPQA.items() if k != "Incorrect Answer 3"}),
+    "one of the incorrect ones": ("gpqa", {**GPQA, "Incorrect Answer 2": "iron"}),
+    "'question_content' is missing": ("livecodebench", lcb(question_content=None)),
+    "'question_id' is missing": ("livecodebench", lcb(question_id=None)),
+    "'public_test_cases' is not valid JSON": ("livecodebench", lcb(public_test_cases="[1,")),
+    "test 1 of 'public_test_cases' must have": ("livecodebench", lcb(public_test_cases="[1]")),
+    "'public_test_cases' must be a list": ("livecodebench", lcb(public_test_cases=None)),
+    "'testtype' of test 1": ("livecodebench", lcb(public_test_cases='[{"input":"","output":"","testtype":"x"}]')),
+    "must come together": ("livecodebench", lcb(metadata='{"func_name": "f"}')),
+    "come together": ("livecodebench", lcb("functional", metadata=None)),
+    "'private_test_cases' is neither JSON": ("livecodebench", lcb(private_test_cases="no")),
+    "is a pickle of something else": ("livecodebench", lcb(private_test_cases=pack([{"input": ""}]))),
+    "has no tests": ("livecodebench", lcb(public_test_cases="[]", private_test_cases="[]")),
+    "test 2 is not valid JSON": ("livecodebench", lcb("functional", private_test_cases=BAD_CASES)),
+    "name of a function": ("livecodebench", lcb("functional", metadata='{"func_name": "a b"}')),
+    "'test' defines no function check": ("humaneval", {**HUMANEVAL, "test": "assert 1"}),
+    "is not valid Python": ("humaneval", {**HUMANEVAL, "prompt": "def f(:"}),
+    "does not define the function 'g'": ("humaneval", {**HUMANEVAL, "entry_point": "g"}),
+    "'task_id' is missing": ("humaneval", {**HUMANEVAL, "task_id": None}),
+    "half of a surrogate pair": ("aime24", {"problem": "p\ud800", "answer": "1"}),
+    "expected a JSON object, found a list": ("aime24", [1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_a_wrong_row_is_one_line_with_its_place_and_nothing_is_written(tmp_path, reason):
+    name, row = WRONG[reason]
+    path = save(tmp_path / "a.jsonl", b"", row)
+    with pytest.raises(UserError) as caught:
+        write_benchmark([path], tmp_path / "q.jsonl", name, BenchmarkOptions())
+    assert str(caught.value).startswith(f"{path}:2: ") and reason in str(caught.value)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == [path]
+
+
+def test_all_wrong_rows_and_repeated_questions_are_named(tmp_path):
+    good = {"problem": "p", "answer": "1"}
+    path = save(tmp_path / "a.jsonl", good, b"{", {"problem": "r"}, b"", good)
+    lines = error_of(path, "aime25").split("\n")
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{n}" for n in (2, 3, 5)]
+    assert f"is already at {path}:1" in lines[2]
+    many = save(tmp_path / "b.jsonl", *([b"{"] * 50))
+    assert error_of(many, "aime25").split("\n")[-1] == "... and 30 more wrong rows"
+
+
+def test_places_in_json_and_csv_files(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[\n{"problem": "p",\n "answer": "1"},\n\n 7,\n {"problem": "q"}\n]')
+    assert [line.split(": ")[0] for line in error_of(path, "aime24").split("\n")] == [f"{path}:5", f"{path}:6"]
+    for text, line in (
+        ('[{"problem": "p", "answer": "1"}\n{"a": 1}]', 1),
+        ('[{"problem": "p", "answer": "1"},\n', 2),
+        ("[\n{]", 2),
+    ):
+        path.write_text(text)
+        assert error_of(path, "aime24").startswith(f"{path}:{line}: not valid JSON")
+    table = tmp_path / "a.csv"
+    table.write_text('problem,answer\n"a\nb",1\n"c",2,3\nd,\ne,5\n')
+    assert [line.split(": ")[0] for line in error_of(table, "aime24").split("\n")] == [f"{table}:4", f"{table}:5"]
+    table.write_bytes(b"problem,answer\n\xff,1\n")
+    assert "not valid UTF-8" in error_of(table, "aime24")
+    table.write_text('problem,answer\n"a"b,1\n')
+    assert "not valid CSV" in error_of(table, "aime24")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    empty, cut, other = save(tmp_path / "e.jsonl"), tmp_path / "c.jsonl.gz", save(tmp_path / "a.xlsx", {})
+    cut.write_bytes(gzip.compress(json.dumps(MATH["gsm8k"][1]).encode() * 99)[:60])
+    assert error_of(empty, "gsm8k").startswith(f"{empty}:1: the file is empty")
+    assert "damaged or cut off" in error_of(cut, "gsm8k")
+    cut.write_bytes(b"no gzip")
+    assert "cannot read the file" in error_of(cut, "gsm8k")
+    assert "No such file" in error_of(tmp_path / "no.jsonl", "gsm8k")
+    assert "convert it to one of .jsonl" in error_of(other, "gsm8k")
+    with pytest.raises(UserError, match="is one of the files to read"):
+        write_benchmark([empty], empty, "gsm8k", BenchmarkOptions())
+
+
+def test_parquet(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"no parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    assert "not a parquet file" in error_of(path, "aime24")
+    rows = [{"problem": f"p{i}", "answer": i, "id": None} for i in range(600)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [r["answer"] for r in read(path, "aime24")] == [str(i) for i in range(600)]
+    parquet.write_table(pyarrow.Table.from_pylist([*rows, {"problem": "x", "answer": None}]), path)
+    assert error_of(path, "aime24").startswith(f"{path}:601: 'answer' is missing")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    assert "takes pyarrow, which is not installed" in error_of(path, "aime24")
+
+
+def test_every_benchmark_has_a_test_here():
+    assert set(BENCHMARKS) == {name for name, *_ in MATH.values()} | {"gpqa", "livecodebench", "humaneval"}

@@ -1,0 +1,92 @@
+"""Run a test body on k gloo ranks. The failing rank's traceback reaches the test, and nothing ever hangs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+
+_context = multiprocessing.get_context("forkserver")
+# Children are forked from a process that has done the slow imports once.
+_context.set_forkserver_preload(
+    ["megatron_ssft.training.trainer", "tests.helpers.distributed"]
+    + [f"transformers.models.{family}.modeling_{family}" for family in ("llama", "mistral", "qwen2", "qwen3")]
+)
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or outlived the timeout; the text holds its traceback."""
+
+
+def run_ranks(world_size, body, *args, timeout=120.0):
+    """Call `body(*args)` in `world_size` processes with RANK, WORLD_SIZE, ... set; return their results by rank.
+
+    `body` must be importable (a module-level function) and its arguments and result picklable. As soon as one rank
+    fails the others are killed.
+    """
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_run, args=(sender, rank, world_size, port, body, args), daemon=False)
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        return _collect(pipes, processes, time.monotonic() + timeout, timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _collect(pipes, processes, deadline, timeout):
+    results = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = [rank for rank in range(len(pipes)) if rank not in results]
+            raise RankFailure(f"ranks {missing} did not finish within {timeout} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                processes[rank].join(5.0)
+                raise RankFailure(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if not ok:
+                raise RankFailure(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run(sender, rank, world_size, port, body, args):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        outcome = (True, body(*args))
+    except BaseException:  # noqa: BLE001 - whatever ended the rank is what the test must show
+        outcome = (False, traceback.format_exc())
+    sender.send(outcome)
+    sender.close()
+
+
+def free_port():
+    """A port nobody listens on right now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,146 @@
+"""What is shipped: metadata, package folders, licence, and files free of traces of the machine they were written on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_ssft
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _files(new: bool = True) -> list[str]:
+    """Files of the repository: tracked and, with `new`, those that are not ignored."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        *(["--others", "--exclude-standard"] if new else []),
+    ]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return sorted(f for f in listing.split("\0") if f and (ROOT / f).is_file())
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory) -> dict[str, list[str]]:
+    """Metadata as setup.py writes it, name -> values; the sources stay untouched."""
+    out = tmp_path_factory.mktemp("egg")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    fields: dict[str, list[str]] = {}
+    for line in (out / "megatron_ssft.egg-info" / "PKG-INFO").read_text().split("\n\n")[0].splitlines():
+        name, _, value = line.partition(": ")
+        fields.setdefault(name, []).append(value)
+    return fields
+
+
+def _requirements(metadata: dict[str, list[str]]) -> dict[str, str]:
+    """Name in lower case -> version range, of the requirements without an extra."""
+    found = {}
+    for line in metadata["Requires-Dist"]:
+        if "extra ==" not in line:
+            name, versions = re.fullmatch(r"([A-Za-z0-9_.-]+)(\[.*?\])?(.*)", line).group(1, 3)
+            found[name.lower()] = versions
+    return found
+
+
+def test_version_is_the_package_s(metadata):
+    assert metadata["Name"] == ["megatron-ssft"]
+    assert metadata["Version"] == [megatron_ssft.__version__]
+    assert metadata["Requires-Python"] == [">=3.10"]
+
+
+def test_requirements(metadata):
+    requirements = _requirements(metadata)
+    assert set(requirements) >= {"torch", "megatron-core", "numpy", "lap", "transformers", "tokenizers", "safetensors"}
+    assert "<" not in requirements["torch"] and "==" not in requirements["torch"]
+    assert "<0.17" in requirements["megatron-core"] and ">=0.16.1" in requirements["megatron-core"]
+    assert all(">=" in versions for versions in requirements.values())
+    assert set(metadata["Provides-Extra"]) == {"te", "wandb", "vllm", "parquet", "test", "dev"}
+    assert not any(line.startswith("apex") for line in metadata["Requires-Dist"])  # another project on PyPI
+
+
+def test_every_imported_package_is_required(metadata):
+    """Third-party imports at the top of a module must be installed by a plain `pip install megatron-ssft`."""
+    modules = {"yaml": "pyyaml", "megatron": "megatron-core"}
+    requirements = _requirements(metadata)
+    for file in _files():
+        if not file.startswith("megatron_ssft/") or not file.endswith(".py"):
+            continue
+        for name in re.findall(r"^(?:from|import) ([a-zA-Z_0-9]+)", (ROOT / file).read_text(), re.MULTILINE):
+            beside = (ROOT / file).with_name(f"{name}.py").exists()  # programs that are run without the package
+            if name not in sys.stdlib_module_names and name != "megatron_ssft" and not beside:
+                assert modules.get(name, name) in requirements, f"{file} imports {name}"
+
+
+def test_every_code_folder_is_a_package():
+    """find_packages leaves folders without __init__.py out, silently."""
+    folders = {Path(f).parent for f in _files() if f.startswith("megatron_ssft/") and f.endswith(".py")}
+    assert {str(f) for f in folders if not (ROOT / f / "__init__.py").exists()} == set()
+
+
+def test_top_level():
+    fixed = {"megatron_ssft", "pretrain_ssft.py", "tools", "examples", "tests", "setup.py", "Dockerfile"}
+    beside = {"README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", "docs", "benchmarks"}
+    assert fixed - {Path(f).parts[0] for f in _files()} == set()
+    tracked = {Path(f).parts[0] for f in _files(new=False)}
+    assert {f for f in tracked - fixed - beside if not f.startswith(".")} == set()
+
+
+def test_files_name_no_machine_and_no_package_registry():
+    """Paths of a home or work folder, and hosts of package registries, hold only on the author's machine."""
+    homes = re.compile(r"(?<![\w.}:/-])/(?:work|home|root|Users|mnt)/")
+    # Put together here so that this file passes its own check.
+    registries = re.compile("|".join([r"(?:test\.)?pypi\." + "org", "python" + "hosted", r"download\.py" + r"torch\."]))
+    wrong = []
+    for file in _files():
+        try:
+            text = (ROOT / file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if homes.search(line) or registries.search(line):
+                wrong.append(f"{file}:{number}: {line.strip()[:100]}")
+    assert wrong == []
+
+
+def test_licence_is_the_whole_apache_text():
+    text = (ROOT / "LICENSE").read_text()
+    for part in (
+        "Apache License\n",
+        "TERMS AND CONDITIONS FOR USE",
+        "9. Accepting Warranty",
+        "END OF TERMS",
+        "limitations",
+    ):
+        assert part in text
+    assert "Copyright 2026 The megatron-ssft authors" in text and "[yyyy]" not in text
+
+
+def test_scripts_are_executable():
+    scripts = [".ci/run", *(f for f in _files() if f.endswith((".sh", ".sbatch")))]
+    assert len(scripts) >= 5
+    for script in scripts:
+        assert (ROOT / script).stat().st_mode & 0o111, script
+        assert (ROOT / script).read_text().startswith("#!/usr/bin/env bash\n"), script
+
+
+def test_image_gets_everything_it_copies():
+    """.dockerignore starts from nothing, so each source of a COPY must be let through by name."""
+    allowed = {x[1:] for x in (ROOT / ".dockerignore").read_text().splitlines() if x.startswith("!")}
+    copied = set()
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            copied |= {x for x in line.split()[1:-1] if not x.startswith("--")}
+    assert copied == allowed
