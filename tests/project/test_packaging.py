@@ -58,7 +58,7 @@ def _requirements(metadata: dict[str, list[str]]) -> dict[str, str]:
 def test_version_is_the_package_s(metadata):
     assert metadata["Name"] == ["megatron-ssft"]
     assert metadata["Version"] == [megatron_ssft.__version__]
-    assert metadata["Requires-Python"] == [">=3.10"]
+    assert metadata["Requires-Python"] == [">=3.11"]
 
 
 def test_requirements(metadata):
