@@ -9,15 +9,17 @@ FROM python:3.11-slim-bookworm AS wheel
 WORKDIR /source
 COPY LICENSE setup.py pyproject.toml ./
 COPY megatron_ssft ./megatron_ssft
+COPY requirements ./requirements
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM python:3.11-slim-bookworm AS cpu
 # Where the default index's torch carries CUDA, name an index of CPU builds: --build-arg TORCH_INDEX=URL
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX=
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel umask 022 \
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel \
+    --mount=type=bind,from=wheel,source=/source/requirements,target=/tmp/requirements umask 022 \
     && PIP_INDEX_URL="${TORCH_INDEX}" pip install --no-cache-dir "torch==${TORCH_VERSION}" \
-    && pip install --no-cache-dir megatron-core==0.16.1 /tmp/wheel/*.whl
+    && pip install --no-cache-dir -c /tmp/requirements/python-3.11.txt /tmp/wheel/*.whl
 ENV HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
@@ -30,15 +32,19 @@ CMD ["/bin/bash"]
 # torch 2.10, TransformerEngine 2.9 and apex: versions that megatron-core 0.16 is made for.
 FROM nvcr.io/nvidia/pytorch:25.11-py3 AS gpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The compiled stack is pinned to what the image carries; pip fails rather than replace any of it. PIP_CONSTRAINT takes
-# the place of the image's own file, which also pins pure-Python packages that have to be newer here.
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel umask 022 \
+# The compiled stack is pinned to what the image carries; pip fails rather than replace any of it. Everything else comes
+# from the lock. PIP_CONSTRAINT takes the place of the image's own file, which also pins pure-Python packages that have to
+# be newer here.
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel \
+    --mount=type=bind,from=wheel,source=/source/requirements,target=/tmp/requirements umask 022 \
     && python -m pip list --format=freeze \
         | grep -iE '^(apex|flash[-_]attn|numpy|nvidia[-_]|(pytorch[-_])?triton|torch|transformer[-_]engine)' \
         > /tmp/compiled-stack.txt \
-    && PIP_CONSTRAINT=/tmp/compiled-stack.txt \
-        python -m pip install --no-cache-dir megatron-core==0.16.1 /tmp/wheel/*.whl \
-    && rm /tmp/compiled-stack.txt
+    && awk -F'[=@ ]+' '{ name = tolower($1); gsub("_", "-", name) } FNR == NR { carried[name] = 1; print; next } \
+        !(name in carried)' /tmp/compiled-stack.txt /tmp/requirements/python-3.12.txt > /tmp/constraints.txt \
+    && PIP_CONSTRAINT=/tmp/constraints.txt \
+        python -m pip install --no-cache-dir /tmp/wheel/*.whl \
+    && rm /tmp/compiled-stack.txt /tmp/constraints.txt
 ENV HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1

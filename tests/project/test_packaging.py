@@ -92,7 +92,16 @@ def test_every_code_folder_is_a_package():
 
 def test_top_level():
     fixed = {"megatron_ssft", "pretrain_ssft.py", "tools", "examples", "tests", "setup.py", "Dockerfile"}
-    beside = {"README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", "docs", "benchmarks"}
+    beside = {
+        "requirements",
+        "README.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "pyproject.toml",
+        "docs",
+        "benchmarks",
+    }
     assert fixed - {Path(f).parts[0] for f in _files()} == set()
     tracked = {Path(f).parts[0] for f in _files(new=False)}
     assert {f for f in tracked - fixed - beside if not f.startswith(".")} == set()
