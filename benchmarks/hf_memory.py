@@ -63,7 +63,7 @@ def main() -> None:
     from megatron_ssft.parallel.collectives import barrier, on_first_rank
     from megatron_ssft.parallel.engine import Engine
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-    from megatron_ssft.training.setup import build_vocabulary
+    from megatron_ssft.tokenizers.vocabulary import build_vocabulary
     from megatron_ssft.training.startup import complete_values
 
     values = {
@@ -78,7 +78,7 @@ def main() -> None:
     topology = initialize_topology(config)
     vocabulary = build_vocabulary(config)
     start = peak()
-    engine = Engine(config, topology, vocabulary.tags, vocabulary.size)
+    engine = Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
     shard = 2 * engine.num_parameters / MIB**2
     load_hf_weights(engine, arguments.source)
     loaded = peak()

@@ -23,8 +23,8 @@ from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, repo
 
 import megatron_ssft.parallel.engine as engine_module
 from megatron_ssft.layouts.padded import loss_denominator
+from megatron_ssft.objectives.set_matching import Matched, SetMatching
 from megatron_ssft.records import QuestionBatch, StepMetrics
-from megatron_ssft.training.set_matching import Matched, SetMatching
 from megatron_ssft.training.trainer import Trainer
 
 MODES = ("optimal", "random", "single")
@@ -57,7 +57,7 @@ class Side:
 def step(trainer: Trainer, side: Side, batch: QuestionBatch) -> None:
     """What Trainer.train_step does, on a batch that is given."""
     gather = engine_module.sum_over_ranks = Stopwatch(engine_module.sum_over_ranks)
-    matched = side.matching.match(batch, iteration=1)
+    matched = side.matching.match(trainer.context(), batch)
     engine_module.sum_over_ranks = gather.function
     plan = trainer.planner.train(batch, matched.assignments)
     tags = trainer.vocabulary.tags

@@ -246,7 +246,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
         from megatron_ssft.config.flags import build_config
         from megatron_ssft.data.cache import SetDataset
-        from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
+        from megatron_ssft.objectives.sets import build_queue, prepare_data
+        from megatron_ssft.tokenizers.vocabulary import build_vocabulary
         from megatron_ssft.training.startup import complete_values
 
         self.arguments = arguments

@@ -41,7 +41,8 @@ def train_ours(spec: dict) -> dict[str, object]:
     steps = []
     clock = Clock()
     for _ in range(config.training.train_iters):
-        batch, assignments, row = trainer.train_step()
+        decision, row = trainer.train_step()
+        batch, assignments = decision.batch, decision.assignments
         seen = {"ids": [s.id for s in batch.sets], "tags": [list(a.tags) for a in assignments]}
         steps.append(row | seen | clock())
     destroy_topology()

@@ -207,6 +207,36 @@ class MicrobatchPlan:
 
 
 @dataclass(frozen=True)
+class SequenceCut:
+    """Which tokens of `prompt + tag + completion` are scored, and how they weigh."""
+
+    max_completion_tokens: int | None = None
+    """Completions are cut to their first this many tokens (T_r in the cost pass); None: whole."""
+    train_forking_token: bool = False
+    """Score the tag's own tokens too."""
+    loss_normalization: str = "token"
+    """`token`: weight 1 for every scored token; `sequence`: 1 / the number of scored tokens of the sequence."""
+
+
+WHOLE = SequenceCut()
+"""Whole completions are scored, and nothing else."""
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Sequences of a batch, where each of them runs, and how it is cut: all that an engine needs to execute them."""
+
+    batch: QuestionBatch
+    plan: MicrobatchPlan
+    tags: ForkingTokens
+    """What stands between a prompt and its completions."""
+    cut: SequenceCut = WHOLE
+    scored_as: tuple[tuple[int, ...], ...] | None = None
+    """Cost pass only. Q tuples of M traces: the trace that is scored in the place of each, the first of those that are
+    alike in their first T_r tokens."""
+
+
+@dataclass(frozen=True)
 class TokenArrays:
     """One microbatch in the padded layout, all of shape [b, s].
 

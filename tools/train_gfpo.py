@@ -21,17 +21,17 @@ def main() -> None:
     config, dry_run = parse_arguments(__doc__, complete=complete_policy_values, program=POLICY_PROGRAM)
     if dry_run:
         from megatron_ssft.training.describe import print_description
-        from megatron_ssft.training.policy.describe import describe
+        from megatron_ssft.training.describe_policy import describe
 
         print_description(config, describe)
         return
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-    from megatron_ssft.training.policy.trainer import PolicyTrainer
     from megatron_ssft.training.signals import StopSignal
+    from megatron_ssft.training.trainer import Trainer
 
     stop = StopSignal()
     topology = initialize_topology(config)
-    trainer = PolicyTrainer(config, topology)
+    trainer = Trainer(config, topology)
     trainer.run(stop)
     destroy_topology()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_ssft.config.checks import positive, require
 
@@ -30,6 +31,13 @@ class CheckpointConfig:
         require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
         require(not self.finetune or self.load is not None, "--finetune needs --load")
         require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
+
+    @property
+    def continues_in_place(self) -> bool:
+        """Whether --load and --save name the same folder."""
+        if self.save is None or self.load is None:
+            return False
+        return Path(self.load).resolve() == Path(self.save).resolve()
 
 
 @dataclass

@@ -1,5 +1,19 @@
-"""What is maximised once tags steer: the policy at the forking token, its baseline on whole completions, the anchor.
+"""What a step trains: one file per objective (`ssft.py`, `gfpo.py`, `grpo.py`), each deciding step by step.
 
-Pure mathematics on arrays; where the numbers come from and where the gradients go is the caller's business.
-`forking_policy` and `drift` need NumPy only, `token_policy` and `anchor` torch.
+`objective.py` says what an objective is. The trainer executes what any of them decides.
 """
+
+from __future__ import annotations
+
+from megatron_ssft.config import Config, GFPOConfig
+from megatron_ssft.objectives.gfpo import GFPO
+from megatron_ssft.objectives.grpo import GRPO
+from megatron_ssft.objectives.objective import Objective
+from megatron_ssft.objectives.ssft import SSFT
+
+
+def objective_of(config: Config) -> type[Objective]:
+    """The objective that a configuration asks for."""
+    if not isinstance(config, GFPOConfig):
+        return SSFT
+    return GRPO if config.policy.objective == "grpo" else GFPO

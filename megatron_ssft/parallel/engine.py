@@ -1,13 +1,15 @@
-"""Executes plans on the model: forward-only for costs, forward and backward for training. Knows no objective.
+"""Executes planned batches on the model: `score` without gradients, `train` for one optimizer step.
 
-Every rank holds the same plan and cuts its own microbatches from the memory-mapped data, so nothing but
-activations, gradients and one vector of sums travels between ranks.
+It knows no objective: what is scored and what is trained are its callers' decisions. Every rank holds the same plan
+and cuts its own microbatches from the memory-mapped data, so nothing but activations, gradients and one vector of sums
+travels between ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,44 +20,35 @@ from torch import Tensor
 
 from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
-from megatron_ssft.layouts.packed import build_stream
-from megatron_ssft.layouts.padded import collate, context_parallel_share, rows_input
+from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.kernels import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
-from megatron_ssft.parallel.loss_terms import LossTerm, weighted_nll
+from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.model.trainable import freeze
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
+from megatron_ssft.parallel.scores import ScoredMicrobatch, Scores
 from megatron_ssft.parallel.topology import Topology
-from megatron_ssft.records import (
-    ForkingTokens,
-    Microbatch,
-    MicrobatchPlan,
-    ModelInput,
-    QuestionBatch,
-    SequenceSpec,
-    StepMetrics,
-)
-from megatron_ssft.scheduling.cost_stream_plan import distinct_traces
+from megatron_ssft.records import Microbatch, ModelInput, PlannedBatch, StepMetrics
 
-Cut = Callable[[Microbatch], ModelInput]
-"""Cuts a microbatch from the data."""
+Step = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, object]]
+"""Megatron's forward step: (microbatches, model chunk) -> (output, loss function)."""
 
 
 class Engine:
     """The model of this rank and everything that runs on it."""
 
-    def __init__(self, config: Config, topology: Topology, tags: ForkingTokens, vocab_size: int) -> None:
-        """Build the model without weights; `start` makes it trainable once they are there.
+    def __init__(self, config: Config, topology: Topology, vocab_size: int, forking_rows: Sequence[int]) -> None:
+        """Build the model without weights; `start` makes it trainable.
 
         Args:
-            vocab_size: vocabulary entries in use, tags included.
+            vocab_size: vocabulary entries in use.
+            forking_rows: vocabulary rows whose input embeddings are a parameter of their own.
         """
         self.config = config
         self.topology = topology
-        self.tags = tags
         self.vocab_size = vocab_size
-        self.chunks: list[SetGPTModel] = build_model_chunks(config, vocab_size, tags.row_ids)
+        self.chunks: list[SetGPTModel] = build_model_chunks(config, vocab_size, tuple(forking_rows))
         for chunk in self.chunks:
             chunk.to(topology.device)
         self.attention = self._choose_attention()
@@ -96,83 +89,20 @@ class Engine:
         """Parameters on this rank."""
         return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
 
-    # -- costs ---------------------------------------------------------------------------------------------------
+    # -- scoring -------------------------------------------------------------------------------------------------
 
-    def costs(self, batch: QuestionBatch, plan: MicrobatchPlan, matching_tokens: int) -> list[np.ndarray]:
-        """Q matrices float64 [N, M]: mean NLL of each trace's first T_r tokens under each tag (paper, section 2.2).
+    def score(self, planned: PlannedBatch, *, top_k: int | None = None, low_precision: bool = False) -> Scores:
+        """Likelihoods of the scored tokens under the present weights, without a gradient. Collective.
 
-        Per-token float32 NLLs are summed in float64; the pairs of all ranks meet in one all-reduce, so the result
-        is the same everywhere and does not depend on which rank scored a pair.
+        Args:
+            top_k: also give the k most probable tokens at each scored place.
+            low_precision: run a float32 model in bfloat16 autocast.
         """
-        n = self.tags.num_tags
-        first = np.cumsum([0] + [n * s.num_traces for s in batch.sets])
-        sums_and_counts = np.zeros((2, first[-1]))
-        cut = partial(self._input, batch, plan.layout, self.tags, max_completion_tokens=matching_tokens)
-        low_precision = self.config.matching.matching_precision == "bf16"
-        for microbatch, model_input, nll in self._forward_only(plan, cut, low_precision):
-            size = len(microbatch.sequences)
-            sums = np.bincount(model_input.owner, weights=nll, minlength=size)
-            counts = np.bincount(model_input.owner, minlength=size)
-            for spec, *values in zip(microbatch.sequences, sums, counts):
-                if not spec.is_pad:
-                    pair = first[spec.question] + spec.tag * batch.sets[spec.question].num_traces + spec.trace
-                    sums_and_counts[:, pair] += values
-        sums, counts = sum_over_ranks(sums_and_counts, self.topology)
-        costs = []
-        for q, tokenized in enumerate(batch.sets):
-            pairs = slice(first[q], first[q + 1])
-            known = np.divide(
-                sums[pairs], counts[pairs], out=np.full(n * tokenized.num_traces, np.nan), where=counts[pairs] > 0
-            )
-            twins = list(distinct_traces(tokenized, matching_tokens))  # a trace like an earlier one is not scored again
-            costs.append(known.reshape(n, tokenized.num_traces)[:, twins])
-        return costs
+        share = self._forward_only(planned, top_k, low_precision)
+        return Scores(planned, share, self.topology)
 
-    def evaluate(self, batch: QuestionBatch, plan: MicrobatchPlan, denominator: float) -> float:
-        """The training loss of the plan without a gradient."""
-        loss = 0.0
-        cut = partial(self._input, batch, plan.layout, self.tags, **self._training_options)
-        for _, model_input, nll in self._forward_only(plan, cut):
-            loss += float((nll * model_input.weights.astype(np.float64)).sum())
-        return float(sum_over_ranks(np.array([loss]), self.topology)[0] / denominator)
-
-    def sequence_nll(self, batch: QuestionBatch, plan: MicrobatchPlan, tags: ForkingTokens) -> list[np.ndarray]:
-        """Q arrays float64 [M]: NLL of every completion of the plan, summed over its tokens; the same on all ranks."""
-        sums = np.zeros(batch.num_traces)
-        first = np.cumsum([0] + [s.num_traces for s in batch.sets])
-        for microbatch, model_input, nll in self._forward_only(plan, self._completions(batch, plan, tags)):
-            totals = np.bincount(model_input.owner, weights=nll, minlength=len(microbatch.sequences))
-            for spec, total in zip(microbatch.sequences, totals):
-                if not spec.is_pad:
-                    sums[first[spec.question] + spec.trace] += total
-        return np.split(sum_over_ranks(sums, self.topology), first[1:-1])
-
-    def token_outputs(
-        self, batch: QuestionBatch, plan: MicrobatchPlan, tags: ForkingTokens, top_k: int | None
-    ) -> list[tuple[SequenceSpec, np.ndarray]]:
-        """(sequence, float64 [L] or [L, 1 + 2 k]) for this rank's share of the plan; none on ranks without a loss.
-
-        NLL of each completion token; with `top_k` also the k largest log-probabilities at its place and their ids.
-        """
-        answers = self._forward_only(plan, self._completions(batch, plan, tags), top_k=top_k)
-        return [
-            (spec, output[model_input.owner == place])
-            for microbatch, model_input, output in answers
-            for place, spec in enumerate(microbatch.sequences)
-            if not spec.is_pad
-        ]
-
-    def _completions(self, batch: QuestionBatch, plan: MicrobatchPlan, tags: ForkingTokens) -> Cut:
-        """Cuts microbatches whose scored places are those of the completions' tokens."""
-        return partial(self._input, batch, plan.layout, tags)
-
-    def _forward_only(
-        self, plan: MicrobatchPlan, cut: Cut, low_precision: bool = False, top_k: int | None = None
-    ) -> list[tuple[Microbatch, ModelInput, np.ndarray]]:
-        """(microbatch, its input, float64 answer) for this rank's share; empty on ranks that report no loss.
-
-        The answer is [n] NLL, with `top_k` [n, 1 + 2 k].
-        """
+    def _forward_only(self, planned: PlannedBatch, top_k: int | None, low_precision: bool) -> list[ScoredMicrobatch]:
+        """This rank's microbatches, scored; empty on ranks that report no loss."""
         outputs: list[tuple[Microbatch, ModelInput, Tensor]] = []
 
         def keep(microbatch: Microbatch, model_input: ModelInput, output: Tensor, non_loss_data: bool = True) -> None:
@@ -181,32 +111,24 @@ class Engine:
 
         def step(data: Iterator[tuple[int, Microbatch]], model: torch.nn.Module) -> tuple[Tensor, object]:
             _, microbatch = next(data)
-            model_input = cut(microbatch)
+            model_input = self._input(planned, microbatch)
             return self._forward(model, model_input, top_k), partial(keep, microbatch, model_input)
 
         for chunk in self.wrapped:
             chunk.eval()
         device = self.topology.device.type
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=low_precision):
-            self._schedule(step, [plan], forward_only=True, collect_non_loss_data=True)
-        return [(m, i, output.double().cpu().numpy()) for m, i, output in outputs]  # after the last is under way
+            self._schedule(step, [planned], forward_only=True, collect_non_loss_data=True)
+        # Copied to the host only now that the last microbatch is under way.
+        return [ScoredMicrobatch(m, i, output.double().cpu().numpy()) for m, i, output in outputs]
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train(self, batch: QuestionBatch, plan: MicrobatchPlan, denominator: float, lr: float) -> StepMetrics:
-        """One optimizer step on sum(weight x NLL) / denominator over the whole global batch. As `train_terms`."""
-
-        def prepare(microbatch: Microbatch, model_input: ModelInput) -> tuple[ModelInput, tuple[np.ndarray]]:
-            return model_input, (model_input.weights / np.float32(denominator),)
-
-        options = self._training_options
-        return self.train_terms([LossTerm(batch, plan, self.tags, prepare, weighted_nll, options=options)], lr)
-
-    def train_terms(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
-        """One optimizer step on the sum of the terms.
+    def train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
+        """One optimizer step on the sum of the terms. Collective.
 
         Weights in the terms are final: dividing them beforehand, rather than gradients later, makes loss and gradient
-        independent of micro-batch size, accumulation and layout.
+        independent of micro-batch size, accumulation and parallel layout.
 
         Raises:
             UserError: the loss or the gradient is not finite; the weights are left as they were for a bad loss.
@@ -228,7 +150,7 @@ class Engine:
         def step(data: Iterator[tuple[int, Microbatch]], model: torch.nn.Module) -> tuple[Tensor, object]:
             which, microbatch = next(data)
             term = terms[which]
-            model_input = self._input(term.batch, term.plan.layout, term.tags, microbatch, **term.options)
+            model_input = self._input(term.planned, microbatch)
             arrays: tuple[np.ndarray, ...] = ()
             if self.topology.is_last_stage:  # the others have no loss
                 model_input, arrays = term.prepare(microbatch, model_input)
@@ -240,9 +162,9 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._schedule(step, [term.plan for term in terms], forward_only=False)
+        self._schedule(step, [term.planned for term in terms], forward_only=False)
         loss, tokens, *figures = sum_over_ranks(sums.cpu().numpy(), self.topology)
-        where = terms[0].batch.sets[0].where
+        where = terms[0].planned.batch.sets[0].where
         if not np.isfinite(loss):
             raise UserError(f"{where}: the loss of the step that starts with this question is {loss}")
         set_hyperparameters(self.optimizer, self.config, lr)
@@ -252,7 +174,7 @@ class Engine:
         return StepMetrics(
             loss=float(loss),
             grad_norm=float(grad_norm),
-            trained_sequences=sum(len(term.plan.sequences) for term in terms),
+            trained_sequences=sum(len(term.planned.plan.sequences) for term in terms),
             trained_tokens=int(tokens),
             figures=dict(zip(names, map(float, figures))),
         )
@@ -284,37 +206,15 @@ class Engine:
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def _input(
-        self,
-        batch: QuestionBatch,
-        layout: str,
-        tags: ForkingTokens,
-        microbatch: Microbatch,
-        *,
-        max_completion_tokens: int | None = None,
-        train_forking_token: bool = False,
-        loss_normalization: str = "token",
-    ) -> ModelInput:
-        """Cut a microbatch from the data. By default completions are scored, and nothing else."""
-        options = {
-            "max_completion_tokens": max_completion_tokens,
-            "train_forking_token": train_forking_token,
-            "loss_normalization": loss_normalization,
-            "pad_to_multiple": self._pad_to_multiple,
-        }
-        if layout != "padded":
-            return build_stream(batch, microbatch, tags, share_prompt=layout == "packed", **options)
-        arrays = collate(batch, microbatch, tags, **options)
-        if self.topology.cp_size > 1:
-            arrays = context_parallel_share(arrays, self.topology.cp_rank, self.topology.cp_size)
-        return rows_input(arrays)
-
-    @property
-    def _training_options(self) -> dict[str, object]:
-        return {
-            "train_forking_token": self.config.data.train_forking_token,
-            "loss_normalization": self.config.training.loss_normalization,
-        }
+    def _input(self, planned: PlannedBatch, microbatch: Microbatch) -> ModelInput:
+        """Cut a microbatch from the data."""
+        return cut_microbatch(
+            planned,
+            microbatch,
+            pad_to_multiple=self._pad_to_multiple,
+            context_rank=self.topology.cp_rank,
+            context_size=self.topology.cp_size,
+        )
 
     @property
     def _pad_to_multiple(self) -> int:
@@ -331,19 +231,20 @@ class Engine:
         tensors = (torch.from_numpy(a).to(self.topology.device, non_blocking=True) for a in arrays)
         return model(*tensors, stream, top_k)
 
-    def _schedule(self, step: object, plans: Sequence[MicrobatchPlan], **kwargs: object) -> None:
-        """Run Megatron's schedule for this layout over (number of the plan, microbatch), one plan after the other.
+    def _schedule(self, step: Step, batches: Sequence[PlannedBatch], **kwargs: bool) -> None:
+        """Run Megatron's schedule over (number of the batch, microbatch), one batch after the other.
 
         Every model chunk draws the microbatches in the same order.
         """
-        mine = [(number, mb) for number, plan in enumerate(plans) for mb in plan.ranks[self.topology.dp_rank]]
+        rank = self.topology.dp_rank
+        microbatches = [(number, mb) for number, planned in enumerate(batches) for mb in planned.plan.ranks[rank]]
         # Hints only: every microbatch tells its own shape.
-        rows = len(mine[0][1].sequences) if plans[0].layout == "padded" else 1
-        longest = max(microbatch.size.tokens for _, microbatch in mine) // rows
-        self._run_schedule(step, mine, longest, rows, **kwargs)
+        rows = len(microbatches[0][1].sequences) if batches[0].plan.layout == "padded" else 1
+        longest = max(microbatch.size.tokens for _, microbatch in microbatches) // rows
+        self._run_schedule(step, microbatches, longest, rows, **kwargs)
 
     def _run_schedule(
-        self, step: object, microbatches: Sequence[object], seq_length: int, micro_batch_size: int, **kwargs: object
+        self, step: Step, microbatches: Sequence[object], seq_length: int, micro_batch_size: int, **kwargs: bool
     ) -> None:
         modules = self.wrapped or self.chunks
         data = [iter(microbatches) for _ in modules]

@@ -19,6 +19,7 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
 from megatron_ssft.hf.assets import copy_assets
+from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.hf.safetensors_io import HFWeights
 from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
@@ -27,10 +28,10 @@ from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.parallel.topology import Topology, destroy_topology, initialize_topology
+from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.resume import weights_state
-from megatron_ssft.training.setup import Vocabulary, build_vocabulary
-from megatron_ssft.training.startup import complete_values, is_hf_folder, read_hf_config
+from megatron_ssft.training.startup import complete_values
 
 _NOT_FOR_CONVERSION = {"data_path": ["-"], "train_iters": 1}
 """A configuration needs data and a length; a conversion has neither."""
@@ -89,7 +90,7 @@ def _start(folder: Path, options: dict[str, object]) -> tuple[Config, Topology, 
     config = build_config(values | _NOT_FOR_CONVERSION)
     topology = initialize_topology(config)
     vocabulary = build_vocabulary(config)
-    return config, topology, vocabulary, Engine(config, topology, vocabulary.tags, vocabulary.size)
+    return config, topology, vocabulary, Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
 
 
 @contextlib.contextmanager

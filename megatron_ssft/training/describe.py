@@ -11,12 +11,13 @@ from megatron_ssft.config import Config
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.matching.assignment import Matcher
+from megatron_ssft.objectives.sets import build_queue, prepare_data
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
+from megatron_ssft.scheduling.planner import Planner
+from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.lr_schedule import warmup_iterations
-from megatron_ssft.training.planning import Planner
-from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 
 
 def print_description(config: Config, describe: Callable[[Config], str]) -> None:
@@ -61,7 +62,7 @@ def _data_lines(config: Config, dataset: SetDataset) -> list[str]:
     ]
 
 
-def _step_lines(config: Config, dataset: SetDataset, vocabulary: object, world_size: int) -> list[str]:
+def _step_lines(config: Config, dataset: SetDataset, vocabulary: Vocabulary, world_size: int) -> list[str]:
     """The number of steps and the plan of the first one, tags drawn at random: lengths do not depend on them."""
     queue = build_queue(config, dataset)
     sizes, first = [], None
@@ -72,10 +73,12 @@ def _step_lines(config: Config, dataset: SetDataset, vocabulary: object, world_s
     mode = "single" if config.matching.matching == "single" else "random"
     matcher = Matcher(mode, vocabulary.tags.num_tags, config.training.seed)
     ranks = world_size // config.parallel.model_parallel_size
-    planner = Planner(config, vocabulary.tags, vocabulary.size, ranks)
-    plan = planner.train(batch, matcher.assign(batch, [None] * len(batch.sets)))
+    planner = Planner(config, vocabulary.size, ranks)
+    tags = vocabulary.tags
+    plan = planner.plan_sequences(batch, matcher.assign(batch, [None] * len(batch.sets)), tags).plan
+    cost_plan = planner.plan_costs(batch, tags, config.matching.matching_tokens).plan
     accountant = FlopAccountant(planner.flops)
-    matching = accountant.forward(planner.costs(batch, config.matching.matching_tokens)) / accountant.training(plan)
+    matching = accountant.forward(cost_plan) / accountant.training(plan)
     training = config.training
     total = training.train_iters or training.train_epochs * len(sizes)
     about = "" if training.train_iters else "about "

@@ -16,7 +16,7 @@ from megatron_ssft.parallel.checkpoint.hf_verification import LogitReport, verif
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_folder
 from megatron_ssft.parallel.collectives import barrier, on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.training.setup import Vocabulary
+from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 SAMPLE = (
     "A farmer has 17 sheep; all but 9 run away. How many are left? Let us think: 17 - 9 = 8 ran, so 9 are left.\n"

@@ -6,39 +6,38 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from megatron_ssft.config import Config
-from megatron_ssft.data.cache import SetDataset
-from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.hf.assets import copy_assets
+from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
-from megatron_ssft.training.setup import Vocabulary, build_vocabulary
-from megatron_ssft.training.startup import is_hf_folder
+from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 
 STATE_FORMAT = 1
 
 
-def run_state(
-    config: Config, vocabulary: Vocabulary, dataset: SetDataset, queue: QuestionQueue, iteration: int
-) -> dict[str, object]:
-    """Everything that decides the future of a run besides weights and optimizer, as JSON.
+def run_state(config: Config, vocabulary: Vocabulary, iteration: int, data: str) -> dict[str, Any]:
+    """Everything that decides the future of a run besides weights, optimizer and the objective's own state, as JSON.
 
     There is no random state: every draw is a function of the seed, the epoch and the question. Nor is there one of
     the learning rate, a function of the step.
+
+    Args:
+        data: the fingerprint of what it is trained on.
     """
     return weights_state(config, vocabulary) | {
         "iteration": iteration,
-        "queue": queue.state_dict(),
-        "data": dataset.fingerprint,
+        "data": data,
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "has_optimizer": True,
     }
 
 
-def weights_state(config: Config, vocabulary: Vocabulary) -> dict[str, object]:
+def weights_state(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a checkpoint of weights alone says of itself, as JSON."""
     return {
         "format": STATE_FORMAT,
@@ -57,8 +56,8 @@ def weights_state(config: Config, vocabulary: Vocabulary) -> dict[str, object]:
 
 def refuse_contradictions(
     run: Path,
-    stored: dict[str, object],
-    mine: dict[str, object],
+    stored: dict[str, Any],
+    ours: dict[str, Any],
     finetune: bool,
     flag: str = "--load",
     otherwise: str = "start from the weights alone with --finetune",
@@ -67,7 +66,7 @@ def refuse_contradictions(
 
     Args:
         run: the folder given as --load.
-        stored, mine: `run_state` of the checkpoint and of this run.
+        stored, ours: `run_state` of the checkpoint and of this run.
         finetune: only the weights are taken over, so only they have to fit.
         flag: by which `run` was given.
         otherwise: what to do instead of resuming.
@@ -75,25 +74,25 @@ def refuse_contradictions(
     if stored.get("format") != STATE_FORMAT:
         raise UserError(f"{flag} {run}: checkpoint format {stored.get('format')}, this version reads {STATE_FORMAT}")
     for name, value in stored["model"].items():
-        if name != "transformer_impl" and mine["model"].get(name) != value:
+        if name != "transformer_impl" and ours["model"].get(name) != value:
             raise UserError(
-                f"{flag} {run}: the checkpoint has {name} {value}, this run {mine['model'].get(name)}; "
+                f"{flag} {run}: the checkpoint has {name} {value}, this run {ours['model'].get(name)}; "
                 f"--config {run}/config.yaml takes the checkpoint's settings"
             )
     if not stored["forking_tokens"]["ids"]:
         raise UserError(f"{flag} {run}: was imported without tags; import it again with --num-forking-tokens N")
     for name in ("vocab_size", "forking_tokens"):
-        if stored[name] != mine[name]:
+        if stored[name] != ours[name]:
             raise UserError(f"{flag} {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
     if finetune:
         return
     for name in ("use_distributed_optimizer", "bf16"):
-        if stored[name] != mine[name]:
+        if stored[name] != ours[name]:
             raise UserError(
                 f"{flag} {run}: saved {'with' if stored[name] else 'without'} --{name.replace('_', '-')}; "
                 f"resume the same way, or {otherwise}"
             )
-    if stored["data"] != mine["data"]:
+    if stored["data"] != ours["data"]:
         raise UserError(
             f"{flag} {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
             f"data means nothing; resume with the same, or {otherwise}"
@@ -126,7 +125,7 @@ def keep_assets(config: Config) -> None:
         return
     target, exporting = Path(config.checkpoint.save) / ASSETS, config.checkpoint.export_hf_at_save
     try:
-        if not continues_in_place(config) or (exporting and not target.is_dir()):
+        if not config.checkpoint.continues_in_place or (exporting and not target.is_dir()):
             _place_assets(config, target)
         if exporting and config.data.tokenizer_type != "HuggingFaceTokenizer":
             # Found out before the training rather than after it.
@@ -148,18 +147,12 @@ def _place_assets(config: Config, target: Path) -> None:
     write_scratch_assets(config, vocabulary.tokenizer, vocabulary.size, target)
 
 
-def continues_in_place(config: Config) -> bool:
-    """Whether --load and --save name the same folder."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    return save is not None and load is not None and Path(load).resolve() == Path(save).resolve()
-
-
 def refuse_occupied_folder(config: Config) -> None:
     """A new run must not write over another one's checkpoints. Raises UserError."""
     save = config.checkpoint.save
     if save is not None and Path(save).exists() and not Path(save).is_dir():
         raise UserError(f"--save {save}: is a file; name a folder")
-    if save is None or (continues_in_place(config) and not config.checkpoint.finetune):
+    if save is None or (config.checkpoint.continues_in_place and not config.checkpoint.finetune):
         return
     folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []
     if folders:

@@ -11,14 +11,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ssft.config import LoggingConfig
-from megatron_ssft.records import Assignment, QuestionBatch
-
-METRICS, ASSIGNMENTS = "metrics.jsonl", "assignments.jsonl"
+from megatron_ssft.formats.run_folder import METRICS
 
 
 class RunLog:
@@ -30,23 +29,24 @@ class RunLog:
         logging: LoggingConfig,
         first_iteration: int,
         train_iters: int,
-        files: Sequence[str] = (METRICS, ASSIGNMENTS),
-        line: Callable[[dict[str, object]], str] | None = None,
+        files: Sequence[str],
+        line: Callable[[dict[str, Any]], str],
     ) -> None:
         """
         Args:
             first_iteration: the first step that will be logged: lines from it on are dropped from old files.
             files: names of the JSONL files; `metrics.jsonl` is one of them.
-            line: a step's metrics as a line for a person; default `step_line`.
+            line: a step's metrics as a line for a person.
         """
-        self._line = line or step_line
+        self._line = line
         self.console = Console()
         self._files = {}
         self._tensorboard = self._wandb = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for name in files:
-                truncate_from(folder / name, first_iteration)
+                # A start that came to nothing may have left lines of iteration 0.
+                truncate_from(folder / name, first_iteration if first_iteration > 1 else 0)
                 self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._open_trackers(folder, logging, first_iteration)
         self._progress = Progress(
@@ -90,7 +90,7 @@ class RunLog:
         else:
             print(text, flush=True)
 
-    def step(self, metrics: dict[str, object]) -> None:
+    def step(self, metrics: dict[str, Any]) -> None:
         """Log one optimizer step everywhere."""
         self.rows(METRICS, [metrics])
         iteration = metrics["iteration"]
@@ -103,11 +103,7 @@ class RunLog:
         self._progress.update(self._task, completed=iteration)
         self.say(self._line(metrics))
 
-    def assignments(self, iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> None:
-        """One line a question: which tag each trace got and the cost matrix it was chosen by."""
-        self.rows(ASSIGNMENTS, assignment_rows(iteration, batch, assignments))
-
-    def rows(self, name: str, rows: Iterable[dict[str, object]]) -> None:
+    def rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Append lines to one of the files; each has the `iteration` that it belongs to."""
         if name in self._files:
             self._files[name].writelines(json.dumps(row) + "\n" for row in rows)
@@ -126,67 +122,6 @@ class NoLog:
         return None
 
     def __exit__(self, *_: object) -> None: ...
-
-
-def assignment_rows(iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> Iterable[dict[str, object]]:
-    """Rows of assignments.jsonl. `tags` are 0-based rows of `cost`: tag k is written <think{k+1}>."""
-    for visit, tokenized, assignment in zip(batch.visits, batch.sets, assignments):
-        cost = None if assignment.cost_NM is None else [[round(float(c), 6) for c in row] for row in assignment.cost_NM]
-        yield {
-            "iteration": iteration,
-            "epoch": visit.epoch,
-            "id": tokenized.id,
-            "tags": [int(tag) for tag in assignment.tags],
-            "sources": list(tokenized.sources),
-            "cost": cost,
-        }
-
-
-def step_line(m: dict[str, object]) -> str:
-    """One step for a person."""
-    matching = ""
-    if m["matching_cost"] is not None:
-        matching = f" | matching cost {m['matching_cost']:.4f} gap {m['matching_gap']:.4f}"
-    if m.get("eval_loss") is not None:
-        matching += f" | eval loss {m['eval_loss']:.4f}"
-    if m.get("matching_regret") is not None:
-        saved = m["exact_matching_seconds"] - m["matching_seconds"]
-        matching += f" | regret {m['matching_regret']:.4f} a question, saving {saved:.2f} s"
-    share = m["matching_seconds"] / m["seconds"] if m["seconds"] else 0.0
-    mfu = f" | MFU {m['mfu']:.1%}" if m.get("mfu") is not None else ""
-    return (
-        f"step {m['iteration']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.3e} | grad norm {m['grad_norm']:.3f}{matching}"
-        f" | PAD {m['pad_sequences']}/{m['pad_lower_bound']} makespan {m['makespan_over_bound']:.3f}"
-        f" | {m['seconds']:.2f} s ({share:.0%} matching)"
-        f" | {m['sequence_tokens'] / max(m['seconds'], 1e-9):.0f} tokens/s{mfu}"
-    )
-
-
-def policy_line(m: dict[str, object]) -> str:
-    """One step of policy learning for a person."""
-    parts = [
-        f"step {m['iteration']:>4}",
-        f"loss {m['loss']:.4f}",
-        f"lr {m['lr']:.2e}",
-        f"grad norm {m['grad_norm']:.3f}",
-    ]
-    if "reward_uniform" in m:
-        parts.append(
-            f"reward {m['reward']:.4f} (uniform {m['reward_uniform']:.4f}, best tag {m['reward_best_fixed']:.4f})"
-        )
-        parts.append(f"entropy {m['entropy']:.3f} kl {m['kl']:.3f} mass {m['mass']:.2g}")
-    else:
-        parts.append(f"reward of the stored samples {m['reward_stored']:.4f} kl {m['kl']:.4f}")
-    for name, text in (
-        ("clip_fraction", "clipped {:.1%}"),
-        ("anchor_kl", "anchor kl {:.4f}"),
-        ("completion_nll_shift" if "completion_nll_shift" in m else "rescored_nll_shift", "NLL of completions {:+.4f}"),
-        ("effective_sample_size", "effective samples {:.0%}"),
-        ("mfu", "MFU {:.1%}"),
-    ):
-        if name in m:
-            parts.append(text.format(m[name]))
-    return " | ".join([*parts, f"{m['seconds']:.2f} s"])
 
 
 def truncate_from(path: Path, iteration: int) -> None:

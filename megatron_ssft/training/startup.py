@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ssft.config import GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
-from megatron_ssft.config.flags import ANY_RUN, Program, read_config_file
+from megatron_ssft.config import Config, GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
+from megatron_ssft.config.flags import ANY_RUN, PRETRAIN, Program, read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, read_forking_tokens
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.hf.assets import find_tokenizer
 from megatron_ssft.hf.families import model_values
+from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 
 _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""
@@ -37,21 +37,9 @@ POLICY_PROGRAM = Program(
 """What tools/train_gfpo.py is configured by. There is nothing to match, and traces are not trained."""
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Whether this is a Hugging Face checkpoint and not a run of ours."""
-    return (folder / "config.json").is_file()
-
-
-def read_hf_config(folder: Path) -> dict[str, object]:
-    """config.json as a dictionary. Raises UserError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}:1: expected a JSON object")
-    return config
+def program_of(config: Config) -> Program:
+    """The program that a configuration belongs to."""
+    return POLICY_PROGRAM if isinstance(config, GFPOConfig) else PRETRAIN
 
 
 def complete_values(values: dict[str, object]) -> dict[str, object]:

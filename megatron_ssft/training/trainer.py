@@ -1,4 +1,4 @@
-"""The training loop. `train_step` is the paper's Algorithm 1."""
+"""The trainer: one loop for every objective. It starts or resumes, steps, stops on SIGTERM, saves, exports and logs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.config.flags import to_yaml
-from megatron_ssft.data.cache import SetDataset
-from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import find_latest
-from megatron_ssft.layouts.padded import loss_denominator
-from megatron_ssft.matching.assignment import assignment_gap
-from megatron_ssft.matching.collapse import CollapseWatch
-from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state
-from megatron_ssft.parallel.collectives import on_first_rank, raise_together
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.hf.folder import is_hf_folder
+from megatron_ssft.objectives import objective_of
+from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state, save_checkpoint
+from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
-from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
-from megatron_ssft.training.loop import TrainingLoop
+from megatron_ssft.records import StepMetrics
+from megatron_ssft.scheduling.accounting import FlopAccountant
+from megatron_ssft.scheduling.planner import Planner
+from megatron_ssft.tokenizers.vocabulary import build_vocabulary
+from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.lr_schedule import learning_rate
-from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,
@@ -33,208 +32,254 @@ from megatron_ssft.training.resume import (
     run_state,
 )
 from megatron_ssft.training.run_log import NoLog, RunLog
-from megatron_ssft.training.set_matching import Matched, SetMatching, matching_figures
-from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
-from megatron_ssft.training.startup import is_hf_folder
+from megatron_ssft.training.signals import StopSignal
+from megatron_ssft.training.startup import program_of
+from megatron_ssft.training.weights import take_weights
 
 
-class Trainer(TrainingLoop):
+class Trainer:
     """One training run on one rank. Everything but the model's shards is the same on every rank."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        """Check and open the data, then build the model. Raises UserError before any of it is slow."""
+    def __init__(self, config: Config, topology: Topology, objective: type[Objective] | None = None) -> None:
+        """Check and open all input, then build the model. Raises UserError before any of it is slow.
+
+        `objective`: by default the one that the configuration asks for.
+        """
         self.config = config
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
         self.vocabulary = build_vocabulary(config)
-        if self.vocabulary.tags.num_tags == 0:
-            raise UserError("--num-forking-tokens 0: there is nothing to train the traces under; give at least 1")
-        folders = on_first_rank(lambda: prepare_data(config, self.vocabulary), topology)
+        self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
         on_first_rank(lambda: keep_assets(config), topology)
-        self.dataset = open_everywhere(folders["train"], topology)
-        self.eval_dataset = open_everywhere(folders["eval"], topology) if "eval" in folders else None
-        self.queue = build_queue(config, self.dataset)
-        self.train_iters = config.training.train_iters or self.queue.remaining_batches()
-        tags, size = self.vocabulary.tags, self.vocabulary.size
-        self.engine = Engine(config, topology, tags, size)
-        self.planner = Planner(config, tags, size, topology.dp_size)
-        self.matching = SetMatching(config, topology, self.engine, self.planner, tags.num_tags)
+        self.engine = Engine(config, topology, self.vocabulary.size, self.vocabulary.tags.row_ids)
+        self.planner = Planner(config, self.vocabulary.size, topology.dp_size)
+        self.accountant = FlopAccountant(self.planner.flops)
         self.peak_flops = job_peak_flops(config, topology)
-        self.watch = CollapseWatch(tags.num_tags, mode=config.matching.matching, seed=config.training.seed)
+        self.iteration = 0
+        """Optimizer steps done."""
+        self.train_iters = self.objective.train_iters(0)
+        """Optimizer steps of the whole run."""
         self._start_or_resume()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def train_step(self) -> tuple[QuestionBatch, list[Assignment], dict[str, object]]:
-        """Algorithm 1 of the paper: score every trace under every tag, match, train under the matched tags."""
+    def train_step(self) -> tuple[Decision, Figures]:
+        """Ask the objective, take the optimizer's step; what was decided and the line of metrics.jsonl."""
         begin = time.perf_counter()
-        batch = self.next_batch()
-        matched = self.matching.match(batch, self.iteration)
-        plan = self.planner.train(batch, matched.assignments)
-        denominator = self._denominator(batch, matched.assignments)
-        metrics = self.engine.train(batch, plan, denominator, self.learning_rate())
+        decision = self.objective.decide(self.context())
+        metrics = self.engine.train(decision.terms, self.learning_rate())
+        row = self._row(decision, metrics)
         self.iteration += 1
-        aside = matched.figures.get("exact_matching_seconds", 0.0)  # for the log alone
-        seconds = time.perf_counter() - begin - aside
-        return batch, matched.assignments, self._row(batch, matched, plan, metrics, seconds)
+        row["seconds"] = time.perf_counter() - begin - decision.aside_seconds
+        return decision, row | self._flops(decision, row["seconds"])
 
-    def next_batch(self) -> QuestionBatch:
-        """The questions of the next step."""
-        visits = self.queue.next_batch()
-        assert visits is not None, "the run is longer than its data"
-        return self._batch(self.dataset, visits)
+    def context(self) -> StepContext:
+        """What the objective may use at the present step."""
+        return StepContext(self.iteration, self.train_iters, self.engine, self.planner)
+
+    def learning_rate(self) -> float:
+        """Learning rate of the step that is being made."""
+        return learning_rate(self.config.training, self.iteration + 1, self.train_iters)
+
+    def _row(self, decision: Decision, metrics: StepMetrics) -> Figures:
+        """A line of metrics.jsonl, without times. What an objective says of the loss takes the engine's place."""
+        plans = [term.planned.plan for term in decision.terms]
+        return {
+            "iteration": self.iteration + 1,
+            "loss": metrics.loss,
+            "lr": self.learning_rate(),
+            "grad_norm": metrics.grad_norm,
+            **decision.figures(metrics.figures),
+            "pad_sequences": sum(plan.pad_sequences for plan in plans),
+            "makespan_over_bound": max(plan.makespan / plan.makespan_lower_bound for plan in plans),
+            "questions": decision.questions,
+            "trained_sequences": metrics.trained_sequences,
+            "trained_tokens": metrics.trained_tokens,
+        }
+
+    def _flops(self, decision: Decision, seconds: float) -> Figures:
+        """FLOPs of the step, and its MFU where the GPU is known; those of a partly frozen model are not counted."""
+        if self.engine.last_layers is not None:
+            return {}
+        training = sum(self.accountant.training(term.planned.plan) for term in decision.terms)
+        figures: Figures = {"training_flops": training}
+        if self.peak_flops is not None:
+            figures["mfu"] = (training + decision.scoring_flops) / (seconds * self.peak_flops)
+        return figures
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def advance(self, log: RunLog | None) -> None:
-        """A step, an evaluation where one is due, and their lines."""
-        batch, assignments, row = self.train_step()
-        if self._evaluation_is_due():
-            row |= self.evaluate()
+    def run(self, stop: StopSignal) -> None:
+        """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
+        checkpoint = self.config.checkpoint
+        folder = Path(checkpoint.save) if checkpoint.save and self.topology.is_first_rank else None
+        # Before the first step there is nothing to save: the command that started the run starts it anew.
+        saved_at = self.iteration if checkpoint.continues_in_place or not self.iteration else -1
+        with self._open_log(folder) as log:
+            self._greet(log, folder)
+            if checkpoint.continues_in_place and self._export_is_missing():
+                self._export(checkpoint_folder(Path(checkpoint.save), self.iteration), log)
+            stopped = False
+            while self.iteration < self.train_iters and not self.objective.is_over():
+                if stopped := any_rank(stop.received, self.topology):
+                    break
+                self._advance(log)
+                if self._save_is_due():
+                    saved_at = self._save(log)
+            if checkpoint.save and saved_at != self.iteration:
+                self._save(log)
+            if log is not None:
+                end = "stopped by SIGTERM" if stopped else "finished"
+                log.say(f"{end} at step {self.iteration} of {self.train_iters}")
+        self.objective.end(self.context())
+
+    def _advance(self, log: RunLog | None) -> None:
+        """A step, and its lines in the log."""
+        self._write(log, self.objective.before_step(self.context()))
+        decision, row = self.train_step()
+        report = self.objective.after_step(self.context(), decision)
+        self._write(log, report, row)
+
+    @staticmethod
+    def _write(log: RunLog | None, report: Report, row: Figures | None = None) -> None:
         if log is None:
             return
-        warnings = self.watch.update(assignments, [s.sources for s in batch.sets])
-        log.assignments(self.iteration, batch, assignments)
-        log.step(row | self.watch.figures)
-        for warning in warnings:
-            log.say(warning)
+        for file, rows in report.rows:
+            log.rows(file, rows)
+        if row is not None:
+            log.step(row | report.figures)
+        for remark in report.remarks:
+            log.say(remark)
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss on the held-out questions, each trace under its matched tag, with the matching's own figures."""
-        loss = denominator = cost = gap = 0.0
-        limit = self.config.logging.eval_questions or len(self.eval_dataset)
-        for visits in _in_batches(self.eval_dataset, limit, self.config.training.global_batch_size):
-            batch = self._batch(self.eval_dataset, visits)
-            assignments = self.matching.optimal(batch)
-            plan = self.planner.train(batch, assignments)
-            share = self._denominator(batch, assignments)
-            loss += self.engine.evaluate(batch, plan, share) * share
-            denominator += share
-            if self.config.matching.matching != "single":
-                cost += sum(a.cost for a in assignments)
-                gap += sum(assignment_gap(a.cost_NM) for a in assignments)
-        questions = min(limit, len(self.eval_dataset))
-        result = {"eval_loss": loss / denominator}
-        if self.config.matching.matching != "single":
-            result |= {"eval_matching_cost": cost / questions, "eval_matching_gap": gap / questions}
-        return result
+    def _open_log(self, folder: Path | None) -> RunLog | NoLog:
+        """JSONL files, trackers and progress; nothing on ranks other than the first."""
+        if not self.topology.is_first_rank:
+            return NoLog()
+        return RunLog(
+            folder,
+            self.config.logging,
+            self.iteration + 1,
+            self.train_iters,
+            files=self.objective.log_files,
+            line=self.objective.line,
+        )
+
+    def _greet(self, log: RunLog | None, folder: Path | None) -> None:
+        """What is trained, on what, how; and the configuration that a later run goes on with."""
+        if log is None:
+            return
+        if folder is not None:
+            write_durably(folder / "config.yaml", to_yaml(resumable(self.config), program_of(self.config)))
+        log.say(f"{self.objective.introduction()} | {self._describe_job()}")
+        log.say(self._describe_layout())
+        for note in self.objective.notes():
+            log.say(note)
+
+    def _describe_job(self) -> str:
+        """Vocabulary, ranks, parameters and steps."""
+        t, p = self.topology, self.config.parallel
+        steps = f"steps {self.iteration + 1} to {self.train_iters}"
+        return (
+            f"{self.vocabulary.size} vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | "
+            f"{t.world_size} ranks: tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
+            f"x context {p.context_parallel_size} x data {t.dp_size} on {t.device.type} | "
+            f"{self.engine.num_parameters} parameters on the first rank | "
+            f"{steps if self.iteration < self.train_iters else 'no step left'}"
+        )
+
+    def _describe_layout(self) -> str:
+        """How sequences are laid out, and the attention's kernel."""
+        layout, attention = self.config.training.sequence_layout, self.engine.attention
+        kernel = "" if layout == "padded" else f" | attention of streams through {attention.name} ({attention.why})"
+        return f"{layout} sequences{kernel}"
+
+    # -- start and resume ----------------------------------------------------------------------------------------
+
+    def _start_or_resume(self) -> None:
+        """Put weights into the model: new ones, loaded ones, or those of a run that goes on, with all its state."""
+        load = self.config.checkpoint.load
+        if load is None:
+            initialize_weights(self.engine.chunks, self.config)
+            vocabulary = self.vocabulary
+            rows, copy_id = vocabulary.known_rows, vocabulary.copy_id
+            initialize_forking_rows(self.engine.chunks, vocabulary.tags, rows, copy_id, self.config)
+            self.engine.start(self.objective.last_layers)
+        else:
+            self.engine.start(self.objective.last_layers)
+            if self._goes_on(Path(load)):
+                self._resume(Path(load))
+                return
+            self._load_weights(Path(load), "--load")
+        self.objective.begin(self.context(), self._load_weights)
+
+    def _load_weights(self, source: Path, flag: str) -> None:
+        take_weights(self.engine, self.vocabulary, source, flag)
+
+    def _goes_on(self, run: Path) -> bool:
+        """Whether the run in this folder is continued, rather than its weights taken to start from."""
+        checkpoint = self.config.checkpoint
+        if is_hf_folder(run) or checkpoint.finetune:
+            return False
+        if not self.objective.continues_elsewhere:
+            return checkpoint.continues_in_place
+        state = on_first_rank(lambda: read_state(run, find_latest(run)), self.topology)
+        return bool(state.get("has_optimizer", True))
+
+    def _resume(self, run: Path) -> None:
+        """Go on where the newest checkpoint was taken. Raises UserError where it and this run contradict each other."""
+        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
+        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
+        self.objective.check_state(run, state)
+        otherwise = "start from the weights alone with --finetune"
+        if not self.objective.continues_elsewhere:
+            otherwise = "start again with another --save"
+        refuse_contradictions(run, state, self.state(), finetune=False, otherwise=otherwise)
+        load_checkpoint(self.engine, run, iteration)
+        self.objective.load_state(state)
+        self.iteration = iteration
+        self.train_iters = self.objective.train_iters(iteration)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _start_or_resume(self) -> None:
-        config = self.config
-        run = None if config.checkpoint.load is None else Path(config.checkpoint.load)
-        if run is None or is_hf_folder(run):
-            initialize_weights(self.engine.chunks, config) if run is None else load_hf_weights(self.engine, run)
-            rows, start_from = self.vocabulary.known_rows, self.vocabulary.copy_id
-            initialize_forking_rows(self.engine.chunks, self.vocabulary.tags, rows, start_from, config)
-            self.engine.start()
-            return
-        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
-        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
-        weights_only = config.checkpoint.finetune or not state.get("has_optimizer", True)
-        refuse_contradictions(run, state, self.state(), weights_only)
-        self.engine.start()
-        load_checkpoint(self.engine, run, iteration, weights_only)
-        if not weights_only:
-            self.queue.load_state_dict(state["queue"])
-            if "reused_assignments" in state:
-                self.matching.store.load_state_dict(state["reused_assignments"])
-            if "collapse_watch" in state:
-                self.watch.load_state_dict(state["collapse_watch"])
-            self.iteration = iteration
-            if config.training.train_iters is None:  # the batch size may have changed since
-                self.train_iters = iteration + self.queue.remaining_batches()
-
     def state(self) -> dict[str, object]:
-        state = run_state(self.config, self.vocabulary, self.dataset, self.queue, self.iteration)
-        watch = self.watch.state_dict()  # kept by the first rank, which writes the checkpoint
-        return state | {"reused_assignments": self.matching.store.state_dict(), "collapse_watch": watch}
-
-    # -- small things --------------------------------------------------------------------------------------------
-
-    def _batch(self, dataset: SetDataset, visits: tuple[QuestionVisit, ...]) -> QuestionBatch:
-        return QuestionBatch(visits=visits, sets=tuple(dataset[visit.index] for visit in visits))
-
-    def _denominator(self, batch: QuestionBatch, assignments: list[Assignment]) -> int:
-        return loss_denominator(
-            batch,
-            assignments,
-            self.vocabulary.tags,
-            train_forking_token=self.config.data.train_forking_token,
-            loss_normalization=self.config.training.loss_normalization,
+        """What a checkpoint stores besides weights and optimizer, as JSON."""
+        return run_state(self.config, self.vocabulary, self.iteration, self.objective.fingerprint) | (
+            self.objective.state()
         )
 
-    def _evaluation_is_due(self) -> bool:
-        if self.eval_dataset is None:
+    def _save_is_due(self) -> bool:
+        every = self.config.checkpoint.save_interval
+        return every is not None and self.iteration % every == 0
+
+    def _export_is_missing(self) -> bool:
+        """Whether the checkpoint that the run goes on from was not exported any more before a kill."""
+        if not self.config.checkpoint.export_hf_at_save:
             return False
-        every = self.config.logging.eval_interval
-        return self.iteration == self.train_iters or (every is not None and self.iteration % every == 0)
+        export = checkpoint_folder(Path(self.config.checkpoint.save), self.iteration) / ASSETS
+        return not on_first_rank(export.is_dir, self.topology)
 
-    def _row(
-        self, batch: QuestionBatch, matched: Matched, plan: MicrobatchPlan, metrics: StepMetrics, seconds: float
-    ) -> dict[str, object]:
-        """A line of metrics.jsonl. Costs are in nats a question: totals over its traces, averaged over questions."""
-        training_flops = self.matching.accountant.training(plan)
-        row = {
-            "iteration": self.iteration,
-            "loss": metrics.loss,
-            "lr": learning_rate(self.config.training, self.iteration, self.train_iters),
-            "grad_norm": metrics.grad_norm,
-            **matching_figures(matched.assignments),
-            "pad_sequences": plan.pad_sequences,
-            "pad_lower_bound": plan.pad_lower_bound,
-            "makespan_over_bound": plan.makespan / plan.makespan_lower_bound,
-            "questions": len(batch.sets),
-            "trained_sequences": metrics.trained_sequences,
-            "trained_tokens": metrics.trained_tokens,
-            "sequence_tokens": sum(s.num_tokens for s in plan.sequences),
-            "epoch": batch.visits[0].epoch,
-            "seconds": seconds,
-            "matching_seconds": matched.seconds,
-            "solving_seconds": matched.solving_seconds,
-            "training_flops": training_flops,
-            "matching_flops": matched.flops,
-            **matched.figures,
-        }
-        if self.peak_flops is not None:
-            row["mfu"] = (training_flops + matched.flops) / (seconds * self.peak_flops)
-        return row
+    def _save(self, log: RunLog | None) -> int:
+        begin = time.perf_counter()
+        if log is not None:
+            log.sync()
+        folder = save_checkpoint(self.engine, Path(self.config.checkpoint.save), self.iteration, self.state())
+        if log is not None:
+            log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
+        if self.config.checkpoint.export_hf_at_save:
+            self._export(folder, log)
+        return self.iteration
 
-    def open_log(self, folder: Path | None) -> RunLog | NoLog:
-        """JSONL files, trackers and progress."""
-        if not self.topology.is_first_rank:
-            return NoLog()
-        return RunLog(folder, self.config.logging, self.iteration + 1, self.train_iters)
-
-    def greet(self, log: RunLog, folder: Path | None) -> None:
-        """What is trained, on what, how."""
-        if folder is not None:
-            write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
-        log.say(f"{len(self.dataset)} questions, {int(self.dataset.trace_counts.sum())} traces | {self.describe_job()}")
-        log.say(self.describe_layout())
-
-
-def open_everywhere(folder: str, topology: Topology) -> SetDataset:
-    """The data set, or the same UserError on all ranks if one cannot see what the first has written."""
-    dataset, error = None, None
-    try:
-        dataset = SetDataset.open(folder)
-    except UserError as failure:
-        error = f"{failure} (on rank {topology.rank}; all nodes must see the folder, see --data-cache-path)"
-    raise_together(error, topology)
-    return dataset
-
-
-def _in_batches(dataset: SetDataset, limit: int, capacity: int) -> list[tuple[QuestionVisit, ...]]:
-    """The first `limit` questions in file order, in runs of at most `capacity` traces."""
-    batches: list[list[QuestionVisit]] = []
-    traces = capacity
-    for index, count in enumerate(dataset.trace_counts[:limit].tolist()):
-        if traces + count > capacity:
-            batches.append([])
-            traces = 0
-        batches[-1].append(QuestionVisit(index=index, epoch=0))
-        traces += count
-    return [tuple(batch) for batch in batches]
+    def _export(self, folder: Path, log: RunLog | None) -> None:
+        begin = time.perf_counter()
+        report = export_hf(
+            self.engine,
+            self.config,
+            self.vocabulary,
+            assets=Path(self.config.checkpoint.save) / ASSETS,
+            target=folder / ASSETS,
+            verify_with=folder if self.config.checkpoint.verify_hf else None,
+        )
+        if log is not None:
+            verified = f"verified: {report}" if report is not None else "not verified"
+            log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")

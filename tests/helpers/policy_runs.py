@@ -16,10 +16,10 @@ from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.training.policy.trainer import PolicyTrainer
+from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.resume import weights_state
-from megatron_ssft.training.setup import build_vocabulary
 from megatron_ssft.training.startup import POLICY_PROGRAM
+from megatron_ssft.training.trainer import Trainer
 from tests.helpers.training_runs import MODEL, weight_shards, write_rows
 
 TAGS, SAMPLES = 4, 2
@@ -60,7 +60,7 @@ def write_models(folder: str) -> None:
             config = build_config(values | {"save": str(run)})
             topology = topology or initialize_topology(config)
             vocabulary = build_vocabulary(config)
-            engine = Engine(config, topology, vocabulary.tags, vocabulary.size)
+            engine = Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
             initialize_weights(engine.chunks, config)
             initialize_forking_rows(engine.chunks, vocabulary.tags, vocabulary.known_rows, None, config)
             save_checkpoint(engine, run, 0, weights_state(config, vocabulary))
@@ -114,7 +114,7 @@ def policy_config(values):
 
 def build_trainer(values, topology):
     """A trainer as tools/train_gfpo.py builds it."""
-    return PolicyTrainer(policy_config(values), topology)
+    return Trainer(policy_config(values), topology)
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def caught_gradients(engine):
 def next_gradients(trainer):
     """(row of the log, gradient shards) of the step that comes next, which is not taken."""
     with caught_gradients(trainer.engine) as gradients:
-        row = trainer.train_step()
+        _, row = trainer.train_step()
     trainer.iteration -= 1
     return row, gradients
 
@@ -167,11 +167,16 @@ def run_and_tell(cases):
         # The distributed optimizer leaves on a rank only what it is going to use of them.
         whole = not (values.get("use_distributed_optimizer") and topology.dp_size > 1)
         gradients = next_gradients(trainer)[1] if whole else None
-        rows = [trainer.train_step() for _ in range(values["train_iters"])]
-        fork = None if values["objective"] == "grpo" else trainer.forks.logp(trainer.inputs.questions)
+        rows = [trainer.train_step()[1] for _ in range(values["train_iters"])]
+        fork = None if values["objective"] == "grpo" else fork_logp(trainer)
         told.append({"rows": rows, "gradients": gradients, "shards": weight_shards(trainer.engine), "fork": fork})
     destroy_topology()
     return told
+
+
+def fork_logp(trainer):
+    """log-probabilities of the tags for every question under the present weights."""
+    return trainer.objective.forks.logp(trainer.context(), trainer.objective.inputs.questions)
 
 
 def gradients_of(results):

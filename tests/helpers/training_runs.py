@@ -65,15 +65,15 @@ def train_and_tell(values):
     trainer = Trainer(config, topology)
     history = []
     for _ in range(config.training.train_iters):
-        batch, assignments, row = trainer.train_step()
+        decision, row = trainer.train_step()
         history.append(
             {
                 "loss": row["loss"],
                 "grad_norm": row["grad_norm"],
                 "tokens": row["trained_tokens"],
-                "ids": [s.id for s in batch.sets],
-                "tags": [a.tags for a in assignments],
-                "costs": [a.cost_NM for a in assignments],
+                "ids": [s.id for s in decision.batch.sets],
+                "tags": [a.tags for a in decision.assignments],
+                "costs": [a.cost_NM for a in decision.assignments],
             }
         )
     shards = weight_shards(trainer.engine)

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_ssft.objectives.forking_policy import (
+from megatron_ssft.objectives.formulas.forking_policy import (
     ForkCoefficients,
     exact_objective,
     log_policy,
@@ -163,7 +163,7 @@ def test_bad_values_name_the_row():
 
 def test_needs_no_torch():
     program = (
-        "import sys, megatron_ssft.objectives.forking_policy, megatron_ssft.objectives.drift; "
+        "import sys, megatron_ssft.objectives.formulas.forking_policy, megatron_ssft.objectives.formulas.drift; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

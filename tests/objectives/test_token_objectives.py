@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ssft.objectives.anchor import top_k_kl
-from megatron_ssft.objectives.drift import Drift, measure_drift
-from megatron_ssft.objectives.token_policy import clipped_token_loss, group_advantages
+from megatron_ssft.objectives.formulas.anchor import top_k_kl
+from megatron_ssft.objectives.formulas.drift import Drift, measure_drift
+from megatron_ssft.objectives.formulas.token_policy import clipped_token_loss, group_advantages
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 

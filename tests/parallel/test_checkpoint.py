@@ -44,7 +44,7 @@ def state_of(trainer):
         "rows": [row.detach().float().numpy().copy() for row in rows],
         "shards": weight_shards(trainer.engine),
         "iteration": trainer.iteration,
-        "queue": trainer.queue.state_dict(),
+        "queue": trainer.objective.sets.queue.state_dict(),
     }
 
 
@@ -69,7 +69,7 @@ def load(values, save_to=None, steps=0):
     result = state_of(trainer)
     if save_to is not None:
         save_checkpoint(trainer.engine, Path(save_to), trainer.iteration, trainer.state())
-    losses = [trainer.train_step()[2]["loss"] for _ in range(steps)]
+    losses = [trainer.train_step()[1]["loss"] for _ in range(steps)]
     return result | {"losses": losses}
 
 

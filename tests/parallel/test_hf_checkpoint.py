@@ -261,7 +261,7 @@ def train(values):
 
     config = build_config(complete_values(values))
     trainer = Trainer(config, initialize_topology(config))
-    rows = [trainer.train_step()[2] for _ in range(config.training.train_iters)]
+    rows = [trainer.train_step()[1] for _ in range(config.training.train_iters)]
     return [(row["loss"], row["matching_gap"]) for row in rows]
 
 

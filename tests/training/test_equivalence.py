@@ -193,13 +193,16 @@ def costs_after(values, changed):
     config = build_config(values)
     topology = initialize_topology(config)
     trainer = Trainer(config, topology)
-    batch = trainer.next_batch()
-    before = [a.cost_NM for a in trainer.matching.optimal(batch)]
+    batch = trainer.objective.sets.next_batch()
+    before = [a.cost_NM for a in trainer.objective.matching.optimal(trainer.context(), batch)]
     sets = list(batch.sets)
     prompt = sets[changed].prompt_ids.copy()
     prompt[1] += 1
     sets[changed] = dataclasses.replace(sets[changed], prompt_ids=prompt)
-    after = [a.cost_NM for a in trainer.matching.optimal(dataclasses.replace(batch, sets=tuple(sets)))]
+    after = [
+        a.cost_NM
+        for a in trainer.objective.matching.optimal(trainer.context(), dataclasses.replace(batch, sets=tuple(sets)))
+    ]
     destroy_topology()
     return before, after
 

@@ -36,7 +36,8 @@ def first_step(values):
         return True, 0.0, None
 
     trainer.engine.optimizer.step = keep
-    _, assignments, row = trainer.train_step()
+    decision, row = trainer.train_step()
+    assignments = decision.assignments
     destroy_topology()
     return [a.cost_NM for a in assignments], row["loss"], gradients
 

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollouts import read_rollouts
-from megatron_ssft.training.policy import completions as completions_module
-from megatron_ssft.training.policy.draws import first_draws, generator, nth_batch, permutation
-from megatron_ssft.training.policy.inputs import fork_batch
+from megatron_ssft.objectives.policy import completions as completions_module
+from megatron_ssft.objectives.policy.draws import first_draws, generator, nth_batch, permutation
+from megatron_ssft.objectives.policy.inputs import fork_batch
 from tests.helpers.policy_files import TAGS, edit_lines, is_right, read, write_files
 
 

@@ -15,14 +15,14 @@ import pytest
 from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import find_latest
+from megatron_ssft.objectives.policy import reference
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.training.policy import reference
-from megatron_ssft.training.policy.trainer import PolicyTrainer
-from megatron_ssft.training.setup import build_vocabulary
+from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
+from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import RankFailure, run_ranks
 from tests.helpers.policy_runs import write_inputs, write_models
 from tests.helpers.run_processes import finish, ranks_of_program, start_program, wait_for_steps
@@ -63,7 +63,7 @@ def flags(models, inputs, save, *more, kind="tied special", load=None, steps=STE
 def run_body(argv):
     """tools/train_gfpo.py without a process of its own. Runs on every rank."""
     config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
-    trainer = PolicyTrainer(config, initialize_topology(config))
+    trainer = Trainer(config, initialize_topology(config))
     trainer.run(StopSignal())
     destroy_topology()
 
@@ -74,7 +74,7 @@ def final_weights(argv, runs):
     topology, vocabulary = initialize_topology(config), build_vocabulary(config)
     shards = []
     for run in map(Path, runs):
-        engine = Engine(config, topology, vocabulary.tags, vocabulary.size)
+        engine = Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
         load_checkpoint(engine, run, find_latest(run), weights_only=True)
         shards.append(weight_shards(engine))
     return shards
@@ -163,14 +163,14 @@ def test_stopped_killed_and_resumed(models, inputs, tmp_path, name):
 def die_in_the_reference(argv, place):
     """SIGKILL for every rank while the reference is being written, or two steps after that. Runs on every rank."""
     if place == "steps":
-        step = PolicyTrainer.train_step
+        step = Trainer.train_step
 
         def train_step(self):
             if self.iteration == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self)
 
-        PolicyTrainer.train_step = train_step
+        Trainer.train_step = train_step
     else:
         reference._save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     run_body(argv)
@@ -196,7 +196,7 @@ def test_killed_before_the_first_checkpoint(models, inputs, tmp_path, place):
 def run_stopped(argv):
     """A SIGTERM comes before the first step. Runs on every rank."""
     config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
-    trainer, stop = PolicyTrainer(config, initialize_topology(config)), StopSignal()
+    trainer, stop = Trainer(config, initialize_topology(config)), StopSignal()
     stop.received = True
     trainer.run(stop)
     destroy_topology()
@@ -354,7 +354,7 @@ def run_several(argvs):
     for argv in argvs:
         config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
         topology = topology or initialize_topology(config)
-        trainer = PolicyTrainer(config, topology)
+        trainer = Trainer(config, topology)
         trainer.run(StopSignal())
         shards.append(weight_shards(trainer.engine))
     destroy_topology()

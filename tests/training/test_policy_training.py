@@ -8,9 +8,9 @@ import torch
 
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import build_config
-from megatron_ssft.objectives.forking_policy import sample_tags
+from megatron_ssft.objectives.formulas.forking_policy import sample_tags
+from megatron_ssft.objectives.policy.draws import generator
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.training.policy.draws import generator
 from tests.helpers.distributed import run_ranks
 from tests.helpers.plain_gpt import PlainGPT
 from tests.helpers.policy_runs import (
@@ -165,7 +165,7 @@ def plain_completion(plain, vocabulary, question, completion):
 
 def expected_rewards(logp_QN, trainer):
     """J of every question; its gradient with group normalisation is that of J / sigma, sigma held."""
-    j_Q = (logp_QN.softmax(-1) * torch.tensor(trainer.inputs.reward_QN)).sum(-1)
+    j_Q = (logp_QN.softmax(-1) * torch.tensor(trainer.objective.inputs.reward_QN)).sum(-1)
     if not trainer.config.policy.group_normalization:
         return j_Q
     held = j_Q.detach()
@@ -174,7 +174,7 @@ def expected_rewards(logp_QN, trainer):
 
 def sampled_rewards(logp_QN, old_QN, trainer):
     """PPO's clipped surrogate over the tags that were drawn for the first steps."""
-    policy, inputs = trainer.config.policy, trainer.inputs
+    policy, inputs = trainer.config.policy, trainer.objective.inputs
     rngs = [generator(trainer.config.training.seed, "tags", 0, question.id) for question in inputs.questions]
     drawn = sample_tags(old_QN.numpy(), inputs.n_QN, inputs.sum_QN, policy.samples_per_question, rngs)
     tags_QG, r_QG = map(torch.tensor, drawn)
@@ -187,7 +187,7 @@ def sampled_rewards(logp_QN, old_QN, trainer):
 def fork_loss(models, trainer):
     """The whole objective of GFPO, minus, with the anchor."""
     plain, start, frozen = models
-    policy, inputs, vocabulary = trainer.config.policy, trainer.inputs, trainer.vocabulary
+    policy, inputs, vocabulary = trainer.config.policy, trainer.objective.inputs, trainer.vocabulary
     logp_QN = torch.stack([plain_logp(plain, vocabulary, q) for q in inputs.questions])
     with torch.no_grad():
         old_QN = torch.stack([plain_logp(start, vocabulary, q) for q in inputs.questions])
@@ -215,7 +215,7 @@ def fork_loss(models, trainer):
 def token_loss(models, trainer):
     """GRPO over all completions."""
     plain, start, frozen = models
-    policy, inputs, vocabulary = trainer.config.policy, trainer.inputs, trainer.vocabulary
+    policy, inputs, vocabulary = trainer.config.policy, trainer.objective.inputs, trainer.vocabulary
     losses = []
     for number, question in enumerate(inputs.questions):
         group = [c for c in inputs.completions if c.question == number]
@@ -244,7 +244,7 @@ def against_autograd(cases):
         trainer = build_trainer(values, topology)
         config = trainer.config
         start = plain_model(trainer.engine, config)
-        moving = trainer.train_step()["grad_norm"], trainer.train_step()["grad_norm"]
+        moving = trainer.train_step()[1]["grad_norm"], trainer.train_step()[1]["grad_norm"]
         assert min(moving) > 1e-3
         plain = plain_model(trainer.engine, config)
         row, shards = next_gradients(trainer)
@@ -303,7 +303,7 @@ def start_and_end(cases):
     for values in cases:
         trainer = build_trainer(values, topology)
         before = weight_shards(trainer.engine)
-        rows = [trainer.train_step() for _ in range(values["train_iters"])]
+        rows = [trainer.train_step()[1] for _ in range(values["train_iters"])]
         told.append({"before": before, "after": weight_shards(trainer.engine), "rows": rows})
     destroy_topology()
     return told
@@ -419,10 +419,10 @@ def drift_of(cases):
     told = []
     for values in cases:
         trainer = build_trainer(values, topology)
-        before = trainer.rescore()
+        before = trainer.objective.rescore(trainer.context())
         for _ in range(values["train_iters"]):
             trainer.train_step()
-        told.append((before, trainer.rescore(), trainer.stale))
+        told.append((before, trainer.objective.rescore(trainer.context()), trainer.objective.stale))
     destroy_topology()
     return told
 
@@ -457,7 +457,7 @@ def untied_start(cases):
     for values in cases:
         trainer = build_trainer(values, topology)
         before = weight_shards(trainer.engine)
-        rows = [trainer.train_step() for _ in range(values["train_iters"])]
+        rows = [trainer.train_step()[1] for _ in range(values["train_iters"])]
         told.append({"rows": rows, "before": before, "shards": weight_shards(trainer.engine)})
     destroy_topology()
     return told

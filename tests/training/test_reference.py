@@ -29,7 +29,8 @@ def compare_training(values, rows):
     texts = {row["id"]: row for row in rows}
     pairs = []
     for step in range(1, config.training.train_iters + 1):
-        batch, assignments, row = trainer.train_step()
+        decision, row = trainer.train_step()
+        batch, assignments = decision.batch, decision.assignments
         nll = []
         for tokenized, assignment in zip(batch.sets, assignments):
             for trace, tag in zip(texts[tokenized.id]["traces"], assignment.tags):
@@ -70,9 +71,11 @@ def compare_costs(values, rows):
     trainer = Trainer(config, initialize_topology(config))
     plain = plain_model(trainer.engine)
     texts = {row["id"]: row for row in rows}
-    batch = trainer.next_batch()
+    batch = trainer.objective.sets.next_batch()
     found = []
-    for tokenized, cost in zip(batch.sets, (a.cost_NM for a in trainer.matching.optimal(batch))):
+    for tokenized, cost in zip(
+        batch.sets, (a.cost_NM for a in trainer.objective.matching.optimal(trainer.context(), batch))
+    ):
         row = texts[tokenized.id]
         expected = np.empty_like(cost)
         with torch.no_grad():

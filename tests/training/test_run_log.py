@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from megatron_ssft.config import LoggingConfig
+from megatron_ssft.formats import run_folder
+from megatron_ssft.objectives.set_matching import assignment_rows
+from megatron_ssft.objectives.ssft import step_line
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
-from megatron_ssft.training.run_log import RunLog, assignment_rows, step_line, truncate_from
+from megatron_ssft.training.run_log import RunLog, truncate_from
+
+FILES = (run_folder.METRICS, run_folder.ASSIGNMENTS)
 
 
 def line(iteration, **more):
@@ -177,7 +182,7 @@ def no_colour_settings(monkeypatch):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    with RunLog(None, LoggingConfig(), 12, 20) as log:
+    with RunLog(None, LoggingConfig(), 12, 20, FILES, step_line) as log:
         log.say("[bold]not markup[/bold] :smile:")
         log.step(METRICS)
         log.say("x" * 300)
@@ -187,7 +192,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
 def test_terminal_gets_a_progress_bar_and_the_same_text(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    with RunLog(None, LoggingConfig(), 12, 20) as log:
+    with RunLog(None, LoggingConfig(), 12, 20, FILES, step_line) as log:
         log.step(METRICS)
         log.say("[bold]not markup[/bold]")
     out = capsys.readouterr().out
@@ -199,9 +204,12 @@ def test_files_go_on_where_the_checkpoint_was_taken(tmp_path, capsys):
     """A run that resumes after step 2 leaves the files of a run that was never interrupted."""
 
     def run(folder, first, last):
-        with RunLog(folder, LoggingConfig(), first, 6) as log:
+        with RunLog(folder, LoggingConfig(), first, 6, FILES, step_line) as log:
             for iteration in range(first, last + 1):
-                log.assignments(iteration, BATCH, [Assignment((2, 0), COST), Assignment((1,))])
+                log.rows(
+                    run_folder.ASSIGNMENTS,
+                    assignment_rows(iteration, BATCH, [Assignment((2, 0), COST), Assignment((1,))]),
+                )
                 log.step(METRICS | {"iteration": iteration})
             log.sync()
 
@@ -221,15 +229,15 @@ def test_files_go_on_where_the_checkpoint_was_taken(tmp_path, capsys):
 
 def test_rows_are_on_disk_before_the_log_is_closed(tmp_path):
     """What was logged survives a kill that comes right after."""
-    with RunLog(tmp_path, LoggingConfig(), 1, 2) as log:
+    with RunLog(tmp_path, LoggingConfig(), 1, 2, FILES, step_line) as log:
         log.step(METRICS | {"iteration": 1})
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["iteration"] == 1
 
 
 def test_run_without_a_folder_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with RunLog(None, LoggingConfig(), 1, 2) as log:
+    with RunLog(None, LoggingConfig(), 1, 2, FILES, step_line) as log:
         log.step(METRICS | {"iteration": 1})
-        log.assignments(1, BATCH, [Assignment((2, 0), COST), Assignment((1,))])
+        log.rows(run_folder.ASSIGNMENTS, assignment_rows(1, BATCH, [Assignment((2, 0), COST), Assignment((1,))]))
         log.sync()
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,8 @@ import pytest
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.matching.approximation import assignment_regret, is_certain, known_cost
 from megatron_ssft.matching.assignment import solve_assignment
+from megatron_ssft.objectives.set_matching import Matched
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.training.set_matching import Matched
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_runs import BASE, make_rows, write_rows
@@ -30,14 +30,15 @@ def steps_of(values):
     trainer = Trainer(config, initialize_topology(config))
     rows, visits = [], []
     for _ in range(config.training.train_iters):
-        before = trainer.queue.state_dict()
-        batch = trainer.next_batch()
-        exact = trainer.matching._costs(batch, Matched([]))
-        first = trainer.matching._costs(batch, Matched([]), 2)
-        trainer.queue.load_state_dict(before)
-        _, assignments, row = trainer.train_step()
+        objective, step = trainer.objective, trainer.context()
+        before = objective.sets.queue.state_dict()
+        batch = objective.sets.next_batch()
+        exact = objective.matching.costs(step, batch, Matched([]))
+        first = objective.matching.costs(step, batch, Matched([]), 2)
+        objective.sets.queue.load_state_dict(before)
+        decision, row = trainer.train_step()
         rows.append(row)
-        for visit, tokenized, a, cost, early in zip(batch.visits, batch.sets, assignments, exact, first):
+        for visit, tokenized, a, cost, early in zip(batch.visits, batch.sets, decision.assignments, exact, first):
             lengths = [len(c) for c in tokenized.completion_ids]
             visits.append((tokenized.id, visit.epoch, a.tags, cost, early, lengths, a.cost_NM is not None))
     destroy_topology()

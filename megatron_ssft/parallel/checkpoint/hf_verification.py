@@ -73,7 +73,7 @@ def verify_logits(
     # TransformerEngine may compute float32 products in TF32.
     model = dataclasses.replace(config.model, num_layers=layers, transformer_impl="local")
     parallel = dataclasses.replace(config.parallel, bf16=False, use_distributed_optimizer=False)
-    engine = Engine(dataclasses.replace(config, model=model, parallel=parallel), topology, tags, vocab_size)
+    engine = Engine(dataclasses.replace(config, model=model, parallel=parallel), topology, vocab_size, tags.row_ids)
     if layers == config.model.num_layers:
         load(engine)
     else:

@@ -27,9 +27,9 @@ import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
+from megatron_ssft.objectives.policy.completion_scoring import Answers
 from megatron_ssft.parallel.collectives import barrier, gather_json, on_first_rank
-from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.training.policy.completion_scoring import Answers
+from megatron_ssft.parallel.topology import Topology
 
 FOLDER = "reference"
 _INDEX = "index.json"
@@ -62,7 +62,7 @@ def refuse_other_inputs(save: Path, index: dict[str, object], fingerprint: str, 
 
 def write_reference(
     save: Path,
-    engine: Engine,
+    topology: Topology,
     index: dict[str, object],
     fork_QN: np.ndarray | None,
     start: Answers,
@@ -76,7 +76,6 @@ def write_reference(
         start: answers under the weights that the run starts from.
         reference: those of the reference, None where it is the same; the most probable tokens are taken from here.
     """
-    topology = engine.topology
     partial = save / f".{FOLDER}.partial"
     on_first_rank(lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True))[1], topology)
     top = (reference or start).top

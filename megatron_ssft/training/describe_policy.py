@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import to_yaml
+from megatron_ssft.objectives.policy.inputs import PolicyInputs, read_inputs
+from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.describe import count_parameters, described_world_size
 from megatron_ssft.training.lr_schedule import warmup_iterations
-from megatron_ssft.training.policy.inputs import PolicyInputs, read_inputs
-from megatron_ssft.training.setup import build_vocabulary
 from megatron_ssft.training.startup import POLICY_PROGRAM
 
 

@@ -15,10 +15,13 @@ from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.hf.fingerprints import model_fingerprint
+from megatron_ssft.hf.folder import is_hf_folder
+from megatron_ssft.objectives.policy.completions import Completion, StoredCompletions
+from megatron_ssft.objectives.policy.draws import first_draws
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
-from megatron_ssft.training.policy.completions import Completion, StoredCompletions
-from megatron_ssft.training.policy.draws import first_draws
-from megatron_ssft.training.setup import Vocabulary
+from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 _MANY_TRUNCATED = 0.1
 """Share of samples that ended at their token limit from which on the log says so."""
@@ -300,3 +303,28 @@ def _fingerprint(lesson: _Lesson, seed: int) -> str:
     for c in lesson.completions:
         digest.update(f"\0{c.question} {c.tag} {c.reward} {len(c.ids)} ".encode() + c.ids.tobytes())
     return digest.hexdigest()
+
+
+def check_rewards_model(config: GFPOConfig, model: str | None) -> str | None:
+    """Refuse rewards of another model than the run starts from.
+
+    Args:
+        model: fingerprint of the model that made the samples.
+
+    Returns:
+        A remark where nothing tells: the run has no export beside its weights.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    source = Path(config.checkpoint.load)
+    folder = source if is_hf_folder(source) else checkpoint_folder(source, find_latest(source)) / ASSETS
+    if model is None or not is_hf_folder(folder):
+        return "no exported model beside the weights: whether the rewards are theirs is not checked"
+    found = model_fingerprint(folder)
+    if found != model:
+        raise UserError(
+            f"{config.policy.rewards or config.policy.scores}: measured under another model ({model[:12]}) than "
+            f"{folder} ({found[:12]}); generate and score with this one"
+        )
+    return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ssft.objectives.forking_policy import finite_rows
+from megatron_ssft.objectives.formulas.forking_policy import finite_rows
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_ssft.config import Config
-from megatron_ssft.records import Assignment, ForkingTokens, MicrobatchPlan, QuestionBatch
+from megatron_ssft.records import (
+    WHOLE,
+    Assignment,
+    ForkingTokens,
+    MicrobatchPlan,
+    PlannedBatch,
+    QuestionBatch,
+    SequenceCut,
+)
 from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
-from megatron_ssft.scheduling.cost_stream_plan import plan_cost_streams
+from megatron_ssft.scheduling.cost_stream_plan import distinct_traces, plan_cost_streams
 from megatron_ssft.scheduling.stream_plan import plan_train_streams
 from megatron_ssft.scheduling.train_plan import plan_train_microbatches
 from megatron_ssft.scheduling.work import WorkModel
@@ -22,14 +30,13 @@ SMALLEST_STREAM = 1024
 class Planner:
     """Plans of one job: the same on every rank, a function of the batch alone."""
 
-    def __init__(self, config: Config, tags: ForkingTokens, vocab_size: int, num_ranks: int) -> None:
+    def __init__(self, config: Config, vocab_size: int, num_ranks: int) -> None:
         """
         Args:
             vocab_size: vocabulary entries in use.
             num_ranks: R, data-parallel ranks.
         """
         self.config = config
-        self.tags = tags
         self.num_ranks = num_ranks
         self.flops = WorkModel.for_model(config.model, vocab_size)
         """FLOPs of a forward pass, for accounting."""
@@ -41,29 +48,38 @@ class Planner:
         """The interleaved schedule takes microbatches in groups of the pipeline size, the same number on all ranks."""
         self.min_microbatches = MICROBATCHES_A_STAGE * stages if stages > 1 else 1
 
-    def costs(self, batch: QuestionBatch, matching_tokens: int) -> MicrobatchPlan:
+    # -- cost pass -----------------------------------------------------------------------------------------------
+
+    def plan_costs(self, batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int) -> PlannedBatch:
         """Every pair (tag, trace) once, traces cut to their first `matching_tokens` tokens."""
+        scored_as = tuple(distinct_traces(example, matching_tokens) for example in batch.sets)
+        cut = SequenceCut(max_completion_tokens=matching_tokens)
+        return PlannedBatch(batch, self._cost_plan(batch, tags, matching_tokens), tags, cut, scored_as)
+
+    def _cost_plan(self, batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int) -> MicrobatchPlan:
         if self.config.training.sequence_layout == "padded":
             return plan_cost_microbatches(
                 batch,
-                self.tags,
+                tags,
                 matching_tokens=matching_tokens,
                 num_ranks=self.num_ranks,
                 tokens_per_microbatch=self.config.cost_tokens_per_microbatch,
                 group_size=self.group_size,
                 work=self.work,
             )
-        plan = self._cost_streams(batch, matching_tokens, min_microbatches=1)
+        plan = self._cost_streams(batch, tags, matching_tokens, min_microbatches=1)
         affordable = plan.size.tokens // (self.num_ranks * SMALLEST_STREAM)
-        wanted = min(self.min_microbatches, affordable)
-        if wanted > min(map(len, plan.ranks)):
-            plan = self._cost_streams(batch, matching_tokens, wanted)
+        least = min(self.min_microbatches, affordable)
+        if least > min(map(len, plan.ranks)):
+            plan = self._cost_streams(batch, tags, matching_tokens, least)
         return plan
 
-    def _cost_streams(self, batch: QuestionBatch, matching_tokens: int, min_microbatches: int) -> MicrobatchPlan:
+    def _cost_streams(
+        self, batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int, min_microbatches: int
+    ) -> MicrobatchPlan:
         return plan_cost_streams(
             batch,
-            self.tags,
+            tags,
             matching_tokens=matching_tokens,
             num_ranks=self.num_ranks,
             max_tokens=self.config.cost_tokens_per_microbatch,
@@ -74,13 +90,26 @@ class Planner:
             one_question=self.config.training.sequence_layout == "concatenated",
         )
 
-    def train(self, batch: QuestionBatch, assignments: Sequence[Assignment]) -> MicrobatchPlan:
-        """Which trace under which tag, on which rank, in which microbatch."""
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def plan_sequences(
+        self,
+        batch: QuestionBatch,
+        assignments: Sequence[Assignment],
+        tags: ForkingTokens,
+        cut: SequenceCut = WHOLE,
+    ) -> PlannedBatch:
+        """Every trace once, under its tag: on which rank, in which microbatch."""
+        return PlannedBatch(batch, self._sequence_plan(batch, assignments, tags), tags, cut)
+
+    def _sequence_plan(
+        self, batch: QuestionBatch, assignments: Sequence[Assignment], tags: ForkingTokens
+    ) -> MicrobatchPlan:
         if self.config.training.sequence_layout == "padded":
             return plan_train_microbatches(
                 batch,
                 assignments,
-                self.tags,
+                tags,
                 num_ranks=self.num_ranks,
                 micro_batch_size=self.config.training.micro_batch_size,
                 group_size=self.group_size,
@@ -89,7 +118,7 @@ class Planner:
         return plan_train_streams(
             batch,
             assignments,
-            self.tags,
+            tags,
             num_ranks=self.num_ranks,
             max_tokens=self.config.train_tokens_per_microbatch,
             group_size=self.group_size,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ssft.objectives.forking_policy import sample_advantages
+from megatron_ssft.objectives.formulas.forking_policy import sample_advantages
 
 LINEAR_FROM = 20.0
 """Log-ratio in nats from which on its exponential goes on as its tangent, so that no token can overflow float32."""

@@ -1,51 +1,56 @@
-"""From a configuration to data that is checked and open. Everything wrong with the input is found here."""
+"""The sets an SSFT run trains on: checked, tokenized, opened on every rank, handed out batch by batch."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset, build_dataset
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
-from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
-from megatron_ssft.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from megatron_ssft.parallel.collectives import on_first_rank, raise_together
+from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import QuestionBatch, QuestionVisit
+from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer with the tags in it."""
+class TrainingSets:
+    """Training and held-out questions with their traces, and the queue that orders them."""
 
-    tokenizer: Tokenizer
-    tags: ForkingTokens
-    size: int
-    """Entries in use, tags and a loaded model's spare rows included."""
-    known_rows: int
-    """Rows that come with a meaning: entries of the tokenizer for which a loaded model has a row."""
-    copy_id: int | None
-    """Row the tags start from with --forking-token-init copy:<token>."""
+    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+        """Check and tokenize the files on the first rank, then open them everywhere. Collective. Raises UserError."""
+        folders = on_first_rank(lambda: prepare_data(config, vocabulary), topology)
+        self.train = open_everywhere(folders["train"], topology)
+        self.held_out = open_everywhere(folders["eval"], topology) if "eval" in folders else None
+        self.queue = build_queue(config, self.train)
+
+    def next_batch(self) -> QuestionBatch:
+        """The questions of the next step (Algorithm 1, line 2)."""
+        visits = self.queue.next_batch()
+        assert visits is not None, "the run is longer than its data"
+        return make_batch(self.train, visits)
+
+    def held_out_batches(self, limit: int, capacity: int) -> Iterator[QuestionBatch]:
+        """The first `limit` held-out questions in file order, in batches of at most `capacity` traces."""
+        assert self.held_out is not None, "there are no held-out questions"
+        batches: list[list[QuestionVisit]] = []
+        traces = capacity
+        for index, count in enumerate(self.held_out.trace_counts[:limit].tolist()):
+            if traces + count > capacity:
+                batches.append([])
+                traces = 0
+            batches[-1].append(QuestionVisit(index=index, epoch=0))
+            traces += count
+        for visits in batches:
+            yield make_batch(self.held_out, tuple(visits))
 
 
-def build_vocabulary(config: Config) -> Vocabulary:
-    """Raises UserError for an unusable tokenizer or tag."""
-    forking = config.forking
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    tags = build_forking_tokens(
-        tokenizer, forking.num_forking_tokens, forking.forking_token_format, forking.forking_token_template
-    )
-    copy_id = None
-    if forking.forking_token_init.startswith("copy:"):
-        token = forking.forking_token_init.removeprefix("copy:")
-        copy_id = tokenizer.token_to_id(token)
-        if copy_id is None:
-            raise UserError(f"--forking-token-init copy:{token}: the tokenizer has no such token")
-    size = max(vocab_size_with_tags(tokenizer, tags), config.model.vocab_size or 0)
-    known_rows = min(tokenizer.vocab_size, config.model.vocab_size or tokenizer.vocab_size)
-    return Vocabulary(tokenizer, tags, size, known_rows, copy_id)
+def make_batch(dataset: SetDataset, visits: tuple[QuestionVisit, ...]) -> QuestionBatch:
+    """The visited questions with their token ids."""
+    return QuestionBatch(visits=visits, sets=tuple(dataset[visit.index] for visit in visits))
 
 
 def cache_folder(config: Config) -> Path:
@@ -102,6 +107,18 @@ def build_queue(config: Config, dataset: SetDataset) -> QuestionQueue:
         seed=training.seed,
         num_epochs=training.train_epochs,
     )
+
+
+def open_everywhere(folder: str, topology: Topology) -> SetDataset:
+    """The data set, or the same UserError on all ranks if one cannot see what the first has written."""
+    dataset, error = None, None
+    try:
+        dataset = SetDataset.open(Path(folder))
+    except UserError as failure:
+        error = f"{failure} (on rank {topology.rank}; all nodes must see the folder, see --data-cache-path)"
+    raise_together(error, topology)
+    assert dataset is not None
+    return dataset
 
 
 class _Progress:

@@ -24,7 +24,7 @@ from megatron_ssft.formats.rollouts import (
     sample_origin,
 )
 from megatron_ssft.records import TokenizedSet
-from megatron_ssft.training.setup import Vocabulary
+from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

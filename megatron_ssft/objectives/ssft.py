@@ -1,0 +1,194 @@
+"""Set Supervised Fine-Tuning, the paper's Algorithm 1: score every trace under every tag, match, train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_ssft.config import Config
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.run_folder import ASSIGNMENTS, METRICS
+from megatron_ssft.layouts.padded import loss_denominator
+from megatron_ssft.matching.assignment import assignment_gap
+from megatron_ssft.matching.collapse import CollapseWatch
+from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
+from megatron_ssft.objectives.set_matching import Matched, SetMatching, assignment_rows, matching_figures
+from megatron_ssft.objectives.sets import TrainingSets
+from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
+from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import Assignment, Microbatch, ModelInput, PlannedBatch, QuestionBatch, SequenceCut
+from megatron_ssft.tokenizers.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetDecision(Decision):
+    """A step of SSFT."""
+
+    batch: QuestionBatch
+    assignments: list[Assignment]
+
+
+class SSFT(Objective[SetDecision]):
+    """Each trace of a question is trained under the tag that an optimal matching gives it."""
+
+    log_files = (METRICS, ASSIGNMENTS)
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+        super().__init__(config, vocabulary, topology)
+        self.tags = vocabulary.tags
+        if self.tags.num_tags == 0:
+            raise UserError("--num-forking-tokens 0: there is nothing to train the traces under; give at least 1")
+        self.sets = TrainingSets(config, vocabulary, topology)
+        self.matching = SetMatching(config, self.tags)
+        self.watch = CollapseWatch(self.tags.num_tags, mode=config.matching.matching, seed=config.training.seed)
+        self.cut = SequenceCut(
+            train_forking_token=config.data.train_forking_token,
+            loss_normalization=config.training.loss_normalization,
+        )
+
+    # -- Algorithm 1 ---------------------------------------------------------------------------------------------
+
+    def decide(self, step: StepContext) -> SetDecision:
+        """One iteration of Algorithm 1, up to the gradient."""
+        batch = self.sets.next_batch()
+        matched = self.matching.match(step, batch)  # matching costs and optimal assignments, equations 3-4
+        planned = self.plan(step, batch, matched.assignments)
+        term = self.set_loss(planned, matched.assignments)  # equation 5
+        return SetDecision(
+            terms=[term],
+            figures=lambda sums: self._figures(matched, planned),
+            questions=len(batch.sets),
+            scoring_flops=matched.flops,
+            aside_seconds=matched.figures.get("exact_matching_seconds", 0.0),
+            batch=batch,
+            assignments=matched.assignments,
+        )
+
+    def plan(self, step: StepContext, batch: QuestionBatch, assignments: Sequence[Assignment]) -> PlannedBatch:
+        """The full traces under their matched tags, spread over ranks and microbatches."""
+        return step.planner.plan_sequences(batch, assignments, self.tags, self.cut)
+
+    def set_loss(self, planned: PlannedBatch, assignments: Sequence[Assignment]) -> LossTerm:
+        """The set loss, equation 5: NLL of the full traces under their matched tags, averaged over the global batch."""
+        denominator = self.denominator(planned.batch, assignments)
+
+        def prepare(microbatch: Microbatch, model_input: ModelInput) -> Prepared:
+            return model_input, (model_input.weights / np.float32(denominator),)
+
+        return LossTerm(planned, prepare, weighted_nll)
+
+    def denominator(self, batch: QuestionBatch, assignments: Sequence[Assignment]) -> int:
+        """What the summed loss of a batch is divided by: scored tokens, or sequences (--loss-normalization)."""
+        return loss_denominator(
+            batch,
+            assignments,
+            self.tags,
+            train_forking_token=self.cut.train_forking_token,
+            loss_normalization=self.cut.loss_normalization,
+        )
+
+    def _figures(self, matched: Matched, planned: PlannedBatch) -> Figures:
+        return {
+            **matching_figures(matched.assignments),
+            "pad_lower_bound": planned.plan.pad_lower_bound,
+            "sequence_tokens": sum(s.num_tokens for s in planned.plan.sequences),
+            "epoch": planned.batch.visits[0].epoch,
+            "matching_seconds": matched.seconds,
+            "solving_seconds": matched.solving_seconds,
+            "matching_flops": matched.flops,
+            **matched.figures,
+        }
+
+    # -- held-out questions and the log --------------------------------------------------------------------------
+
+    def after_step(self, step: StepContext, decision: SetDecision) -> Report:
+        """The evaluation where one is due, the matchings, and the collapse alarm."""
+        figures = self.evaluate(step) if self._evaluation_is_due(step) else {}
+        if not step.is_first_rank:
+            return Report()
+        warnings = self.watch.update(decision.assignments, [s.sources for s in decision.batch.sets])
+        rows = list(assignment_rows(step.iteration, decision.batch, decision.assignments))
+        return Report(figures | self.watch.figures, [(ASSIGNMENTS, rows)], list(warnings))
+
+    def _evaluation_is_due(self, step: StepContext) -> bool:
+        if self.sets.held_out is None:
+            return False
+        every = self.config.logging.eval_interval
+        return step.iteration == step.train_iters or (every is not None and step.iteration % every == 0)
+
+    def evaluate(self, step: StepContext) -> Figures:
+        """Loss on the held-out questions, each trace under its matched tag, with the matching's own figures."""
+        loss = denominator = cost = gap = 0.0
+        questions = 0
+        limit = self.config.logging.eval_questions or len(self.sets.held_out or ())
+        for batch in self.sets.held_out_batches(limit, self.config.training.global_batch_size):
+            assignments = self.matching.optimal(step, batch)
+            planned = self.plan(step, batch, assignments)
+            loss += step.score(planned).weighted_nll()
+            denominator += self.denominator(batch, assignments)
+            questions += len(batch.sets)
+            for assignment in assignments:
+                if assignment.cost_NM is not None:
+                    cost += assignment.cost
+                    gap += assignment_gap(assignment.cost_NM)
+        figures: Figures = {"eval_loss": loss / denominator}
+        if self.config.matching.matching != "single":
+            figures |= {"eval_matching_cost": cost / questions, "eval_matching_gap": gap / questions}
+        return figures
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def train_iters(self, iteration: int) -> int:
+        """--train-iters, else as many steps as the epochs have; the batch size may have changed since the start."""
+        return self.config.training.train_iters or iteration + self.sets.queue.remaining_batches()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.sets.train.fingerprint
+
+    def state(self) -> dict[str, Any]:
+        """The place in the data, assignments that are reused, and the alarm's window, which the first rank keeps."""
+        return {
+            "queue": self.sets.queue.state_dict(),
+            "reused_assignments": self.matching.store.state_dict(),
+            "collapse_watch": self.watch.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.sets.queue.load_state_dict(state["queue"])
+        if "reused_assignments" in state:
+            self.matching.store.load_state_dict(state["reused_assignments"])
+        if "collapse_watch" in state:
+            self.watch.load_state_dict(state["collapse_watch"])
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def introduction(self) -> str:
+        return f"{len(self.sets.train)} questions, {int(self.sets.train.trace_counts.sum())} traces"
+
+    def line(self, row: Figures) -> str:
+        return step_line(row)
+
+
+def step_line(row: Figures) -> str:
+    """A step for a person."""
+    matching = ""
+    if row["matching_cost"] is not None:
+        matching = f" | matching cost {row['matching_cost']:.4f} gap {row['matching_gap']:.4f}"
+    if row.get("eval_loss") is not None:
+        matching += f" | eval loss {row['eval_loss']:.4f}"
+    if row.get("matching_regret") is not None:
+        saved = row["exact_matching_seconds"] - row["matching_seconds"]
+        matching += f" | regret {row['matching_regret']:.4f} per question, saving {saved:.2f} s"
+    share = row["matching_seconds"] / row["seconds"] if row["seconds"] else 0.0
+    mfu = f" | MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
+    return (
+        f"step {row['iteration']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.3e} | "
+        f"grad norm {row['grad_norm']:.3f}{matching} | "
+        f"PAD {row['pad_sequences']}/{row['pad_lower_bound']} makespan {row['makespan_over_bound']:.3f} | "
+        f"{row['seconds']:.2f} s ({share:.0%} matching) | "
+        f"{row['sequence_tokens'] / max(row['seconds'], 1e-9):.0f} tokens/s{mfu}"
+    )

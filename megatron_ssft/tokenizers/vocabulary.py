@@ -1,0 +1,43 @@
+"""The tokenizer with the forking tokens in it, as a run's configuration asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ssft.config import Config
+from megatron_ssft.errors import UserError
+from megatron_ssft.records import ForkingTokens
+from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
+from megatron_ssft.tokenizers.tokenizer import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer with the tags in it."""
+
+    tokenizer: Tokenizer
+    tags: ForkingTokens
+    size: int
+    """Entries in use, tags and a loaded model's spare rows included."""
+    known_rows: int
+    """Rows that come with a meaning: entries of the tokenizer for which a loaded model has a row."""
+    copy_id: int | None
+    """Row the tags start from with --forking-token-init copy:<token>."""
+
+
+def build_vocabulary(config: Config) -> Vocabulary:
+    """Raises UserError for an unusable tokenizer or tag."""
+    forking = config.forking
+    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tags = build_forking_tokens(
+        tokenizer, forking.num_forking_tokens, forking.forking_token_format, forking.forking_token_template
+    )
+    copy_id = None
+    if forking.forking_token_init.startswith("copy:"):
+        token = forking.forking_token_init.removeprefix("copy:")
+        copy_id = tokenizer.token_to_id(token)
+        if copy_id is None:
+            raise UserError(f"--forking-token-init copy:{token}: the tokenizer has no such token")
+    size = max(vocab_size_with_tags(tokenizer, tags), config.model.vocab_size or 0)
+    known_rows = min(tokenizer.vocab_size, config.model.vocab_size or tokenizer.vocab_size)
+    return Vocabulary(tokenizer, tags, size, known_rows, copy_id)
