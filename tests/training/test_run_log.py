@@ -158,7 +158,7 @@ def test_step_line_says_what_a_person_needs():
 
 def test_step_line_of_an_approximate_step_on_a_gpu():
     text = step_line(METRICS | {"matching_regret": 0.0625, "exact_matching_seconds": 1.75, "mfu": 0.4321})
-    assert "regret 0.0625 a question, saving 1.25 s" in text and "MFU 43.2%" in text
+    assert "regret 0.0625 per question, saving 1.25 s" in text and "MFU 43.2%" in text
 
 
 def test_step_line_without_costs_and_with_evaluation():
