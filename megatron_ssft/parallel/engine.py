@@ -20,7 +20,7 @@ from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
 from megatron_ssft.layouts.packed import build_stream
 from megatron_ssft.layouts.padded import collate, context_parallel_share, rows_input
-from megatron_ssft.parallel.attention.kernels import AttentionBackend, choose_backend
+from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
 from megatron_ssft.parallel.loss_terms import LossTerm, weighted_nll
 from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
