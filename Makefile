@@ -45,9 +45,11 @@ demo: $(TEST_STAMP) ## train on a synthetic set with optimal, random and single 
 test: $(TEST_STAMP) ## run all tests (PYTEST_FLAGS='-m "not slow"' for the fast ones)
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-lint: $(DEV_STAMP) ## check Python, Dockerfile and shell scripts
+lint: $(DEV_STAMP) ## check style, types and imports of the Python files; Dockerfile and shell scripts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/hadolint Dockerfile
 	for script in $(SHELL_SCRIPTS); do bash -n $$script || exit 1; done
 	$(VENV)/bin/shellcheck --shell=bash --severity=warning $(SHELL_SCRIPTS)

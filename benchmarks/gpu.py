@@ -24,7 +24,8 @@ from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, repo
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.layouts.packed import build_stream
-from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, Attend, AttentionBackend, choose_backend
+from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
+from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, Attend
 from megatron_ssft.parallel.topology import job_peak_flops
 from megatron_ssft.records import Assignment
 from megatron_ssft.training.trainer import Trainer

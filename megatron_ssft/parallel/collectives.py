@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from megatron_ssft.parallel.topology import Topology
 T = TypeVar("T")
 
 
-def broadcast_json(value: object, topology: Topology) -> object:
+def broadcast_json(value: T, topology: Topology) -> T:
     """The first rank's `value` on every rank. It must survive a JSON round trip."""
     text = json.dumps(value) if topology.is_first_rank else ""
-    return json.loads(_broadcast_text(text, 0, topology))
+    received: T = json.loads(_broadcast_text(text, 0, topology))
+    return received
 
 
 def _broadcast_text(text: str, source: int, topology: Topology) -> str:
@@ -36,8 +37,8 @@ def _broadcast_text(text: str, source: int, topology: Topology) -> str:
     return buffer.numpy().tobytes().decode()
 
 
-def gather_json(value: object, topology: Topology) -> list[object]:
-    """Every rank's `value`, by rank, on every rank."""
+def gather_json(value: T, topology: Topology) -> list[T]:
+    """Every rank's `value`, by rank, on every rank. It must survive a JSON round trip."""
     group = topology.control_group
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(topology.world_size)]
@@ -58,10 +59,11 @@ def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, 
         dist.all_gather(shares, share.contiguous(), group=group)
         share = torch.cat(shares, dim=-1)[:, :vocab_size].cpu().contiguous()
     source = parallel_state.get_pipeline_model_parallel_last_rank()  # of the first rank's own pipeline, there
-    source = int(broadcast_json(source, topology))
+    source = broadcast_json(source, topology)
     if source == 0:
         return share if topology.is_first_rank else None
     if topology.rank == source:
+        assert share is not None, "the last stage has the logits"
         dist.send(share, dst=0, group=topology.control_group)
     elif topology.is_first_rank:
         share = torch.empty(tokens, vocab_size)
@@ -70,12 +72,12 @@ def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, 
     return None
 
 
-def on_first_rank(work: Callable[[], object], topology: Topology) -> object:
-    """Run `work` on the first rank only and give its JSON-able result to all.
+def on_first_rank(work: Callable[[], T], topology: Topology) -> T:
+    """Run `work` on the first rank only and give its result to all. The result must survive a JSON round trip.
 
     A UserError or OSError there becomes the same UserError everywhere, so that every rank ends, and none waits.
     """
-    outcome: dict[str, object] = {}
+    outcome: dict[str, Any] = {}
     if topology.is_first_rank:
         try:
             outcome = {"result": work()}
@@ -86,7 +88,8 @@ def on_first_rank(work: Callable[[], object], topology: Topology) -> object:
     outcome = broadcast_json(outcome, topology)
     if "error" in outcome:
         raise shared_error(outcome["error"])
-    return outcome["result"]
+    result: T = outcome["result"]
+    return result
 
 
 def sum_over_ranks(values: np.ndarray, topology: Topology) -> np.ndarray:

@@ -70,16 +70,23 @@ class _Stream:
 def _patch_torch_cuda() -> None:
     def nothing(*args: object, **kwargs: object) -> None: ...
 
-    cuda = torch.cuda
-    cuda.current_device = lambda: _CPU
-    cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
-    cuda.Stream = _Stream  # a class: libraries name it in annotations
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
-    cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.manual_seed = lambda seed: None  # the CPU generator is seeded by its own call
-    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    stand_ins: dict[str, object] = {
+        "current_device": lambda: _CPU,
+        "synchronize": nothing,
+        "set_device": nothing,
+        "empty_cache": nothing,
+        "Stream": _Stream,  # a class: libraries name it in annotations
+        "current_stream": lambda *args, **kwargs: _Stream(),
+        "default_stream": lambda *args, **kwargs: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "manual_seed": lambda seed: None,  # the CPU generator is seeded by its own call
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "memory_allocated": lambda *args, **kwargs: 0,
+        "max_memory_allocated": lambda *args, **kwargs: 0,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
 
 
 def _patch_megatron_rng() -> None:

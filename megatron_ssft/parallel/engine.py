@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_ssft.config import Config
 from megatron_ssft.errors import UserError
 from megatron_ssft.layouts.cut import cut_microbatch
-from megatron_ssft.parallel.attention.kernels import AttentionBackend, choose_backend
+from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
 from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks

@@ -29,7 +29,6 @@ class Topology:
     dp_rank: int
     dp_size: int
     """Data-parallel ranks, not counting context parallelism."""
-    is_first_stage: bool
     is_last_stage: bool
     control_group: dist.ProcessGroup
     """All ranks over gloo with a long timeout: for waiting on one rank's slow work and for stop flags."""
@@ -94,10 +93,9 @@ def initialize_topology(config: Config) -> Topology:
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     device = _choose_device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options: dict[str, object] = {"rank": rank, "world_size": world_size}
-    if "MASTER_ADDR" not in os.environ:  # a single process started without a launcher
-        options["store"] = dist.HashStore()
-    dist.init_process_group(backend, timeout=timeout, **options)
+    # A single process started without a launcher has no address to meet at.
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -117,7 +115,6 @@ def initialize_topology(config: Config) -> Topology:
         cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         control_group=dist.new_group(backend="gloo", timeout=timedelta(hours=48)),
     )

@@ -10,7 +10,8 @@ import torch
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention import segment_groups
-from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, AttentionBackend, VarlenAttend, choose_backend
+from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
+from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, VarlenAttend
 from megatron_ssft.parallel.attention.segment_groups import group_segments
 from megatron_ssft.records import Segment
 
@@ -149,7 +150,7 @@ def test_choice_of_kernel():
 
 def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     """A causal mask aligned at the top left, a kernel that raises, and one that is right."""
-    from megatron_ssft.parallel.attention import kernels as attention
+    from megatron_ssft.parallel.attention import choice
 
     def top_left(q, k, v, lengths, scale):
         outputs = []
@@ -165,9 +166,9 @@ def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     def broken(q, k, v, lengths, scale):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(attention, "_unusable", lambda name, dtype, device: None)
+    monkeypatch.setattr(choice, "_unusable", lambda name, dtype, device: None)
     monkeypatch.setattr(
-        attention,
+        choice,
         "VARLEN_KERNELS",
         {"top": ("", top_left), "broken": ("", broken), "right": ("", padding_free_kernel)},
     )

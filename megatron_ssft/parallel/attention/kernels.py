@@ -1,4 +1,6 @@
-"""Core attention: rows that are causal (padded layout) or segments of a stream (packed layout), by several kernels.
+"""Core attention over causal rows (padded layout) or a stream's segments (packed layout), by several kernels.
+
+Which kernel is used is decided in choice.py.
 
 Shapes: T tokens of a stream, s sequence, b batch, n query heads and g key/value groups on this tensor-parallel rank,
 d channels of one head.
@@ -10,9 +12,8 @@ that to any kernel it is one sequence with more keys than queries and a causal m
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,19 +22,20 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention.segment_groups import SegmentGroup, group_segments
 from megatron_ssft.records import Segment
 
 Attend = Callable[[Tensor, Tensor, Tensor, "float | None"], Tensor]
 """(query [T, n, d], key [T, g, d], value [T, g, d], softmax scale) -> [T, n * d]"""
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, "VarlenAttend", "float | None"], Tensor]
+"""(query, key and value in the order of the lengths, the lengths, softmax scale) -> the queries' outputs."""
 
 
 @dataclass
 class StreamParams(PackedSeqParams):
     """Carries the attention of one stream through Megatron's layers, which pass it on to the core attention."""
 
-    attend: Attend | None = None
+    attend: Attend = field(kw_only=True)
 
 
 class CoreAttention(nn.Module):
@@ -58,8 +60,8 @@ class CoreAttention(nn.Module):
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. `attention_mask` must be None."""
         assert attention_mask is None, "the mask is built in"
         if packed_seq_params is not None:
-            streams = (t.squeeze(1) for t in (query, key, value))
-            return packed_seq_params.attend(*streams, self.softmax_scale).unsqueeze(1)
+            q, k, v = (t.squeeze(1) for t in (query, key, value))
+            return packed_seq_params.attend(q, k, v, self.softmax_scale).unsqueeze(1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         context = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=k.size(1) != q.size(1)
@@ -132,7 +134,7 @@ def _places_of_outputs(groups: list[_SdpaGroup], length: int) -> np.ndarray:
 class VarlenAttend:
     """All segments in one call of a kernel that takes cumulative sequence lengths."""
 
-    def __init__(self, segments: tuple[Segment, ...], length: int, device: torch.device, kernel: Callable) -> None:
+    def __init__(self, segments: tuple[Segment, ...], length: int, device: torch.device, kernel: VarlenKernel) -> None:
         assert sum(s.length for s in segments) == length
         queries = np.array([s.length for s in segments])
         keys = np.array([s.num_context + s.length for s in segments])
@@ -156,10 +158,12 @@ class VarlenAttend:
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    out = varlen_attn(
         q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
         scale=scale, window_size=(-1, 0), enable_gqa=q.size(1) != k.size(1),
     )  # fmt: skip
+    assert isinstance(out, Tensor), "nothing else was asked for"
+    return out
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
@@ -188,102 +192,9 @@ def _te_module(heads: int, groups: int, channels: int, scale: float | None) -> n
     )  # fmt: skip
 
 
-VARLEN_KERNELS: dict[str, tuple[str, Callable]] = {
+VARLEN_KERNELS: dict[str, tuple[str, VarlenKernel]] = {
     "flash": ("flash_attn", _flash_attn),
     "varlen": ("torch.nn.attention.varlen", _torch_varlen),
     "te": ("transformer_engine", _transformer_engine),
 }
 """Name -> (module it needs, kernel), in order of preference."""
-
-
-# -- choosing one ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AttentionBackend:
-    """The kernel that streams go through."""
-
-    name: str
-    width: int
-    """Channels of all query heads on this rank."""
-    dtype: torch.dtype
-    device: torch.device
-    why: str
-    """For the log: why this one."""
-
-    def stream(self, segments: tuple[Segment, ...], length: int) -> StreamParams:
-        """What the layers need for one stream of `length` tokens; built once, used by every layer."""
-        if self.name == "sdpa":
-            return StreamParams(attend=SdpaAttend(segments, length, self.width, self.dtype, self.device))
-        return StreamParams(attend=VarlenAttend(segments, length, self.device, VARLEN_KERNELS[self.name][1]))
-
-
-def choose_backend(
-    wanted: str, num_heads: int, num_groups: int, channels: int, dtype: torch.dtype, device: torch.device
-) -> AttentionBackend:
-    """The kernel `wanted`, or with `auto` the first that is there and agrees with SDPA on a small stream.
-
-    The check makes sure of what documentation leaves open, such as how a causal mask is aligned where there are more
-    keys than queries.
-
-    Raises:
-        UserError: the kernel asked for is not there or is wrong.
-    """
-    candidates = ["sdpa"] if wanted == "sdpa" else [*VARLEN_KERNELS, "sdpa"] if wanted == "auto" else [wanted]
-    reasons = []
-    for name in candidates:
-        problem = _unusable(name, dtype, device)
-        backend = AttentionBackend(name, num_heads * channels, dtype, device, "; ".join(reasons) or "first choice")
-        if problem is None and name != "sdpa":
-            problem = _disagreement(backend, num_heads, num_groups, channels)
-        if problem is None:
-            return backend
-        reasons.append(f"{name}: {problem}")
-    raise UserError(f"--attention-backend {wanted}: {reasons[0].partition(': ')[2]}; choose another or auto")
-
-
-def _unusable(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    if name == "sdpa":
-        return None
-    if device.type != "cuda":
-        return "needs CUDA"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "needs --bf16"
-    module = VARLEN_KERNELS[name][0]
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return f"{module} is not installed"
-    if module.startswith("torch.") and importlib.util.find_spec(module) is None:
-        return f"this torch has no {module}"
-    return None
-
-
-_CHECKED = (
-    Segment(0, 70, ()),
-    Segment(70, 40, ((0, 70),)),
-    Segment(110, 90, ((0, 70), (70, 40))),
-    Segment(200, 33, ()),
-)
-
-
-def _disagreement(backend: AttentionBackend, num_heads: int, num_groups: int, channels: int) -> str | None:
-    """How the kernel differs from SDPA in output or gradient on a small stream; None if it does not."""
-    length = sum(s.length for s in _CHECKED)
-    generator = torch.Generator().manual_seed(0)  # the CPU's, so that nothing else that is random changes
-    shapes = [(length, heads, channels) for heads in (num_heads, num_groups, num_groups)]
-    draws = [torch.randn(shape, generator=generator).to(backend.device, backend.dtype) for shape in shapes]
-    sdpa = AttentionBackend("sdpa", backend.width, backend.dtype, backend.device, "")
-    results = []
-    try:
-        for kind in (sdpa, backend):
-            inputs = [x.clone().requires_grad_() for x in draws]
-            out = kind.stream(_CHECKED, length).attend(*inputs, None)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-    except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
-        return (
-            f"does not run here ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
-        )
-    for expected, got in zip(*results):
-        error = (expected.float() - got.float()).norm() / expected.float().norm()
-        if not error < 2e-2:  # bfloat16 has 8 bits
-            return f"differs from SDPA by {error:.3g}"
-    return None

@@ -44,7 +44,8 @@ def group_segments(segments: Iterable[Segment], width: int) -> list[SegmentGroup
         width: channels of all query heads, which decides what a pair of query and key costs.
     """
     call = CALL_FLOPS / (4 * width)  # in pairs
-    free, bound = [], []
+    free: list[Segment] = []
+    bound: list[Segment] = []
     for segment in segments:
         (bound if segment.context else free).append(segment)
     blocks = [block for segment in bound for block in _blocks(segment)]

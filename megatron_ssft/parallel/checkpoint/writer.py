@@ -43,7 +43,8 @@ def _write_buckets(
 
 
 def _write_bucket(transforms: list, index: int, bucket: object) -> tuple[int, list | Exception]:
-    results, count = queue.SimpleQueue(), queue.Queue()
+    results: queue.SimpleQueue[tuple[int, list | Exception]] = queue.SimpleQueue()
+    count: queue.Queue[int] = queue.Queue()
     count.put(index)
     FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, count, True)
     return results.get()

@@ -1,4 +1,4 @@
-"""The tags' input rows as a parameter of their own.
+"""The tags' input rows as a parameter of their own, with a learning rate of their own (../optimizer.py).
 
 At fine-tuning learning rates the tags separate only if their rows move faster than the rest of the model. So for
 `special` tags the N rows live outside the word embedding, replicated over tensor-parallel ranks, in their own
@@ -17,9 +17,13 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_ssft.parallel.model.marks import mark
+
 
 class ForkingRows(nn.Module):
     """N rows of width h that replace the word embedding's rows at `row_ids`."""
+
+    ids: Tensor
 
     def __init__(
         self, config: TransformerConfig, row_ids: tuple[int, ...], tp_group: dist.ProcessGroup, tied_over_stages: bool
@@ -33,9 +37,9 @@ class ForkingRows(nn.Module):
         self.weight.data = self.weight.data.to(device)
         self.register_buffer("ids", torch.tensor(row_ids, device=device), persistent=False)
         # Under sequence parallelism each rank sees its part of the sequence: gradients are summed over ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, "sequence_parallel", config.sequence_parallel)
         if tied_over_stages:  # own gradient bucket, so that first and last stage shard it alike
-            self.weight.shared_embedding = True
+            mark(self.weight, "shared_embedding")
 
     def forward(self, embeddings: Tensor, input_ids: Tensor) -> Tensor:
         """embeddings [s (or s / tp), b, h] of input_ids [b, s] -> the same with the tags' rows put in."""

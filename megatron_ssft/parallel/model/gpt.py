@@ -21,6 +21,7 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention.kernels import CoreAttention, StreamParams
 from megatron_ssft.parallel.model.forking_rows import ForkingRows
 from megatron_ssft.parallel.model.loss_head import VocabParallelHead
+from megatron_ssft.parallel.model.marks import mark
 from megatron_ssft.parallel.model.norm import Norm
 
 
@@ -174,7 +175,7 @@ class SetGPTModel(GPTModel):
             over_stages = tied and core.pipeline_model_parallel_size > 1
             self.forking_rows = ForkingRows(core, row_ids, tp_group, over_stages)
             if not pre_process:
-                self.forking_rows.weight.shared = True  # the last stage's copy, not counted twice in the grad norm
+                mark(self.forking_rows.weight, "shared")  # the last stage's copy, not counted twice in the grad norm
         if post_process:
             self.head = VocabParallelHead(vocab_size, padded // tp_group.size(), row_ids, tp_group)
 

@@ -8,6 +8,7 @@ backward pass. At 152k vocabulary and 32k tokens full logits would take 28 GiB.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,7 +118,7 @@ def _sums_stay_float32(device: torch.device) -> bool:
 class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: object,
+        ctx: Any,  # torch's, which holds whatever is put into it
         hidden: Tensor,
         weight: Tensor,
         tag_rows: Tensor | None,
@@ -135,10 +136,9 @@ class _ChunkedNLL(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tag_rows, targets, normalizer = ctx.saved_tensors
         head: VocabParallelHead = ctx.head
-        use_tags = tag_rows is not None and head.has_tags
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_tags = None if tag_rows is None else torch.zeros_like(tag_rows, dtype=torch.float32)
@@ -149,7 +149,7 @@ class _ChunkedNLL(torch.autograd.Function):
             columns, inside = head.local_targets(targets[part])
             d.mul_(grad[part].sum(-1, keepdim=True))
             d.scatter_add_(1, columns, -grad[part] * inside)
-            if use_tags:
+            if tag_rows is not None and grad_tags is not None and head.has_tags:
                 d_tags = d.index_select(1, head.tag_columns).to(h.dtype)
                 d.index_fill_(1, head.tag_columns, 0.0)
                 grad_tags.index_add_(0, head.tags, (d_tags.t() @ h).float())

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_ssft.parallel.model.marks import mark
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, computed in float32, usable under sequence parallelism.
@@ -23,7 +25,7 @@ class Norm(nn.Module):
         if config.normalization == "LayerNorm":
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            mark(parameter, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:  # scaled after rounding back, as Llama and Qwen do

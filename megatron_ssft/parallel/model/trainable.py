@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ssft.parallel.model.gpt import SetGPTModel
 from megatron_ssft.parallel.model.loss_head import VocabParallelHead
+from megatron_ssft.parallel.model.marks import mark
 
 
 def freeze(chunks: list[SetGPTModel], num_layers: int, last_layers: int | None) -> None:
@@ -43,7 +44,7 @@ def _train_tag_rows(chunk: SetGPTModel) -> None:
     elif chunk.post_process and chunk.head.row_ids:
         weight = chunk.output_layer.weight
         weight.requires_grad = True
-        weight.only_tag_rows = True  # the others must not decay either
+        mark(weight, "only_tag_rows")
         weight.register_hook(partial(_only_tag_rows, chunk.head))
 
 
