@@ -18,7 +18,7 @@ import numpy as np
 from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
 
 from megatron_ssft.records import Assignment, QuestionBatch
-from megatron_ssft.training.planning import Planner
+from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.trainer import Trainer
 
 LAYOUTS: dict[str, dict[str, object]] = {

@@ -14,8 +14,8 @@ from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
+from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.lr_schedule import warmup_iterations
-from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.setup import build_queue, build_vocabulary, prepare_data
 
 

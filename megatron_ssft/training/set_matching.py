@@ -17,7 +17,7 @@ from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.records import Assignment, QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
-from megatron_ssft.training.planning import Planner
+from megatron_ssft.scheduling.planner import Planner
 
 Decide = Callable[[QuestionBatch, "Matched"], "list[tuple[int, ...] | None]"]
 

@@ -21,9 +21,9 @@ from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import Assignment, MicrobatchPlan, QuestionBatch, QuestionVisit, StepMetrics
+from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.loop import TrainingLoop
 from megatron_ssft.training.lr_schedule import learning_rate
-from megatron_ssft.training.planning import Planner
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,

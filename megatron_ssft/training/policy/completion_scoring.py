@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.records import NO_TAG, Assignment, ForkingTokens, MicrobatchPlan, QuestionBatch
-from megatron_ssft.training.planning import Planner
+from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.policy.inputs import PolicyInputs
 
 _CHUNK = 256

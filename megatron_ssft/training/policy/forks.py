@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.records import NO_TAG, Assignment, MicrobatchPlan, QuestionBatch, TokenizedSet
-from megatron_ssft.training.planning import Planner
+from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.policy.inputs import fork_batch
 
 _QUESTIONS_AT_ONCE = 512

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from megatron_ssft.config import Config
 from megatron_ssft.records import Assignment, ForkingTokens, MicrobatchPlan, QuestionBatch
-from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
-from megatron_ssft.scheduling.cost_stream_plan import plan_cost_streams
-from megatron_ssft.scheduling.stream_plan import plan_train_streams
-from megatron_ssft.scheduling.train_plan import plan_train_microbatches
+from megatron_ssft.scheduling.cost_rows import plan_cost_microbatches
+from megatron_ssft.scheduling.cost_streams import plan_cost_streams
+from megatron_ssft.scheduling.train_rows import plan_train_microbatches
+from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.work import WorkModel
 
 MICROBATCHES_A_STAGE = 4
