@@ -51,8 +51,8 @@ from megatron_ssft.records import (
     TokenizedSet,
 )
 from megatron_ssft.scheduling import WorkModel, plan_train_microbatches
-from megatron_ssft.scheduling.stream_plan import plan_train_streams
-from megatron_ssft.scheduling.train_plan import train_sequences
+from megatron_ssft.scheduling.train_rows import train_sequences
+from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.work import padded_size
 
 SHAPE = ModelConfig(

@@ -14,10 +14,10 @@ from megatron_ssft.records import (
     QuestionBatch,
     SequenceCut,
 )
-from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
-from megatron_ssft.scheduling.cost_stream_plan import distinct_traces, plan_cost_streams
-from megatron_ssft.scheduling.stream_plan import plan_train_streams
-from megatron_ssft.scheduling.train_plan import plan_train_microbatches
+from megatron_ssft.scheduling.cost_rows import plan_cost_microbatches
+from megatron_ssft.scheduling.cost_streams import distinct_traces, plan_cost_streams
+from megatron_ssft.scheduling.train_streams import plan_train_streams
+from megatron_ssft.scheduling.train_rows import plan_train_microbatches
 from megatron_ssft.scheduling.work import WorkModel
 
 MICROBATCHES_A_STAGE = 4

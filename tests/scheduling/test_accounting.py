@@ -7,10 +7,10 @@ import pytest
 
 from megatron_ssft.records import Assignment, ForkingTokens, QuestionBatch, QuestionVisit, Size, TokenizedSet
 from megatron_ssft.scheduling.accounting import FlopAccountant, useful_size
-from megatron_ssft.scheduling.cost_plan import plan_cost_microbatches
-from megatron_ssft.scheduling.cost_stream_plan import plan_cost_streams
-from megatron_ssft.scheduling.stream_plan import plan_train_streams
-from megatron_ssft.scheduling.train_plan import plan_train_microbatches
+from megatron_ssft.scheduling.cost_rows import plan_cost_microbatches
+from megatron_ssft.scheduling.cost_streams import plan_cost_streams
+from megatron_ssft.scheduling.train_rows import plan_train_microbatches
+from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.work import WorkModel
 
 WORK = WorkModel(token=1000.0, pair=1.0, scored=100.0)

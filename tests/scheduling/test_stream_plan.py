@@ -18,12 +18,12 @@ import pytest
 from megatron_ssft.config import ModelConfig
 from megatron_ssft.records import Assignment, ForkingTokens, QuestionBatch, QuestionVisit, Size, TokenizedSet
 from megatron_ssft.scheduling import WorkModel
-from megatron_ssft.scheduling.cost_stream_plan import distinct_traces, plan_cost_streams
-from megatron_ssft.scheduling.stream_nodes import ItemNodes, Part, question_parts, stream_nodes
-from megatron_ssft.scheduling.stream_packing import fewest_streams, pack
-from megatron_ssft.scheduling.stream_plan import plan_train_streams
-from megatron_ssft.scheduling.stream_search import fit_into
-from megatron_ssft.scheduling.train_plan import train_sequences
+from megatron_ssft.scheduling.cost_streams import distinct_traces, plan_cost_streams
+from megatron_ssft.scheduling.pack_streams import fewest_streams, pack
+from megatron_ssft.scheduling.search_streams import fit_into
+from megatron_ssft.scheduling.shared_nodes import ItemNodes, Part, question_parts, stream_nodes
+from megatron_ssft.scheduling.train_rows import train_sequences
+from megatron_ssft.scheduling.train_streams import plan_train_streams
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = WorkModel(token=1.0, pair=4e-5, scored=0.2)

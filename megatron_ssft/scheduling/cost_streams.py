@@ -10,8 +10,8 @@ import numpy as np
 from megatron_ssft.layouts.packed import stream_microbatch
 from megatron_ssft.records import PAD, ForkingTokens, MicrobatchPlan, QuestionBatch, SequenceSpec, TokenizedSet
 from megatron_ssft.scheduling.balance import balance
-from megatron_ssft.scheduling.stream_nodes import StreamNodes, stream_nodes
-from megatron_ssft.scheduling.stream_plan import finished_plan
+from megatron_ssft.scheduling.shared_nodes import StreamNodes, stream_nodes
+from megatron_ssft.scheduling.train_streams import finished_plan
 from megatron_ssft.scheduling.work import WorkModel
 
 _PRECISION = 1000

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_ssft.scheduling.stream_nodes import OPEN_PARTS, ItemNodes, Part, StreamNodes, question_parts
+from megatron_ssft.scheduling.shared_nodes import OPEN_PARTS, ItemNodes, Part, StreamNodes, question_parts
 
 
 class _Stream:

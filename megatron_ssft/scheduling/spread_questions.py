@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ssft.scheduling.stream_nodes import UNITS, ItemNodes, Part, question_parts
+from megatron_ssft.scheduling.shared_nodes import UNITS, ItemNodes, Part, question_parts
 
 _STRIDE = 2 * UNITS
 """Above the work of anything."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 from megatron_ssft.records import PAD, ForkingTokens, MicrobatchPlan, QuestionBatch, SequenceSpec
-from megatron_ssft.scheduling.train_plan import spread
+from megatron_ssft.scheduling.train_rows import spread
 from megatron_ssft.scheduling.work import WorkModel, padded_microbatch, padded_size
 
 

@@ -15,11 +15,11 @@ from megatron_ssft.records import (
     QuestionBatch,
 )
 from megatron_ssft.scheduling.balance import balance
-from megatron_ssft.scheduling.stream_nodes import ItemNodes, StreamNodes, stream_nodes
-from megatron_ssft.scheduling.stream_packing import fewest_streams, pack, pack_tightly, split_to
-from megatron_ssft.scheduling.stream_ranks import spread_over_ranks
-from megatron_ssft.scheduling.stream_search import fit_into
-from megatron_ssft.scheduling.train_plan import train_sequences
+from megatron_ssft.scheduling.pack_streams import fewest_streams, pack, pack_tightly, split_to
+from megatron_ssft.scheduling.search_streams import fit_into
+from megatron_ssft.scheduling.shared_nodes import ItemNodes, StreamNodes, stream_nodes
+from megatron_ssft.scheduling.spread_questions import spread_over_ranks
+from megatron_ssft.scheduling.train_rows import train_sequences
 from megatron_ssft.scheduling.work import WorkModel
 
 Ranks = list[list[list[int]]]

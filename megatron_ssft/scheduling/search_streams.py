@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_ssft.scheduling.stream_nodes import ItemNodes
+from megatron_ssft.scheduling.shared_nodes import ItemNodes
 
 _EFFORT = 200_000
 """Streams looked at before the search gives up: some 30 ms."""
