@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from megatron_ssft.cli.entry import run_command
 from megatron_ssft.cli.demo import main
+from megatron_ssft.cli.entry import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

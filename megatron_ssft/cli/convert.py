@@ -1,55 +1,101 @@
 """Convert between Hugging Face folders and Megatron checkpoints, and prove that they are the same model.
 
-    python tools/convert_hf.py import HF_DIR MEGATRON_DIR --num-forking-tokens 6
-    torchrun --nproc-per-node 4 tools/convert_hf.py export MEGATRON_DIR HF_DIR --tensor-model-parallel-size 4
-    python tools/convert_hf.py verify HF_DIR MEGATRON_DIR
+    megatron-ssft convert import HF_DIR MEGATRON_DIR --num-forking-tokens 6
+    torchrun --nproc-per-node 4 -m megatron_ssft.cli convert export MEGATRON_DIR HF_DIR \\
+        --tensor-model-parallel-size 4
+    megatron-ssft convert verify HF_DIR MEGATRON_DIR
 
-Alone or under torchrun at any layout. MEGATRON_DIR is a run folder: pretrain_ssft.py --load takes it as it is.
+Alone or under torchrun, at any parallel layout. MEGATRON_DIR is a run folder: `train --load` takes it as it is.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from megatron_ssft.cli.entry import run_command
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command, folders, layout and, for import, the tags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, first, second in (
-        ("import", "HF_DIR", "MEGATRON_DIR"),
-        ("export", "MEGATRON_DIR", "HF_DIR"),
-        ("verify", "HF_DIR", "MEGATRON_DIR"),
-    ):
-        command = commands.add_parser(name, argument_default=argparse.SUPPRESS)
-        command.add_argument("source", metavar=first, type=Path)
-        command.add_argument("target", metavar=second, type=Path)
-        command.add_argument("--tensor-model-parallel-size", type=int)
-        command.add_argument("--pipeline-model-parallel-size", type=int)
-        if name != "verify":
-            command.add_argument("--no-verify", action="store_true", help="do not compare with transformers")
-        if name == "import":
-            command.add_argument("--num-forking-tokens", type=int)
-            command.add_argument("--forking-token-format")
-            command.add_argument("--forking-token-template")
-            command.add_argument("--forking-token-init")
-            command.add_argument("--forking-token-noise", type=float)
-            command.add_argument("--seed", type=int)
-    return parser.parse_args(argv)
+from megatron_ssft.cli.options import parse_action
+from megatron_ssft.config.fields import Flag
 
 
-def main() -> None:
-    """Parse, convert, close."""
-    arguments = vars(parse())
+@dataclass(frozen=True, kw_only=True)
+class LayoutFlags:
+    """The parallel layout that the program is started in."""
+
+    tensor_model_parallel_size: int | None = None
+    """Ranks that share a layer; default 1."""
+    pipeline_model_parallel_size: int | None = None
+    """Stages of layers; default 1."""
+
+    def options(self) -> dict[str, object]:
+        """Configuration values that were given, by name, without the folders."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v for k, v in values.items() if k not in ("source", "target") and v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportFlags(LayoutFlags):
+    """A Hugging Face folder to a run folder with a checkpoint of weights only."""
+
+    source: Annotated[Path, Flag(metavar="HF_DIR", positional=True)]
+    """Folder to read."""
+    target: Annotated[Path, Flag(metavar="MEGATRON_DIR", positional=True)]
+    """Run folder to make."""
+    no_verify: bool = False
+    """Do not compare with transformers."""
+    num_forking_tokens: int | None = None
+    """Tags that the model gets; default 0."""
+    forking_token_format: str | None = None
+    """special or text."""
+    forking_token_template: str | None = None
+    """Text of a tag; {i} stands for its number."""
+    forking_token_init: str | None = None
+    """First values of the tags' rows, as for `train`."""
+    forking_token_noise: float | None = None
+    """Size of their noise, as for `train`."""
+    seed: int | None = None
+    """Decides that noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags(LayoutFlags):
+    """The newest checkpoint of a run folder to a Hugging Face folder."""
+
+    source: Annotated[Path, Flag(metavar="MEGATRON_DIR", positional=True)]
+    """Run folder to read."""
+    target: Annotated[Path, Flag(metavar="HF_DIR", positional=True)]
+    """Folder to make."""
+    no_verify: bool = False
+    """Do not compare with transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyFlags(LayoutFlags):
+    """Whether a Hugging Face folder and the newest checkpoint of a run folder are the same model."""
+
+    source: Annotated[Path, Flag(metavar="HF_DIR", positional=True)]
+    """Hugging Face folder."""
+    target: Annotated[Path, Flag(metavar="MEGATRON_DIR", positional=True)]
+    """Run folder."""
+
+
+ACTIONS: dict[str, type[ImportFlags | ExportFlags | VerifyFlags]] = {
+    "import": ImportFlags,
+    "export": ExportFlags,
+    "verify": VerifyFlags,
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, convert, close. Raises UserError."""
+    flags = parse_action(ACTIONS, __doc__, argv, prog)
     from megatron_ssft.training import conversion
 
-    command = {
-        "import": conversion.import_hf,
-        "export": conversion.export_run,
-        "verify": conversion.verify,
-    }[arguments.pop("command")]
-    command(arguments.pop("source"), arguments.pop("target"), arguments)
+    match flags:
+        case ImportFlags():
+            conversion.import_hf(flags.source, flags.target, flags.options())
+        case ExportFlags():
+            conversion.export_run(flags.source, flags.target, flags.options())
+        case VerifyFlags():
+            conversion.verify(flags.source, flags.target, flags.options())

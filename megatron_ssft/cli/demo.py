@@ -7,7 +7,7 @@ argument, else that of the stage that failed. The stages are the project's own c
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import itertools
 import os
 import shlex
@@ -16,12 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
 from rich.console import Console
 
+from megatron_ssft.cli.options import parse_options
+from megatron_ssft.config.checks import require
+from megatron_ssft.config.fields import Flag
 from megatron_ssft.demo.data import write_demo_data
 from megatron_ssft.demo.policy import check_policy, policy_table
 from megatron_ssft.demo.result import check_evaluation, evaluation_table, read_evaluation
@@ -30,7 +35,8 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.report.policy_runs import load_policy_evaluation
 from megatron_ssft.report.runs import load_run
 
-ROOT = Path(__file__).resolve().parent.parent
+CONSOLE = ("-m", "megatron_ssft.cli")
+"""Stands between the interpreter and a command of the project."""
 MATCHINGS = ("optimal", "random", "single")
 SAMPLES_PER_TAG = 4
 TAGS = 6
@@ -54,41 +60,57 @@ class StageFailure(Exception):
         self.status = status
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--nproc", type=int, default=2, choices=(1, 2, 4), help="tensor-parallel ranks [%(default)s]")
-    parser.add_argument("--train-iters", type=int, default=512, help="steps a run; 64 are an epoch [%(default)s]")
-    args = parser.parse_args(argv)
-    started, console = time.monotonic(), Console()
-    try:
-        prepare_output(args.output)
-        train, held_out = write_demo_data(args.output / "data")
-        for matching in MATCHINGS:
-            console.rule(f"{matching} matching")
-            run([training_command(args.output, matching, args.nproc, args.train_iters, train, held_out)])
-        training_seconds = time.monotonic() - started
-        console.rule("held-out questions")
-        rollouts = evaluate(args.output, held_out)
-        console.rule("choosing the tag")
-        learn_to_choose(args.output, args.nproc, train, held_out)
-        runs = [load_run(args.output / matching) for matching in MATCHINGS]
-        summaries = {trained.name: summarize(trained) for trained in runs}
-        evaluated = read_evaluation(args.output / "evaluation", rollouts)
-        policy = load_policy_evaluation(args.output / "policy")
-        write_report(args.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except StageFailure as failure:
-        print(failure, file=sys.stderr)
-        return failure.status
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags:
+    """Where the demo works, and how long."""
+
+    output: Annotated[Path, Flag(metavar="DIR")] = Path("demo_output")
+    """Folder of the demo, replaced by it."""
+    nproc: Annotated[int, Flag(metavar="{1,2,4}")] = 2
+    """Tensor-parallel ranks."""
+    train_iters: int = 512
+    """Steps per run; 64 are an epoch."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        require(self.nproc in (1, 2, 4), f"--nproc {self.nproc}: choose one of 1, 2, 4")
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse, run all stages, judge; returns the exit status. Raises UserError."""
+    flags = parse_options(DemoFlags, __doc__, argv, prog)
+    with ended_by_sigterm():
+        try:
+            return show_the_way(flags)
+        except StageFailure as failure:
+            print(failure, file=sys.stderr)
+            return failure.status
+
+
+def show_the_way(flags: DemoFlags) -> int:
+    """Run all stages and print what they show; 0 if all bars are met, else 1. Raises UserError, StageFailure."""
+    output, started, console = flags.output, time.monotonic(), Console()
+    prepare_output(output)
+    train, held_out = write_demo_data(output / "data")
+    for matching in MATCHINGS:
+        console.rule(f"{matching} matching")
+        run([training_command(output, matching, flags.nproc, flags.train_iters, train, held_out)])
+    training_seconds = time.monotonic() - started
+    console.rule("held-out questions")
+    rollouts = evaluate(output, held_out)
+    console.rule("choosing the tag")
+    learn_to_choose(output, flags.nproc, train, held_out)
+    runs = [load_run(output / matching) for matching in MATCHINGS]
+    summaries = {trained.name: summarize(trained) for trained in runs}
+    evaluated = read_evaluation(output / "evaluation", rollouts)
+    policy = load_policy_evaluation(output / "policy")
+    write_report(output)
     console.rule("result")
     console.print(training_table(list(summaries.values())))
     console.print(evaluation_table(evaluated))
     console.print(policy_table(policy))
     print("The data is synthetic: this shows that the mechanism works, and says nothing about any benchmark.")
-    print(f"report: {args.output / 'report.html'}, its pictures: {args.output / 'figures'}")
+    print(f"report: {output / 'report.html'}, its pictures: {output / 'figures'}")
     bars = check_training(summaries["optimal"], summaries["random"]) + check_evaluation(*evaluated)
     bars += check_policy(policy)
     for met, text in bars:
@@ -108,7 +130,7 @@ def prepare_output(folder: Path) -> None:
             path = folder / name
             path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).write_text("Made by tools/demo.py, which replaces this folder.\n", encoding="utf-8")
+        (folder / MARKER).write_text("Made by megatron-ssft demo, which replaces this folder.\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}; give another --output") from error
 
@@ -134,8 +156,7 @@ def training_command(
         "--data-cache-path": output / "data_cache",
         "--save": output / matching,
     }
-    script = str(ROOT / "pretrain_ssft.py")
-    return [*launcher(nproc), script, *flags.split(), *(str(x) for pair in paths.items() for x in pair)]
+    return [*launcher(nproc), *CONSOLE, "train", *flags.split(), *(str(x) for pair in paths.items() for x in pair)]
 
 
 def launcher(nproc: int) -> list[str]:
@@ -146,7 +167,7 @@ def launcher(nproc: int) -> list[str]:
 def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
     """Generate from the exported models, score, evaluate; the rollout files by name of the run."""
     rollouts = {matching: output / "rollouts" / f"{matching}.jsonl" for matching in MATCHINGS}
-    scores = {matching: output / matching / "eval" / f"{matching}.jsonl" for matching in MATCHINGS}  # for select_tag.py
+    scores = {matching: output / matching / "eval" / f"{matching}.jsonl" for matching in MATCHINGS}  # for select-tag
     for path in (*rollouts.values(), *scores.values()):
         path.parent.mkdir(exist_ok=True)
     generated = []
@@ -184,14 +205,14 @@ def learn_to_choose(output: Path, nproc: int, train: Path, held_out: Path) -> No
 
     samples(max(start.glob("iter_*/hf")), "train", questions, "each", "--samples-per-tag", 2,
             rewards=("--rewards", rewards))  # fmt: skip
-    run([[*launcher(nproc), str(ROOT / "tools" / "train_gfpo.py"), "--load", str(start), "--rewards", str(rewards),
+    run([[*launcher(nproc), *CONSOLE, "gfpo", "--load", str(start), "--rewards", str(rewards),
           "--data", str(questions), "--eval-data", str(held_out), "--save", str(output / "gfpo"), "--seed", "1",
           "--export-hf-at-save", *GFPO]])  # fmt: skip
     model = max((output / "gfpo").glob("iter_*/hf"))
     after = samples(model, "each", held_out, "each", "--samples-per-tag", SAMPLES_PER_TAG)
     own = samples(model, "own", held_out, "own", "--samples", SAMPLES_PER_TAG)
     greedy = samples(model, "own_greedy", held_out, "own-greedy", "--samples", SAMPLES_PER_TAG)
-    run([tool("evaluate_policy", "--before", start / "eval" / "optimal.jsonl", "--after", after, "--own", own,
+    run([tool("evaluate-policy", "--before", start / "eval" / "optimal.jsonl", "--after", after, "--own", own,
               "--own-greedy", greedy, "--rewards", rewards, "--policy", output / "gfpo" / "policy.jsonl",
               "--data", held_out, "--group-by", "operation", "--output", folder)])  # fmt: skip
 
@@ -204,13 +225,14 @@ def write_report(output: Path) -> None:
 
 
 def tool(name: str, *arguments: object) -> list[str]:
-    """The command line of one of the project's tools."""
-    return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    """The command line of one of the project's commands."""
+    return [sys.executable, *CONSOLE, name, *map(str, arguments)]
 
 
 def run(commands: Iterable[list[str]]) -> None:
     """Run the commands, two at a time, with their output passed through. Raises StageFailure."""
-    waiting, running = list(commands), []
+    waiting = list(commands)
+    running: list[tuple[list[str], subprocess.Popen[bytes]]] = []
     try:
         while waiting or running:
             while waiting and len(running) < 2:
@@ -230,5 +252,15 @@ def run(commands: Iterable[list[str]]) -> None:
                 child.wait()
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program by SystemExit, so that it ends its own children first."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    handler_before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler_before)

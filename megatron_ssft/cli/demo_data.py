@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from megatron_ssft.cli.options import parse_options
+from megatron_ssft.config.fields import Flag
 from megatron_ssft.demo.data import write_demo_data
-from megatron_ssft.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the two files")
-    parser.add_argument("--seed", type=int, default=1234, help="decides every draw [%(default)s]")
-    parser.add_argument("--train", type=int, default=2048, help="training questions [%(default)s]")
-    parser.add_argument("--held-out", type=int, default=256, help="held-out questions [%(default)s]")
-    parser.add_argument("--traces", type=int, default=4, help="traces a question, at most 6 [%(default)s]")
-    args = parser.parse_args(argv)
-    try:
-        paths = write_demo_data(args.output, args.train, args.held_out, args.traces, args.seed)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for path in paths:
+@dataclass(frozen=True, kw_only=True)
+class DemoDataFlags:
+    """Where the set is written, and its size."""
+
+    output: Annotated[Path, Flag(metavar="DIR")]
+    """Folder for the two files."""
+    seed: int = 1234
+    """Decides every draw."""
+    train: int = 2048
+    """Training questions."""
+    held_out: int = 256
+    """Held-out questions."""
+    traces: int = 4
+    """Traces per question, at most 6."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, write, say where. Raises UserError."""
+    flags = parse_options(DemoDataFlags, __doc__, argv, prog)
+    for path in write_demo_data(flags.output, flags.train, flags.held_out, flags.traces, flags.seed):
         print(path)
-    return 0

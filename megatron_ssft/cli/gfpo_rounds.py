@@ -1,109 +1,132 @@
 """GFPO online: rounds of generating, scoring and training, each on rewards of the weights it starts from.
 
-    python tools/run_gfpo.py --load RUN --data Q.jsonl --save WORK --rounds 3 --train-iters 10 --lr 1e-4 \\
+    megatron-ssft gfpo-rounds --load RUN --data Q.jsonl --save WORK --rounds 3 --train-iters 10 --lr 1e-4 \\
         --verifier exact --samples-per-tag 2 --train-args "--objective gfpo-exact --trainable tag-rows"
-    python tools/run_gfpo.py ... --backend openai --base-url http://localhost:8000/v1 \\
+    megatron-ssft gfpo-rounds ... --backend openai --base-url http://localhost:8000/v1 \\
         --serve "vllm serve {model} --port 8000 --tensor-parallel-size 8"
 
 Started again after a kill or a SIGTERM, the same command goes on where it stopped; a larger --rounds adds rounds.
-WORK/round_000 and so on hold what the stages make, WORK/rounds.jsonl a line a round, and at the end WORK/finished.json
-names the final run and its Hugging Face folder. Exit status: 0 when all rounds are done, 2 for wrong input, 143 after a
-SIGTERM, else that of the program that failed.
+WORK/round_000 and so on hold what the stages make, WORK/rounds.jsonl a line for each round. At the end
+WORK/finished.json names the final run and its Hugging Face folder. Exit status: 0 when all rounds are done, 2 for wrong
+input, 143 after a SIGTERM, else that of the program that failed.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib.util
+import dataclasses
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from megatron_ssft.cli.entry import run_command
+from megatron_ssft.cli.generate import GenerateFlags
+from megatron_ssft.cli.options import parse_options
+from megatron_ssft.cli.score import ScoreFlags
+from megatron_ssft.config.fields import Flag
 from megatron_ssft.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ssft.rounds.commands import Commands, Tools
+    from megatron_ssft.rounds.commands import Commands, Options, Tools
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--load", type=Path, required=True, metavar="RUN", help="run to start from, and the reference")
-    parser.add_argument("--data", type=Path, required=True, metavar="Q.jsonl", help="questions with gold answers")
-    parser.add_argument("--save", type=Path, required=True, metavar="WORK", help="folder of the loop")
-    parser.add_argument("--rounds", type=int, required=True, metavar="R", help="in all, with those done already")
-    parser.add_argument("--questions-per-round", type=int, metavar="K", help="drawn without repetition [all]")
-    parser.add_argument("--eval-data", type=Path, metavar="H.jsonl", help="held-out questions, for training's log")
-    parser.add_argument("--seed", type=int, default=1234, help="of questions, samples and steps [%(default)s]")
-    parser.add_argument("--dry-run", action="store_true", help="print the command lines to come, and stop")
-
-    measuring = parser.add_argument_group("measuring rewards")
-    measuring.add_argument("--verifier", choices=("exact", "math", "choice", "code"), required=True)
-    measuring.add_argument("--samples-per-tag", type=int, default=1, metavar="K", help="[%(default)s]")
-    measuring.add_argument("--backend", choices=("hf", "openai", "vllm"), default="hf", help="[%(default)s]")
-    measuring.add_argument("--base-url", metavar="URL", help="openai: the server, e.g. http://localhost:8000/v1")
-    measuring.add_argument("--serve", metavar="COMMAND", help="starts the server; {model} stands for the folder")
-    measuring.add_argument(
-        "--serve-timeout", type=float, default=1800, metavar="SECONDS", help="until it answers [%(default)s]"
-    )
-    measuring.add_argument(
-        "--generate-args", default="", metavar="FLAGS", help="further flags of generate.py; with = if it is one word"
-    )
-    measuring.add_argument("--score-args", default="", metavar="FLAGS", help="further flags of score.py")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--train-iters", type=int, required=True, metavar="N", help="steps a round")
-    training.add_argument("--lr", required=True, help="learning rate")
-    training.add_argument(
-        "--nproc", type=int, metavar="P", help="processes here [as many as one copy of the model has]"
-    )
-    training.add_argument("--launcher", metavar="COMMAND", help='instead of --nproc: "srun --ntasks=16 python"')
-    training.add_argument(
-        "--stop-launched", metavar="COMMAND", help="asks the launcher's ranks to save and end [SIGTERM to the launcher]"
-    )
-    training.add_argument("--train-args", default="", metavar="FLAGS", help="further flags of train_gfpo.py")
-    training.add_argument(
-        "--export-args", default="", metavar="FLAGS", help="convert_hf.py: run it by the launcher, with these flags"
-    )
-    return parser.parse_args(argv)
+MEASURING, TRAINING = "measuring rewards", "training"
+"""Headings in --help."""
 
 
-def main(argv: list[str] | None = None, tools: Tools | None = None) -> None:
-    """Parse, run the rounds, print. Raises UserError, SystemExit."""
-    arguments = vars(parse(argv))
+@dataclass(frozen=True, kw_only=True)
+class GfpoRoundsFlags:
+    """Where the loop starts and works, and what its stages are given."""
+
+    load: Annotated[Path, Flag(metavar="RUN")]
+    """Run to start from, and the reference."""
+    data: Annotated[Path, Flag(metavar="Q.jsonl")]
+    """Questions with gold answers."""
+    save: Annotated[Path, Flag(metavar="WORK")]
+    """Folder of the loop."""
+    rounds: Annotated[int, Flag(metavar="R")]
+    """Rounds in all, with those done already."""
+    questions_per_round: Annotated[int | None, Flag(metavar="K")] = None
+    """Questions per round, drawn without repetition; default: all."""
+    eval_data: Annotated[Path | None, Flag(metavar="H.jsonl")] = None
+    """Held-out questions, for training's log."""
+    seed: int = 1234
+    """Decides questions, samples and steps."""
+    dry_run: bool = False
+    """Print the command lines to come, and stop."""
+
+    verifier: Annotated[Literal["exact", "math", "choice", "code"], Flag(group=MEASURING)]
+    """How an answer is judged, as for `score`."""
+    samples_per_tag: Annotated[int, Flag(metavar="K", group=MEASURING)] = 1
+    """Samples per question and tag."""
+    backend: Annotated[Literal["hf", "openai", "vllm"], Flag(group=MEASURING)] = "hf"
+    """What generates, as for `generate`."""
+    base_url: Annotated[str | None, Flag(metavar="URL", group=MEASURING)] = None
+    """openai: the server, such as http://localhost:8000/v1."""
+    serve: Annotated[str | None, Flag(metavar="COMMAND", group=MEASURING)] = None
+    """Starts the server; {model} stands for the folder."""
+    serve_timeout: Annotated[float, Flag(metavar="SECONDS", group=MEASURING)] = 1800.0
+    """Seconds until the server answers."""
+    generate_args: Annotated[str, Flag(metavar="FLAGS", group=MEASURING)] = ""
+    """Further flags of `generate`; with = if it is one word."""
+    score_args: Annotated[str, Flag(metavar="FLAGS", group=MEASURING)] = ""
+    """Further flags of `score`."""
+
+    train_iters: Annotated[int, Flag(metavar="N", group=TRAINING)]
+    """Steps per round."""
+    lr: Annotated[str, Flag(group=TRAINING)]
+    """Learning rate."""
+    nproc: Annotated[int | None, Flag(metavar="P", group=TRAINING)] = None
+    """Processes here; default: as many as one copy of the model has."""
+    launcher: Annotated[str | None, Flag(metavar="COMMAND", group=TRAINING)] = None
+    """Instead of --nproc: "srun --ntasks=16 python"."""
+    stop_launched: Annotated[str | None, Flag(metavar="COMMAND", group=TRAINING)] = None
+    """Asks the launcher's ranks to save and end; default: SIGTERM to the launcher."""
+    train_args: Annotated[str, Flag(metavar="FLAGS", group=TRAINING)] = ""
+    """Further flags of `gfpo`."""
+    export_args: Annotated[str, Flag(metavar="FLAGS", group=TRAINING)] = ""
+    """Run `convert export` by the launcher, with these flags."""
+
+    def options(self) -> Options:
+        """What the loop takes. Raises UserError."""
+        from megatron_ssft.rounds.commands import Options
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["dry_run"]
+        return Options(**values)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None, tools: Tools | None = None) -> int:
+    """Parse, run the rounds, print; returns the exit status. Raises UserError.
+
+    `tools`: programs of the stages, default the project's own.
+    """
+    flags = parse_options(GfpoRoundsFlags, __doc__, argv, prog)
     from rich.console import Console
 
-    from megatron_ssft.rounds.commands import Commands, Options, Tools
+    from megatron_ssft.rounds.commands import Commands, Tools
     from megatron_ssft.rounds.gfpo_rounds import Loop
     from megatron_ssft.rounds.processes import Children, StageFailure, Stopped, StopSignals
     from megatron_ssft.rounds.round_table import rounds_table
 
-    dry_run = arguments.pop("dry_run")
-    options = Options(**arguments)
-    commands = Commands(options, tools or Tools.of_project(ROOT))
+    options = flags.options()
+    commands = Commands(options, tools or Tools.of_project())
     loop = Loop(commands, Children(options.save, StopSignals()))
     if tools is None:
         check_flags(commands)
-    if dry_run:
+    if flags.dry_run:
         for line in loop.plan():
             print(line)
-        return
+        return 0
     try:
         rows = loop.run()
     except (StageFailure, Stopped) as error:
         print(error, file=sys.stderr)
-        sys.exit(error.status)
+        return error.status
     Console().print(rounds_table(rows))
     print((options.save / "finished.json").read_text(encoding="utf-8"), end="")
+    return 0
 
 
 def check_flags(commands: Commands) -> None:
@@ -114,24 +137,22 @@ def check_flags(commands: Commands) -> None:
     from megatron_ssft.config.flags import parse_arguments
     from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
 
-    def check_train(flags: list[str]) -> None:
-        parse_arguments("", flags, complete=complete_policy_values, program=POLICY_PROGRAM)
+    def check_train(words: list[str]) -> None:
+        parse_arguments("", words, complete_policy_values, POLICY_PROGRAM)
+
+    def check_generate(words: list[str]) -> None:
+        parse_options(GenerateFlags, None, words)
+
+    def check_score(words: list[str]) -> None:
+        parse_options(ScoreFlags, None, words)
 
     first = commands.round(0)
-    _check("--generate-args", load_tool("generate").parse, commands.generate_arguments(first, commands.options.load))
-    _check("--score-args", load_tool("score").parse, commands.score_arguments(first))
+    _check("--generate-args", check_generate, commands.generate_arguments(first, commands.options.load))
+    _check("--score-args", check_score, commands.score_arguments(first))
     _check("--train-args", check_train, commands.train_arguments(first))
 
 
-def load_tool(name: str) -> ModuleType:
-    """Another program beside this one, as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check(flag: str, parse_flags: Callable[[list[str]], object], arguments: list[object]) -> None:
+def _check(flag: str, parse_flags: Callable[[list[str]], None], arguments: Sequence[object]) -> None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -1,8 +1,8 @@
 """Released data sets as local files to the project's questions and training sets.
 
-    python tools/prepare_data.py benchmark --format math500 test.jsonl --output Q.jsonl
-    python tools/prepare_data.py pool s1k-1.1.parquet --output SET.jsonl --traces 4 --per-source 1 --drop-incorrect
-    python tools/prepare_data.py split SET.jsonl --output-dir DIR --held-out 0.1
+    megatron-ssft prepare-data benchmark --format math500 test.jsonl --output Q.jsonl
+    megatron-ssft prepare-data pool s1k-1.1.parquet --output SET.jsonl --traces 4 --per-source 1 --drop-incorrect
+    megatron-ssft prepare-data split SET.jsonl --output-dir DIR --held-out 0.1
 
 IN: JSONL or JSON, CSV or TSV, each also gzipped, or parquet where pyarrow is installed; several are read as one.
 
@@ -13,19 +13,23 @@ split      train.jsonl and heldout.jsonl, no question in both
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
+from rich.table import Table
 
-from megatron_ssft.cli.entry import run_command
+from megatron_ssft.cli.options import parse_action
+from megatron_ssft.config.checks import require
+from megatron_ssft.config.fields import Flag
 from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
 from megatron_ssft.datasets.held_out import split_set
 from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
@@ -36,40 +40,114 @@ from megatron_ssft.datasets.tables import Progress, total_bytes
 PLAIN_SECONDS = 10.0
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command, files and options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    benchmark, pool, split = (commands.add_parser(name) for name in ("benchmark", "pool", "split"))
-    for command in (benchmark, pool, split):
-        command.add_argument("inputs", nargs="+", type=Path, metavar="IN")
-        command.add_argument("--seed", type=int, default=0, help="[%(default)s]")
-    benchmark.add_argument("--format", choices=BENCHMARKS, required=True)
-    benchmark.add_argument("--output", type=Path, required=True, metavar="Q.jsonl")
-    benchmark.add_argument("--since", type=day, metavar="YYYY-MM-DD", help="livecodebench: leave out earlier contests")
-    benchmark.add_argument("--until", type=day, metavar="YYYY-MM-DD", help="livecodebench: leave out later contests")
-    pool.add_argument("--output", type=Path, required=True, metavar="SET.jsonl")
-    pool.add_argument("--format", choices=FORMATS, help="[told by the first row of a file]")
-    pool.add_argument("--traces", type=int, metavar="M", help="at most M traces a question, distinct sources first")
-    pool.add_argument("--per-source", type=int, metavar="K", help="at most K of them from one source")
-    pool.add_argument("--min-traces", type=int, default=1, metavar="L", help="leave out questions with fewer [1]")
-    pool.add_argument("--source", metavar="NAME", help="name of the teacher, where a row does not tell")
-    pool.add_argument("--keep-system", action="store_true", help="OpenThoughts: keep the system prompt")
-    judged = pool.add_mutually_exclusive_group()
-    judged.add_argument("--keep-incorrect", action="store_true", default=True, help="the default")
-    judged.add_argument("--drop-incorrect", action="store_false", dest="keep_incorrect", help="those known to be wrong")
-    split.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
-    split.add_argument("--held-out", type=float, required=True, metavar="SHARE", help="of the questions, as in 0.1")
-    return parser.parse_args(argv)
-
-
 def day(text: str) -> str:
     """A date in the form in which dates compare as texts. Raises ValueError."""
     return date.fromisoformat(text).isoformat()
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputFlags:
+    """What all actions take."""
+
+    inputs: Annotated[tuple[Path, ...], Flag(metavar="IN", positional=True)]
+    """Local files of a data set."""
+    seed: int = 0
+    """Decides every draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkFlags(InputFlags):
+    """The questions of an evaluation set in the wording that published figures were measured with."""
+
+    format: Annotated[str, Flag(choices=tuple(BENCHMARKS))]
+    """Which evaluation set it is."""
+    output: Annotated[Path, Flag(metavar="Q.jsonl")]
+    """Questions."""
+    since: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
+    """livecodebench: leave out earlier contests."""
+    until: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
+    """livecodebench: leave out later contests."""
+
+    def run(self, progress: Progress) -> list[str | Table]:
+        """Write the questions; returns what there is to say."""
+        options = BenchmarkOptions(self.seed, self.since, self.until)
+        count = write_benchmark(self.inputs, self.output, self.format, options, progress)
+        return [f"{count} questions: {self.output}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFlags(InputFlags):
+    """Questions with several traces each, sampled; rows that ask the same become one set."""
+
+    output: Annotated[Path, Flag(metavar="SET.jsonl")]
+    """Training set."""
+    format: Annotated[str | None, Flag(choices=tuple(FORMATS))] = None
+    """Which data set it is; default: told by the first row of a file."""
+    traces: Annotated[int | None, Flag(metavar="M")] = None
+    """At most M traces per question, distinct sources first."""
+    per_source: Annotated[int | None, Flag(metavar="K")] = None
+    """At most K of them from one source."""
+    min_traces: Annotated[int, Flag(metavar="L")] = 1
+    """Leave out questions with fewer."""
+    source: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Name of the teacher, where a row does not tell."""
+    keep_system: bool = False
+    """OpenThoughts: keep the system prompt."""
+    keep_incorrect: bool = False
+    """Keep traces known to be wrong, which is the default."""
+    drop_incorrect: bool = False
+    """Leave out traces known to be wrong."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        both = self.keep_incorrect and self.drop_incorrect
+        require(not both, "--drop-incorrect: not allowed with --keep-incorrect; give one")
+
+    def run(self, progress: Progress) -> list[str | Table]:
+        """Write the training set; returns what there is to say."""
+        options = PoolOptions(
+            format=self.format,
+            traces=self.traces,
+            per_source=self.per_source,
+            min_traces=self.min_traces,
+            keep_incorrect=not self.drop_incorrect,
+            seed=self.seed,
+            reading=FormatOptions(self.source, self.keep_system),
+        )
+        report = build_pool(self.inputs, self.output, options, progress)
+        return [*pool_tables(report), f"set: {self.output}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFlags(InputFlags):
+    """train.jsonl and heldout.jsonl, no question in both."""
+
+    output_dir: Annotated[Path, Flag(metavar="DIR")]
+    """Folder of the two files."""
+    held_out: Annotated[float, Flag(metavar="SHARE")]
+    """Share of the questions, as in 0.1."""
+
+    def run(self, progress: Progress) -> list[str | Table]:
+        """Write the two files; returns what there is to say."""
+        report = split_set(list(self.inputs), self.output_dir, self.held_out, self.seed, progress)
+        lines: list[str | Table] = [
+            f"{report.train_rows} rows: {report.train}",
+            f"{report.held_out_rows} rows: {report.held_out}",
+        ]
+        if report.repeated:
+            lines.append(f"{report.repeated} rows ask what another row asks; they went to its side")
+        return lines
+
+
+ACTIONS: dict[str, type[BenchmarkFlags | PoolFlags | SplitFlags]] = {
+    "benchmark": BenchmarkFlags,
+    "pool": PoolFlags,
+    "split": SplitFlags,
+}
+
+
 @contextlib.contextmanager
-def shown_progress(paths: list[Path]) -> Iterator[Progress]:
+def shown_progress(paths: Sequence[Path]) -> Iterator[Progress]:
     """A bar of the bytes read on a terminal, a plain line now and then elsewhere."""
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -87,30 +165,11 @@ def shown_progress(paths: list[Path]) -> Iterator[Progress]:
         yield show
 
 
-def main() -> None:
-    """Parse, prepare, say what was made."""
-    args = parse()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, prepare, say what was made. Raises UserError."""
+    flags = parse_action(ACTIONS, __doc__, argv, prog)
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    with shown_progress(args.inputs) as progress:
-        if args.command == "benchmark":
-            options = BenchmarkOptions(args.seed, args.since, args.until)
-            count = write_benchmark(args.inputs, args.output, args.format, options, progress)
-            lines = [f"{count} questions: {args.output}"]
-        elif args.command == "pool":
-            options = PoolOptions(
-                format=args.format,
-                traces=args.traces,
-                per_source=args.per_source,
-                min_traces=args.min_traces,
-                keep_incorrect=args.keep_incorrect,
-                seed=args.seed,
-                reading=FormatOptions(args.source, args.keep_system),
-            )
-            lines = [*pool_tables(build_pool(args.inputs, args.output, options, progress)), f"set: {args.output}"]
-        else:
-            report = split_set(args.inputs, args.output_dir, args.held_out, args.seed, progress)
-            lines = [f"{report.train_rows} rows: {report.train}", f"{report.held_out_rows} rows: {report.held_out}"]
-            if report.repeated:
-                lines.append(f"{report.repeated} rows ask what another row asks; they went to its side")
+    with shown_progress(flags.inputs) as progress:
+        lines = flags.run(progress)
     for line in lines:
         console.print(line, soft_wrap=isinstance(line, str), highlight=False)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
-from megatron_ssft.cli.entry import run_command
 from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.training.startup import complete_values
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, build, train, close."""
-    config, dry_run = parse_arguments(__doc__, complete=complete_values)
+    config, dry_run = parse_arguments(str(__doc__), argv, complete=complete_values, prog=prog)
     if dry_run:
         from megatron_ssft.training.describe import describe, print_description
 
