@@ -1,32 +1,11 @@
-"""Train a GPT by Set Supervised Fine-Tuning. `--help` lists the flags, `--dry-run` shows what they amount to."""
+"""Train a GPT by Set Supervised Fine-Tuning: the door to `megatron-ssft train` from a checkout."""
 
 from __future__ import annotations
 
 import sys
 
 from megatron_ssft.cli.entry import run_command
-from megatron_ssft.config.flags import parse_arguments
-from megatron_ssft.training.startup import complete_values
-
-
-def main() -> None:
-    """Parse, build, train, close."""
-    config, dry_run = parse_arguments(__doc__, complete=complete_values)
-    if dry_run:
-        from megatron_ssft.training.describe import describe, print_description
-
-        print_description(config, describe)
-        return
-    from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-    from megatron_ssft.training.signals import StopSignal
-    from megatron_ssft.training.trainer import Trainer
-
-    stop = StopSignal()
-    topology = initialize_topology(config)
-    trainer = Trainer(config, topology)
-    trainer.run(stop)
-    destroy_topology()
-
+from megatron_ssft.cli.train import main
 
 if __name__ == "__main__":  # checkpoint writers start helper processes that import this module again
     sys.exit(run_command(main))

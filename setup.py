@@ -72,6 +72,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ssft", "megatron_ssft.*"]),
+    entry_points={"console_scripts": ["megatron-ssft = megatron_ssft.cli.main:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     classifiers=[

@@ -25,8 +25,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_ssft.cli.demo import CONSOLE, GFPO, SAMPLING, TAGS, launcher, tool, training_command  # noqa: E402
 from megatron_ssft.demo.data import write_demo_data  # noqa: E402
-from tools.demo import GFPO, SAMPLING, TAGS, launcher, tool, training_command  # noqa: E402
 
 QUESTIONS, SAMPLES_PER_TAG, HELD_OUT_SAMPLES = 256, 2, 4
 VARIANTS: dict[str, Sequence[str]] = {
@@ -71,7 +71,7 @@ class Seed:
     def learn(self, start: Path, name: str, flags: Sequence[str], rewards: str) -> Path:
         """A run of policy learning from `start`; returns its exported model."""
         save = self.folder / name
-        command = [*launcher(self.nproc), str(ROOT / "tools" / "train_gfpo.py"), "--load", start, "--save", save,
+        command = [*launcher(self.nproc), *CONSOLE, "gfpo", "--load", start, "--save", save,
                    "--data", self.first, "--rewards", self.folder / f"{rewards}.rewards.jsonl",
                    "--export-hf-at-save", "--seed", self.seed, *flags]  # fmt: skip
         if "--questions-per-step" not in flags:
@@ -111,7 +111,7 @@ def gfpo(seed: Seed, names: list[str]) -> dict[str, dict]:
         own = seed.samples(model, f"{folder}.own", seed.held_out, "own", "--samples", HELD_OUT_SAMPLES)
         greedy = seed.samples(model, f"{folder}.greedy", seed.held_out, "own-greedy", "--samples", HELD_OUT_SAMPLES)
         record = seed.folder / f"{folder}.evaluation"
-        run(tool("evaluate_policy", "--before", before, "--after", after, "--own", own, "--own-greedy", greedy,
+        run(tool("evaluate-policy", "--before", before, "--after", after, "--own", own, "--own-greedy", greedy,
                  "--rewards", seed.folder / "train.rewards.jsonl", "--policy", seed.folder / folder / "policy.jsonl",
                  "--data", seed.held_out, "--group-by", "operation", "--output", record))  # fmt: skip
         found[name] = json.loads((record / "policy_evaluation.json").read_text())

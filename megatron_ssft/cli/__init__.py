@@ -1,1 +1,1 @@
-"""The programs: parse flags, build, run, close."""
+"""The commands: each module parses its flags, builds, runs and closes; main.py finds them by name."""

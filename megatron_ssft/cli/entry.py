@@ -1,4 +1,4 @@
-"""How every program of the project ends: 0 when done, 2 with one clear line when the input is at fault."""
+"""How every command ends: status 0 when done, 2 with one clear line when the input is at fault."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _NOTICES = (
 )
 
 
-def run_command(main: Callable[[], None]) -> int:
-    """Run `main`; print a UserError as one line, without a traceback. Other exceptions are bugs and pass."""
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run `main` and return its status, by default 0; print a UserError as one line, without a traceback.
+
+    Other exceptions are bugs and pass.
+    """
     _quiet_libraries()
     try:
-        main()
+        return main() or 0
     except UserError as error:
         _report(error)
         return 2
-    return 0
 
 
 def _report(error: UserError) -> None:

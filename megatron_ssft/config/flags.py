@@ -3,71 +3,57 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import functools
 import inspect
-import textwrap
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar, overload
 
 import yaml
 
 from megatron_ssft.config import Config, GFPOConfig
+from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
 from megatron_ssft.errors import UserError
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Generic[C]):
     """What a program is configured by."""
 
-    config: type[Config] = Config
+    config: type[C]
     without: frozenset[str] = frozenset()
-    """Fields that it has no use for: neither flags nor keys."""
+    """Fields that the program has no use for: neither flags nor keys."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """Where it has others than the fields."""
+    """Field name -> default of this program, where it is not the field's own."""
 
     @property
     def sections(self) -> dict[str, type]:
         """Name of a section -> its dataclass."""
         return typing.get_type_hints(self.config)
 
-    def fields(self) -> dict[str, tuple[str, dataclasses.Field, object]]:
-        """Field name -> (section name, field, type without None), of all that it takes."""
-        found = {}
-        for section, cls in self.sections.items():
-            hints = typing.get_type_hints(cls)
-            for f in dataclasses.fields(cls):
-                kind = hints[f.name]
-                if isinstance(kind, types.UnionType):
-                    (kind,) = [k for k in typing.get_args(kind) if k is not type(None)]
-                if f.name not in self.without:
-                    found[f.name] = (section, f, kind)
-        return found
+    def fields(self) -> dict[str, tuple[str, FlagField]]:
+        """Field name -> (section name, field), of all that it takes, with the program's own defaults."""
+        return {
+            field.name: (section, dataclasses.replace(field, default=self.defaults.get(field.name, field.default)))
+            for section, cls in self.sections.items()
+            for field in flag_fields(cls)
+            if field.name not in self.without
+        }
 
 
-PRETRAIN = Program()
+PRETRAIN = Program(Config)
 ANY_RUN = Program(GFPOConfig)
 """Takes the keys of every program: for reading what some run was configured by."""
 
 
-@functools.cache
-def field_docstrings(cls: type) -> dict[str, str]:
-    """The string that follows each field in the source of dataclass `cls`, white space folded."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    docs = {}
-    for node, following in zip(body, body[1:]):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[node.target.id] = " ".join(ast.literal_eval(following.value).split())
-    return docs
-
-
-def build_parser(description: str, program: Program = PRETRAIN) -> argparse.ArgumentParser:
+def build_parser(description: str, program: Program = PRETRAIN, prog: str | None = None) -> argparse.ArgumentParser:
     """A parser with one flag for every configuration field; flags that are not given leave no attribute."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         usage="%(prog)s [--help] [--config FILE] [--dry-run] [--FLAG VALUE ...]",  # of a hundred, --help tells
         description=description,
         argument_default=argparse.SUPPRESS,
@@ -77,29 +63,12 @@ def build_parser(description: str, program: Program = PRETRAIN) -> argparse.Argu
     parser.add_argument("--dry-run", action="store_true", help="print everything resolved and stop")
     fields = program.fields()
     for section, cls in program.sections.items():
-        if section not in {owner for owner, _, _ in fields.values()}:
-            continue
-        group = parser.add_argument_group(section, inspect.getdoc(cls))
-        docs = field_docstrings(cls)
-        for name, (owner, f, kind) in fields.items():
-            if owner != section:
-                continue
-            options: dict[str, object] = {"help": _help(docs[name], program.defaults.get(name, f.default))}
-            if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif typing.get_origin(kind) is list:
-                options |= {"nargs": "+", "metavar": "FILE"}
-            else:
-                options |= {"type": kind, "metavar": kind.__name__.upper()}
-            group.add_argument("--" + name.replace("_", "-"), **options)
+        members = [field for owner, field in fields.values() if owner == section]
+        if members:
+            group = parser.add_argument_group(section, inspect.getdoc(cls))
+            for field in members:
+                add_flag(group, field, negatable=True)
     return parser
-
-
-def _help(doc: str, default: object) -> str:
-    text = doc.replace("%", "%%")
-    if default is dataclasses.MISSING or default is None:
-        return text
-    return f"{text} [{default!r}]"
 
 
 def read_config_file(path: str, program: Program = PRETRAIN) -> dict[str, object]:
@@ -125,29 +94,39 @@ def read_config_file(path: str, program: Program = PRETRAIN) -> dict[str, object
         if name not in fields:
             raise UserError(f"{path}: unknown key {key!r}; --help lists the flags, whose names are the keys")
         if value is not None:
-            values[name] = _coerce(path, name, value, fields[name][2])
+            values[name] = _coerce(path, fields[name][1], value)
     return values
 
 
-def _coerce(path: str, name: str, value: object, kind: object) -> object:
+def _coerce(path: str, field: FlagField, value: object) -> object:
     """YAML value to the field's type; YAML reads 1e-3 as a string and one file as a scalar."""
+    kind: Callable[[object], object] = field.kind
     try:
-        if typing.get_origin(kind) is list:
-            return [str(v) for v in (value if isinstance(value, list) else [value])]
-        if kind is bool:
+        if field.many:
+            return [kind(v) for v in (value if isinstance(value, list) else [value])]
+        if field.kind is bool:
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        if isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float) and value != int(value)):
+        if isinstance(value, bool | list | dict):
+            raise ValueError
+        if field.kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError) as error:
-        wanted = getattr(kind, "__name__", str(kind))
-        raise UserError(f"{path}: {name}: {value!r} is not of type {wanted}") from error
+        raise UserError(f"{path}: {field.name}: {value!r} is not of type {field.kind.__name__}") from error
 
 
-def build_config(values: dict[str, object], config: type[Config] = Config) -> Config:
-    """A validated Config from flat values. Raises UserError."""
+@overload
+def build_config(values: Mapping[str, object]) -> Config: ...
+
+
+@overload
+def build_config(values: Mapping[str, object], config: type[C]) -> C: ...
+
+
+def build_config(values: Mapping[str, object], config: type[Config] = Config) -> Config:
+    """A validated configuration from flat values, of the class `config`. Raises UserError."""
     everything = Program(config)
     fields = everything.fields()
     sections: dict[str, dict[str, object]] = {section: {} for section in everything.sections}
@@ -156,18 +135,38 @@ def build_config(values: dict[str, object], config: type[Config] = Config) -> Co
     return config(**{section: cls(**sections[section]) for section, cls in everything.sections.items()})
 
 
+Complete = Callable[[dict[str, object]], dict[str, object]]
+"""Adds values to those given by flags and file, such as the shape of the model that is loaded. Raises UserError."""
+
+
+def _as_given(values: dict[str, object]) -> dict[str, object]:
+    return values
+
+
+@overload
+def parse_arguments(
+    description: str, argv: Sequence[str] | None = None, complete: Complete = _as_given, *, prog: str | None = None
+) -> tuple[Config, bool]: ...
+
+
+@overload
+def parse_arguments(
+    description: str, argv: Sequence[str] | None, complete: Complete, program: Program[C], prog: str | None = None
+) -> tuple[C, bool]: ...
+
+
 def parse_arguments(
     description: str,
-    argv: list[str] | None = None,
-    complete: Callable[[dict[str, object]], dict[str, object]] = lambda values: values,
+    argv: Sequence[str] | None = None,
+    complete: Complete = _as_given,
     program: Program = PRETRAIN,
+    prog: str | None = None,
 ) -> tuple[Config, bool]:
     """The resolved configuration and whether --dry-run was given.
 
-    `complete` may add values to those given by flags and file, such as the shape of the model that is loaded.
-    Raises UserError.
+    `prog`: what the user called the program by; default: the name of the script. Raises UserError.
     """
-    given = vars(build_parser(description, program).parse_args(argv))
+    given = vars(build_parser(description, program, prog).parse_args(argv))
     dry_run = bool(given.pop("dry_run", False))
     config_file = given.pop("config", None)
     values = read_config_file(config_file, program) if config_file is not None else {}
@@ -177,7 +176,7 @@ def parse_arguments(
 
 
 def to_yaml(config: Config, program: Program = PRETRAIN) -> str:
-    """The resolved configuration with a comment a section, readable by --config."""
+    """The resolved configuration, readable by --config; each section begins with a comment."""
     fields = program.fields()
     lines = []
     for section, cls in program.sections.items():

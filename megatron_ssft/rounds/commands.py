@@ -25,7 +25,7 @@ _OWN_FLAGS = {
 
 @dataclass(frozen=True)
 class Tools:
-    """The programs of the stages: script and first arguments, without the interpreter."""
+    """The programs of the stages: what stands between the interpreter and their arguments."""
 
     export: tuple[str, ...]
     generate: tuple[str, ...]
@@ -33,22 +33,20 @@ class Tools:
     train: tuple[str, ...]
 
     @classmethod
-    def of_project(cls, root: Path) -> Tools:
-        """Those in `root`/tools."""
-        script = {
-            name: str(root / "tools" / f"{name}.py") for name in ("convert_hf", "generate", "score", "train_gfpo")
-        }
+    def of_project(cls) -> Tools:
+        """The project's own commands, wherever it is installed."""
+        console = ("-m", "megatron_ssft.cli")
         return cls(
-            export=(script["convert_hf"], "export"),
-            generate=(script["generate"],),
-            score=(script["score"],),
-            train=(script["train_gfpo"],),
+            export=(*console, "convert", "export"),
+            generate=(*console, "generate"),
+            score=(*console, "score"),
+            train=(*console, "gfpo"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Names are those of the flags of tools/run_gfpo.py."""
+    """What the loop is to do; names are those of the flags of `megatron-ssft gfpo-rounds`."""
 
     load: Path
     data: Path

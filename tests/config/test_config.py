@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from megatron_ssft.config import Config
-from megatron_ssft.config.flags import build_parser, field_docstrings, parse_arguments, read_config_file, to_yaml
+from megatron_ssft.config.fields import field_docstrings
+from megatron_ssft.config.flags import build_parser, parse_arguments, read_config_file, to_yaml
 from megatron_ssft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

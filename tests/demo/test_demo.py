@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import math
 import sys
@@ -22,16 +21,12 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.report.runs import load_run
 from tests.report.test_report import _fake_run
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module
-    spec.loader.exec_module(module)
-    return module
+    from megatron_ssft.cli import demo
+
+    return demo
 
 
 def test_summary_and_bars(demo, tmp_path):
@@ -241,7 +236,7 @@ def test_the_flags_given_to_the_trainer_exist(demo, tmp_path):
 
     for matching in demo.MATCHINGS:
         command = demo.training_command(tmp_path / "a b", matching, 2, 256, Path("train"), Path("held"))
-        config, _ = parse_arguments("", command[command.index(str(ROOT / "pretrain_ssft.py")) + 1 :])
+        config, _ = parse_arguments("", command[command.index("train") + 1 :])
         assert config.matching.matching == matching
         assert config.checkpoint.save == str(tmp_path / "a b" / matching)
         assert config.data.data_cache_path == str(tmp_path / "a b" / "data_cache")

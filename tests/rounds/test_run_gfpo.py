@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -198,9 +197,9 @@ import sys
 sys.path.insert(0, {root!r})
 from megatron_ssft.cli.entry import run_command
 from megatron_ssft.rounds.commands import Tools
-from tools import run_gfpo
+from megatron_ssft.cli import gfpo_rounds
 tools = Tools(*(({stub!r}, stage) for stage in ("export", "generate", "score", "train")))
-sys.exit(run_command(lambda: run_gfpo.main(tools=tools)))
+sys.exit(run_command(lambda: gfpo_rounds.main(tools=tools)))
 """
 
 
@@ -792,11 +791,10 @@ def test_the_row_of_a_round(tmp_path):
 
 @pytest.fixture
 def program():
-    """tools/run_gfpo.py as a module."""
-    spec = importlib.util.spec_from_file_location("run_gfpo", ROOT / "tools" / "run_gfpo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The command as a module."""
+    from megatron_ssft.cli import gfpo_rounds
+
+    return gfpo_rounds
 
 
 CONFIG = """num_layers: 4\nhidden_size: 32\nffn_hidden_size: 64\nnum_attention_heads: 8\ntokenizer_type: CharTokenizer
@@ -806,12 +804,11 @@ tensor_model_parallel_size: 2\n"""
 
 def checked(program, place, *flags):
     """Flags of the loop, as the programs of its stages see them."""
-    from megatron_ssft.rounds.commands import Commands, Options, Tools
+    from megatron_ssft.cli.options import parse_options
+    from megatron_ssft.rounds.commands import Commands, Tools
 
     (place.folder / "start" / "config.yaml").write_text(CONFIG)
-    arguments = vars(program.parse(list(flags)))
-    del arguments["dry_run"]
-    commands = Commands(Options(**arguments), Tools.of_project(ROOT))
+    commands = Commands(parse_options(program.GfpoRoundsFlags, "", flags).options(), Tools.of_project())
     program.check_flags(commands)
     return commands
 

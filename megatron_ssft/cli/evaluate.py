@@ -1,0 +1,119 @@
+"""Turn scored rollouts into figures: pass@k, votes, tags, their agreement; one file or several side by side.
+
+    megatron-ssft evaluate S.jsonl [S2.jsonl ...] --output DIR
+    megatron-ssft evaluate S.jsonl --output DIR --protocol published --pass-tag 0
+    megatron-ssft evaluate S.jsonl --output DIR --group-by subject --data Q.jsonl --answers math
+
+Writes DIR/evaluation.json (all figures; megatron_ssft/evaluation/figures.py lists its keys) and DIR/tables.md, and
+prints the tables. Tags are 0-based here and in files; tables write <think1> for tag 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+
+from megatron_ssft.cli.options import parse_options
+from megatron_ssft.config.checks import require
+from megatron_ssft.config.fields import Flag
+from megatron_ssft.errors import UserError
+from megatron_ssft.evaluation.figures import PROTOCOLS, Options, evaluate
+from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs, read_groups
+from megatron_ssft.evaluation.tables import all_tables, counted, to_markdown, to_rich, warnings
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.scoring.verifiers.math_equivalence import MathEquivalence
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """Files and what to make of them."""
+
+    scored: Annotated[tuple[Path, ...], Flag(metavar="S.jsonl", positional=True)]
+    """Scored rollouts made by `score`."""
+    output: Annotated[Path, Flag(metavar="DIR")]
+    """Folder of evaluation.json and tables.md."""
+    protocol: Annotated[str, Flag(choices=PROTOCOLS)] = "both"
+    """Rules of the votes."""
+    k: Annotated[tuple[int, ...] | None, Flag(metavar="K")] = None
+    """k of pass@k and cons@k; default: powers of two and the numbers of tags."""
+    answers: Literal["string", "math"] = "string"
+    """How our votes compare answers; the published rule always compares strings."""
+    pass_tag: Annotated[int | None, Flag(metavar="TAG")] = None
+    """Tag of the published pass@1; default: 0, or a file's only tag."""
+    group_by: Annotated[str | None, Flag(metavar="FIELD")] = None
+    """Best tag for each value of this field of --data."""
+    data: Annotated[Path | None, Flag(metavar="Q.jsonl")] = None
+    """The questions, for --group-by."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        require(not self.k or min(self.k) >= 1, f"--k {min(self.k or (1,))}: must be at least 1")
+        together = (self.group_by is None) == (self.data is None)
+        require(together, "--group-by and --data go together; give both or neither")
+
+
+def check_requests(flags: EvaluateFlags, runs: Sequence[ScoredRun]) -> None:
+    """Raises UserError where the files do not have what is asked for."""
+    most = max(len(question.pooled) for run in runs for question in run.questions)
+    if flags.k and max(flags.k) > most:
+        limit = f"no question has more than {counted(most, 'sample')}"
+        raise UserError(f"--k {max(flags.k)}: {limit}; the largest possible k is {most}")
+    tag = flags.pass_tag
+    if tag is None:
+        return
+    judged = [run for run in runs if not run.own_tags and run.tags != (None,)]
+    several = [run for run in judged if len(run.tags) > 1]  # a file of one tag may stand beside those
+    missing = [run for run in several or judged if tag not in run.tags]
+    if missing and (several or len(missing) == len(judged)):
+        where = f" in {missing[0].name}" if len(runs) > 1 else ""
+        raise UserError(f"--pass-tag {tag}: tags in use{where} are {_tags_in_use(missing[0])}")
+    if tag < 0:
+        raise UserError(f"--pass-tag {tag}: must be at least 0")
+
+
+def _tags_in_use(run: ScoredRun) -> str:
+    tags = [tag for tag in run.tags if tag is not None]
+    if len(tags) > 2 and tags[-1] - tags[0] == len(tags) - 1:
+        return f"{tags[0]} to {tags[-1]}"
+    return ", ".join(map(str, tags[:-1])) + (" and " if tags[:-1] else "") + str(tags[-1])
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, evaluate, write, print. Raises UserError."""
+    flags = parse_options(EvaluateFlags, __doc__, argv, prog)
+    runs = load_runs(flags.scored)
+    check_requests(flags, runs)
+    groups = None
+    if flags.data is not None and flags.group_by is not None:
+        groups = read_groups(flags.data, flags.group_by)
+    with ExitStack() as stack:
+        options = Options(
+            protocol=flags.protocol,
+            ks=flags.k,
+            answers=flags.answers,
+            equivalent=stack.enter_context(MathEquivalence()) if flags.answers == "math" else None,
+            pass_tag=flags.pass_tag or 0,
+            group_by=flags.group_by,
+            groups=groups,
+        )
+        record = evaluate(runs, options)
+    tables, remarks = all_tables(record), warnings(record)
+    try:
+        flags.output.mkdir(parents=True, exist_ok=True)
+        write_durably(flags.output / "evaluation.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_durably(flags.output / "tables.md", to_markdown(tables, remarks))
+    except OSError as error:
+        raise UserError(f"{error.filename or flags.output}: {error.strerror}; give another --output") from error
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    for table in tables:
+        console.print(to_rich(table), "")
+    for remark in remarks:
+        print(remark)
+    print(f"figures: {flags.output / 'evaluation.json'}, tables: {flags.output / 'tables.md'}")

@@ -1,0 +1,175 @@
+"""Released data sets as local files to the project's questions and training sets.
+
+    megatron-ssft prepare-data benchmark --format math500 test.jsonl --output Q.jsonl
+    megatron-ssft prepare-data pool s1k-1.1.parquet --output SET.jsonl --traces 4 --per-source 1 --drop-incorrect
+    megatron-ssft prepare-data split SET.jsonl --output-dir DIR --held-out 0.1
+
+IN: JSONL or JSON, CSV or TSV, each also gzipped, or parquet where pyarrow is installed; several are read as one.
+
+benchmark  the questions of an evaluation set in the wording that published figures were measured with
+pool       questions with several traces each, sampled; rows that ask the same become one set
+split      train.jsonl and heldout.jsonl, no question in both
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from megatron_ssft.cli.options import parse_action
+from megatron_ssft.config.checks import require
+from megatron_ssft.config.fields import Flag
+from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
+from megatron_ssft.datasets.held_out import split_set
+from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
+from megatron_ssft.datasets.pool_tables import pool_tables
+from megatron_ssft.datasets.pools import PoolOptions, build_pool
+from megatron_ssft.datasets.tables import Progress, total_bytes
+
+PLAIN_SECONDS = 10.0
+
+
+def day(text: str) -> str:
+    """A date in the form in which dates compare as texts. Raises ValueError."""
+    return date.fromisoformat(text).isoformat()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFlags:
+    """What all actions take."""
+
+    inputs: Annotated[tuple[Path, ...], Flag(metavar="IN", positional=True)]
+    """Local files of a data set."""
+    seed: int = 0
+    """Decides every draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkFlags(InputFlags):
+    """The questions of an evaluation set in the wording that published figures were measured with."""
+
+    format: Annotated[str, Flag(choices=tuple(BENCHMARKS))]
+    """Which evaluation set it is."""
+    output: Annotated[Path, Flag(metavar="Q.jsonl")]
+    """Questions."""
+    since: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
+    """livecodebench: leave out earlier contests."""
+    until: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
+    """livecodebench: leave out later contests."""
+
+    def run(self, progress: Progress) -> list[str | Table]:
+        """Write the questions; returns what there is to say."""
+        options = BenchmarkOptions(self.seed, self.since, self.until)
+        count = write_benchmark(self.inputs, self.output, self.format, options, progress)
+        return [f"{count} questions: {self.output}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFlags(InputFlags):
+    """Questions with several traces each, sampled; rows that ask the same become one set."""
+
+    output: Annotated[Path, Flag(metavar="SET.jsonl")]
+    """Training set."""
+    format: Annotated[str | None, Flag(choices=tuple(FORMATS))] = None
+    """Which data set it is; default: told by the first row of a file."""
+    traces: Annotated[int | None, Flag(metavar="M")] = None
+    """At most M traces per question, distinct sources first."""
+    per_source: Annotated[int | None, Flag(metavar="K")] = None
+    """At most K of them from one source."""
+    min_traces: Annotated[int, Flag(metavar="L")] = 1
+    """Leave out questions with fewer."""
+    source: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Name of the teacher, where a row does not tell."""
+    keep_system: bool = False
+    """OpenThoughts: keep the system prompt."""
+    keep_incorrect: bool = False
+    """Keep traces known to be wrong, which is the default."""
+    drop_incorrect: bool = False
+    """Leave out traces known to be wrong."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        both = self.keep_incorrect and self.drop_incorrect
+        require(not both, "--drop-incorrect: not allowed with --keep-incorrect; give one")
+
+    def run(self, progress: Progress) -> list[str | Table]:
+        """Write the training set; returns what there is to say."""
+        options = PoolOptions(
+            format=self.format,
+            traces=self.traces,
+            per_source=self.per_source,
+            min_traces=self.min_traces,
+            keep_incorrect=not self.drop_incorrect,
+            seed=self.seed,
+            reading=FormatOptions(self.source, self.keep_system),
+        )
+        report = build_pool(self.inputs, self.output, options, progress)
+        return [*pool_tables(report), f"set: {self.output}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFlags(InputFlags):
+    """train.jsonl and heldout.jsonl, no question in both."""
+
+    output_dir: Annotated[Path, Flag(metavar="DIR")]
+    """Folder of the two files."""
+    held_out: Annotated[float, Flag(metavar="SHARE")]
+    """Share of the questions, as in 0.1."""
+
+    def run(self, progress: Progress) -> list[str | Table]:
+        """Write the two files; returns what there is to say."""
+        report = split_set(list(self.inputs), self.output_dir, self.held_out, self.seed, progress)
+        lines: list[str | Table] = [
+            f"{report.train_rows} rows: {report.train}",
+            f"{report.held_out_rows} rows: {report.held_out}",
+        ]
+        if report.repeated:
+            lines.append(f"{report.repeated} rows ask what another row asks; they went to its side")
+        return lines
+
+
+ACTIONS: dict[str, type[BenchmarkFlags | PoolFlags | SplitFlags]] = {
+    "benchmark": BenchmarkFlags,
+    "pool": PoolFlags,
+    "split": SplitFlags,
+}
+
+
+@contextlib.contextmanager
+def shown_progress(paths: Sequence[Path]) -> Iterator[Progress]:
+    """A bar of the bytes read on a terminal, a plain line now and then elsewhere."""
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    total, last = total_bytes(paths), time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal last
+        bar.update(task, completed=done)
+        if not console.is_terminal and time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            console.print(f"read {done >> 20} of {total >> 20} MiB", highlight=False)
+
+    with ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield show
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, prepare, say what was made. Raises UserError."""
+    flags = parse_action(ACTIONS, __doc__, argv, prog)
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    with shown_progress(flags.inputs) as progress:
+        lines = flags.run(progress)
+    for line in lines:
+        console.print(line, soft_wrap=isinstance(line, str), highlight=False)

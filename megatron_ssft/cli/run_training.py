@@ -1,0 +1,17 @@
+"""What `train` and `gfpo` do once their flags are read: build, train, close."""
+
+from __future__ import annotations
+
+from megatron_ssft.config import Config
+from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+from megatron_ssft.training.signals import StopSignal
+from megatron_ssft.training.trainer import Trainer
+
+
+def run_training(config: Config) -> None:
+    """Train as configured, to the end or to a SIGTERM. Raises UserError."""
+    stop = StopSignal()
+    topology = initialize_topology(config)
+    trainer = Trainer(config, topology)
+    trainer.run(stop)
+    destroy_topology()

@@ -1,0 +1,86 @@
+"""Judge rollouts by the gold answers or tests of their questions.
+
+    megatron-ssft score R.jsonl --data Q.jsonl --verifier math --output S.jsonl
+    megatron-ssft score R.jsonl --data Q.jsonl --verifier code --output S.jsonl --timeout 6 --workers 8
+
+Started again after a kill it goes on where it stopped. Verifiers:
+
+  exact    the text after the last # (or in the last \\boxed{}) equals the answer, but for spaces and 1,000 = 1000
+  math     math-verify: the last \\boxed{} (or what looks like the final answer) equals the answer mathematically
+  choice   the letter of a multiple-choice question
+  code     the last fenced Python block passes the question's tests, in a sandbox without files, network or children
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from megatron_ssft.cli.options import parse_options
+from megatron_ssft.config.checks import require
+from megatron_ssft.config.fields import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags:
+    """Files, verifier and limits."""
+
+    rollouts: Annotated[Path, Flag(metavar="R.jsonl", positional=True)]
+    """Rollouts made by `generate`."""
+    data: Annotated[Path, Flag(metavar="Q.jsonl")]
+    """Questions with gold answers."""
+    verifier: Literal["exact", "math", "choice", "code"]
+    """How an answer is judged; see above."""
+    output: Annotated[Path, Flag(metavar="S.jsonl")]
+    """Scored rollouts, appended."""
+    rewards: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Write counts per question and tag as well."""
+    workers: int | None = None
+    """Processes; default: the processors that this one may use."""
+    timeout: float = 10.0
+    """Seconds per rollout; code: per test case."""
+    memory_mb: int = 1024
+    """MiB that a verifier or a program may use."""
+    answer_after: Annotated[str | None, Flag(metavar="TEXT")] = None
+    """Look for the answer after the last TEXT only."""
+    group_by: Annotated[tuple[str, ...], Flag(metavar="FIELD")] = ("tag",)
+    """Rows of the table: fields of scores or questions."""
+    unsafe_code: bool = False
+    """Run programs without a sandbox; only what you trust."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        for name, value in (("workers", self.workers), ("timeout", self.timeout), ("memory-mb", self.memory_mb)):
+            require(value is None or value > 0, f"--{name} {value}: must be positive")
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, score, print. Raises UserError."""
+    flags = parse_options(ScoreFlags, __doc__, argv, prog)
+    from rich.console import Console
+
+    from megatron_ssft.scoring import run as scoring
+    from megatron_ssft.scoring import tables as score_tables
+    from megatron_ssft.scoring.verifiers.common import Settings
+
+    questions = scoring.read_questions(flags.data)
+    walls = scoring.choose_walls(flags.data, flags.unsafe_code) if flags.verifier == "code" else None
+    console = Console()
+    scored = scoring.score_file(
+        flags.rollouts,
+        questions,
+        flags.data,
+        flags.output,
+        verifier=flags.verifier,
+        settings=Settings(flags.answer_after, flags.timeout, flags.memory_mb, walls),
+        workers=flags.workers or len(os.sched_getaffinity(0)),
+        progress=functools.partial(score_tables.shown, console),
+    )
+    if flags.rewards is not None:
+        scoring.write_rewards(flags.rewards, scored, flags.rollouts, flags.output)
+    rows = {name: question.row for name, question in questions.items()}
+    score_tables.print_tables(console, scored, flags.group_by, rows)

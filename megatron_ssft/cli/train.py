@@ -1,0 +1,21 @@
+"""Train a GPT by Set Supervised Fine-Tuning. `--help` lists the flags, `--dry-run` shows what they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_ssft.config.flags import parse_arguments
+from megatron_ssft.training.startup import complete_values
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, build, train, close."""
+    config, dry_run = parse_arguments(str(__doc__), argv, complete=complete_values, prog=prog)
+    if dry_run:
+        from megatron_ssft.training.describe import describe, print_description
+
+        print_description(config, describe)
+        return
+    from megatron_ssft.cli.run_training import run_training
+
+    run_training(config)
