@@ -42,10 +42,8 @@ class ForkingTokensFile(Struct, frozen=True, kw_only=True):
 
 def write_forking_tokens(folder: Path, tags: ForkingTokens) -> None:
     """Write the file into a Hugging Face folder. Raises OSError."""
-    assert tags.format == "special" or tags.format == "text", tags.format
-    ids = [list(sequence) for sequence in tags.ids]
-    record = ForkingTokensFile(format=tags.format, strings=list(tags.strings), ids=ids)
-    write_json(folder / FORKING_TOKENS, to_object(record))
+    fields = {"format": tags.format, "strings": list(tags.strings), "ids": [list(sequence) for sequence in tags.ids]}
+    write_json(folder / FORKING_TOKENS, to_object(convert_row(fields, ForkingTokensFile)))
 
 
 def parse_forking_tokens(folder: Path) -> ForkingTokens:

@@ -9,7 +9,8 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -85,7 +86,7 @@ def parse_object(raw: bytes) -> dict[str, object]:
     return row
 
 
-def convert_row(row: dict[str, object], kind: type[Row]) -> Row:
+def convert_row(row: Mapping[str, object], kind: type[Row]) -> Row:
     """The record of a parsed row. Fields it does not know are left out. Raises RowError that names the field.
 
     Nothing is guessed: a number is no text, true is no number, 1.0 is no whole number.
@@ -96,7 +97,7 @@ def convert_row(row: dict[str, object], kind: type[Row]) -> Row:
         raise RowError(_explain(str(error), row, kind)) from error
 
 
-def _explain(problem: str, row: dict[str, object], kind: type) -> str:
+def _explain(problem: str, row: Mapping[str, object], kind: type) -> str:
     """What msgspec found, in the words of the schema."""
     place, missing = _PLACE.search(problem), _MISSING.match(problem)
     if missing is not None and place is None:
@@ -104,11 +105,15 @@ def _explain(problem: str, row: dict[str, object], kind: type) -> str:
         return f"{missing[1]!r} is missing" + (f", it must be {must}" if must else "")
     if place is None or place[1] not in row:
         return problem
-    must = _descriptions(kind).get(place[1])
-    if must is None:
+    if place[1] not in _descriptions(kind):
         return f"'{place[1]}{place[2]}': {problem[: place.start()].lower()}"
-    value = json.dumps(row[place[1]])
-    return f"{place[1]!r} must be {must}, not {value if len(value) <= _SHOWN else value[: _SHOWN - 3] + '...'}"
+    return must_be(place[1], row[place[1]], kind)
+
+
+def must_be(field: str, value: object, kind: type) -> str:
+    """`'field' must be this, not that`: what the schema says of a field, and the wrong value."""
+    text = textwrap.shorten(json.dumps(value), _SHOWN)
+    return f"{field!r} must be {_descriptions(kind)[field]}, not {text}"
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections import defaultdict
@@ -170,7 +169,7 @@ def _check_rollouts(
 ) -> dict[RolloutKey, Expected]:
     """Every rollout's key -> what its scored line must say, in the order of the file. Raises UserError."""
     keys: dict[RolloutKey, Expected] = {}
-    names = [field.name for field in dataclasses.fields(Sample)]
+    names = Sample.__struct_fields__
     sampling = None
     for rollout in read_rollouts(path):
         if rollout.id not in questions:
