@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_ssft.evaluation.metrics import estimate
-from megatron_ssft.evaluation.policy_inputs import Inputs, Policy, PolicyRow
+from megatron_ssft.evaluation.policy_inputs import Inputs
 from megatron_ssft.evaluation.scored_runs import ScoredRun
+from megatron_ssft.formats.policy import Policy, PolicyRow
 
 STATES = ("before", "after")
 Record = dict[str, "object"]

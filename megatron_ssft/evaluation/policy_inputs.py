@@ -8,16 +8,13 @@ reinforcement learning.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs
+from megatron_ssft.formats.policy import Policy, read_policy
 from megatron_ssft.formats.rewards import RewardTable, read_rewards
 from megatron_ssft.formats.rollouts import differences
 
@@ -32,21 +29,6 @@ _MODES = {
 _SAME_MODEL = (("own", "after"), ("own_greedy", "after"), ("own_before", "before"), ("own_greedy_before", "before"))
 _DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens")
 """Sampling settings that change how often an answer is right."""
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PolicyRow:
-    """The policy of one question."""
-
-    policy_N: np.ndarray
-    """float64 [N], sums to 1: probability of each tag, given that one is written."""
-    mass: float
-    """Probability that one is written."""
-
-
-Policy = dict[str, dict[int, dict[str, PolicyRow]]]
-"""Split (`train`, `eval`) -> iteration, ascending -> question's id -> its policy."""
 
 
 @dataclass(frozen=True)
@@ -206,56 +188,3 @@ def _remarks(inputs: Inputs) -> Iterator[str]:
         told = [f"{key} {found.get(key)} instead of {own.get(key)}" for key in _DRAWN if found.get(key) != own.get(key)]
         if told and role not in ("before", "after"):
             yield f"{flag(role)} was generated with {', '.join(told)}: it does not compare with --before and --after."
-
-
-def read_policy(path: str | Path) -> Policy:
-    """policy.jsonl, {} without any line; of several lines for one question and step the last counts. Raises UserError.
-
-    A last line without its end, left by a writer that was killed, is skipped with a warning.
-    """
-    snapshots: Policy = {}
-    num_tags = None
-    for number, row in _objects(Path(path)):
-        where = f"{path}:{number}"
-        values, mass, iteration = row.get("policy"), row.get("mass"), row.get("iteration")
-        if type(iteration) is not int or iteration < 0 or not isinstance(row.get("id"), str):
-            raise UserError(f"{where}: 'iteration' must be a number from 0 and 'id' a string; remove the line")
-        if row.get("split") not in ("train", "eval"):
-            raise UserError(f"{where}: 'split' must be train or eval; repair or remove the line")
-        if not isinstance(values, list) or not values or not all(map(_is_share, values)):
-            raise UserError(f"{where}: 'policy' must hold a probability for each tag; repair or remove the line")
-        if abs(sum(values) - 1) > 1e-3 or not _is_share(mass):
-            raise UserError(f"{where}: 'policy' must sum to 1 and 'mass' be a probability; repair or remove the line")
-        num_tags = num_tags or len(values)
-        if len(values) != num_tags:
-            raise UserError(f"{where}: {len(values)} tags, other lines have {num_tags}; keep one run in a file")
-        rows = snapshots.setdefault(row["split"], {}).setdefault(iteration, {})
-        rows[row["id"]] = PolicyRow(np.array(values, np.float64), float(mass))
-    return {split: dict(sorted(steps.items())) for split, steps in snapshots.items()}
-
-
-def _is_share(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 + 1e-3
-    )  # sums of rounded probabilities
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(1-based line, object); a last line that was never finished is skipped. Raises UserError."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the file: {error.strerror or error}; check the path") from error
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            if not raw.endswith(b"\n"):
-                _log.warning("%s:%d: last line is unfinished and was ignored", path, number)
-                return
-            raise UserError(f"{path}:{number}: not valid JSON; repair or remove the line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object; repair or remove the line")
-        yield number, row

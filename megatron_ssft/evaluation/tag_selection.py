@@ -16,6 +16,7 @@ from megatron_ssft.config.flags import ANY_RUN, read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.metrics import Estimate, estimate
 from megatron_ssft.formats.rollouts import OWN_MODES, ScoredRollout, read_scored
+from megatron_ssft.formats.run_logs import Run, load_run
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from megatron_ssft.matching.coverage import (
     AccuracyDifference,
@@ -27,7 +28,6 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Run, load_run
 
 MAX_FINGERPRINTED = 8 << 30
 """Bytes of exported weights that are read to tell whose samples they are."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.evaluation.policy_inputs import Policy, PolicyRow, read_policy
+from megatron_ssft.formats.metrics import METRICS, Metrics, load_metrics, load_objective
+from megatron_ssft.formats.policy import Policy, PolicyRow, read_policy
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
-from megatron_ssft.report.runs import METRICS_FILE, Metrics, load_metrics, read_objects
 
 EVALUATION_FILE = "policy_evaluation.json"
 Record = dict[str, "object"]
@@ -50,7 +50,7 @@ def is_policy_run(folder: str | Path) -> bool:
     if (folder / POLICY).is_file():
         return True
     try:
-        with (folder / METRICS_FILE).open("rb") as file:
+        with (folder / METRICS).open("rb") as file:
             row = json.loads(file.readline().decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
@@ -73,11 +73,10 @@ def _names(folders: Sequence[Path], taken: Sequence[str]) -> list[str]:
 
 
 def _load(folder: Path, name: str) -> PolicyRun:
-    path, log = folder / POLICY, folder / METRICS_FILE
+    path, log = folder / POLICY, folder / METRICS
     empty = Metrics({"iteration": np.zeros(0)})  # policy.jsonl is written before the first step
     metrics = load_metrics(folder) if log.is_file() else empty
-    objectives = [row["objective"] for _, row in read_objects(log)] if log.is_file() else []
-    objective = next((value for value in objectives if isinstance(value, str)), "-")
+    objective = (load_objective(folder) if log.is_file() else None) or "-"
     return PolicyRun(name, metrics, objective, read_policy(path) if path.is_file() else {}, _finished(folder))
 
 
