@@ -1,4 +1,4 @@
-"""What the evaluation of a forking policy is made from: policy.jsonl, rewards, and scored files that belong together.
+"""Inputs of a forking policy's evaluation: policy.jsonl, rewards, and scored files that belong together.
 
 Scored files have a role each. `before` and `after` hold samples under every tag (mode each) of the model before and
 after the training of its policy; `own` and `own_greedy` those that the model after began by itself, `own_before` and
@@ -48,7 +48,7 @@ class Inputs:
 
     @property
     def tags(self) -> tuple[int, ...]:
-        return self.runs["before"].tags
+        return tuple(tag for tag in self.runs["before"].tags if tag is not None)
 
 
 def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None = None) -> Inputs:
@@ -62,7 +62,7 @@ def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None =
     table = read_rewards(rewards, len(runs["before"].tags))
     inputs = Inputs(runs, table, None if policy is None else read_policy(policy), ())
     _check_rewards(inputs)
-    if inputs.policy is not None:
+    if policy is not None:
         _check_policy(inputs, policy)
     return Inputs(inputs.runs, inputs.rewards, inputs.policy, tuple(_remarks(inputs)))
 
@@ -78,9 +78,9 @@ def _model(run: ScoredRun) -> str:
 
 def _check_modes(runs: Mapping[str, ScoredRun]) -> None:
     for role, run in runs.items():
-        mode, wanted = run.rows[0].sampling["mode"], _MODES[role]
-        if mode not in wanted:
-            advice = f"give one generated with --tags {'|'.join(wanted)}"
+        mode, modes = run.rows[0].mode, _MODES[role]
+        if mode not in modes:
+            advice = f"give one generated with --tags {'|'.join(modes)}"
             raise UserError(f"{run.file}: generated with --tags {mode}, which is no {flag(role)}; {advice}")
 
 
@@ -100,14 +100,14 @@ def _check_models(runs: Mapping[str, ScoredRun]) -> None:
 
 
 def _check_questions(runs: Mapping[str, ScoredRun]) -> None:
-    wanted = {question.id for question in runs["before"].questions}
+    before = {question.id for question in runs["before"].questions}
     for role, run in runs.items():
-        found = {question.id for question in run.questions}
-        if found != wanted:
-            lacks, more = sorted(wanted - found), sorted(found - wanted)
-            told = [f"{len(lacks)} of its questions are missing, such as {lacks[0]!r}"] if lacks else []
-            told += [f"{len(more)} are not in it, such as {more[0]!r}"] if more else []
-            text = f"{run.file}: not the questions of --before: {', '.join(told)}"
+        ids = {question.id for question in run.questions}
+        if ids != before:
+            lacks, more = sorted(before - ids), sorted(ids - before)
+            parts = [f"{len(lacks)} of its questions are missing, such as {lacks[0]!r}"] if lacks else []
+            parts += [f"{len(more)} are not in it, such as {more[0]!r}"] if more else []
+            text = f"{run.file}: not the questions of --before: {', '.join(parts)}"
             raise UserError(f"{text}; generate and score {flag(role)} for the same questions")
 
 
@@ -126,7 +126,8 @@ def _check_tags(runs: Mapping[str, ScoredRun]) -> None:
                     raise UserError(f"{run.file}: question {question.id!r} has no samples under tag {tag}; {advice}")
     for role in PAIRS:
         for own in (role, PAIRS[role]):
-            strange = set(runs[own].tags) - {*before.tags, None} if own in runs and own.startswith("own") else ()
+            in_use = runs[own].tags if own in runs and own.startswith("own") else ()
+            strange = [tag for tag in in_use if tag is not None and tag not in before.tags]
             if strange:
                 raise UserError(
                     f"{runs[own].file}: has samples of tag {min(strange)}, which --before has not; give all tags there"
@@ -137,9 +138,9 @@ def _check_sampling(runs: Mapping[str, ScoredRun]) -> None:
     """What was measured before and after must have been measured alike."""
     for role, other in PAIRS.items():
         if role in runs and other in runs:
-            found = differences(_settings(runs[other]), _settings(runs[role]))
-            if found:
-                raise UserError(f"{runs[role].file}: not made like {flag(other)}: {found}; generate both alike")
+            unlike = differences(_settings(runs[other]), _settings(runs[role]))
+            if unlike:
+                raise UserError(f"{runs[role].file}: not made like {flag(other)}: {unlike}; generate both alike")
 
 
 def _settings(run: ScoredRun) -> dict[str, object]:
@@ -184,7 +185,9 @@ def _remarks(inputs: Inputs) -> Iterator[str]:
     if inputs.rewards.model != _model(before):
         yield "The rewards are of another model than --before, so g* was chosen on answers of that one."
     for role, run in inputs.runs.items():
-        found, own = _settings(run), _settings(before)
-        told = [f"{key} {found.get(key)} instead of {own.get(key)}" for key in _DRAWN if found.get(key) != own.get(key)]
-        if told and role not in ("before", "after"):
-            yield f"{flag(role)} was generated with {', '.join(told)}: it does not compare with --before and --after."
+        own, other = _settings(run), _settings(before)
+        unlike = [
+            f"{key} {own.get(key)} instead of {other.get(key)}" for key in _DRAWN if own.get(key) != other.get(key)
+        ]
+        if unlike and role not in ("before", "after"):
+            yield f"{flag(role)} was generated with {', '.join(unlike)}: it does not compare with --before and --after."

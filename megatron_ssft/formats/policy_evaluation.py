@@ -16,7 +16,9 @@ from megatron_ssft.formats.jsonl import Count
 
 POLICY_EVALUATION = "policy_evaluation.json"
 State = Literal["before", "after"]
-"""The training of the policy."""
+"""Of the policy's training."""
+Source = Literal["policy", "own", "own_greedy"]
+"""The policy itself, and samples that the model began by itself."""
 STATES: tuple[State, State] = ("before", "after")
 
 
@@ -124,7 +126,7 @@ class ChoiceOfGroup(TypedDict):
 class Choice(TypedDict):
     """What one source chooses; the first group is all questions."""
 
-    source: Literal["policy", "own", "own_greedy"]
+    source: Source
     state: State
     groups: list[ChoiceOfGroup]
 
