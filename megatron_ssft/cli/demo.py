@@ -32,8 +32,8 @@ from megatron_ssft.demo.policy import check_policy, policy_table
 from megatron_ssft.demo.result import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.demo.training import check_training, summarize, training_table
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.run_logs import load_run
 from megatron_ssft.report.policy_runs import load_policy_evaluation
-from megatron_ssft.report.runs import load_run
 
 CONSOLE = ("-m", "megatron_ssft.cli")
 """Stands between the interpreter and a command of the project."""

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     flags = parse_options(ScoreFlags, __doc__, argv, prog)
     from rich.console import Console
 
+    from megatron_ssft.formats.rewards import write_rewards
     from megatron_ssft.scoring import run as scoring
     from megatron_ssft.scoring import tables as score_tables
     from megatron_ssft.scoring.verifiers.common import Settings
@@ -81,6 +82,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         progress=functools.partial(score_tables.shown, console),
     )
     if flags.rewards is not None:
-        scoring.write_rewards(flags.rewards, scored, flags.rollouts, flags.output)
+        write_rewards(flags.rewards, scored, flags.rollouts, flags.output)
     rows = {name: question.row for name, question in questions.items()}
     score_tables.print_tables(console, scored, flags.group_by, rows)

@@ -8,15 +8,14 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from megatron_ssft.report.runs import (
-    Run,
+from megatron_ssft.formats.run_logs import Run
+from megatron_ssft.matching.statistics import (
     distinct_configurations,
-    final_mean,
-    gap_by_iteration,
     mutual_information_bits,
     tag_source_counts,
     whole_epochs,
 )
+from megatron_ssft.report.runs import final_mean, gap_by_iteration
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,7 @@
-"""All figures of scored files, as the plain record that evaluation.json holds.
-
-    {"protocol", "answers", "group_by", "runs": [run, ...]}
-
-A run:
-
-    name, file, model, tokenizer, sampling, verifiers, questions, samples, samples_per_question [least, most]
-    tags [N]          the tags in use, 0-based; null stands for samples in which the model wrote none
-    incomplete        ids of the questions that have fewer samples than others: under some tag, or in all where the
-                      model chose the tags
-    ours              rule, pass@1 E, pass@k [{k, pooled E, stratified E}], native_cons E, native_votes [least, most],
-                      cons@k [{k, sets E, first_grouped E, first_interleaved E}]
-    published         rule, pass_tag, pass@1 E, pass_samples, native_cons E, native_votes, cons_grouped E,
-                      cons_interleaved E; pass_samples and native_votes are [least, most]; pass_tag null: the
-                      model's own tags, then nothing but pass@1 is defined, or no such tag, then pass@1 is null
-    per_tag [N]       {tag, samples, accuracy E, tokens {mean, median, samples}, truncated, no_answer}, the last two
-                      as shares of the samples
-    length_histogram  {edges [B+1], counts [N][B]}: tokens; the edges are common to all runs
-    agreement         {share [N][N], chance_corrected [N][N]}
-    best_tag          {oracle E, other_samples E, per_question [{id, accuracy [N], best [tags]}]}
-    groups            null, or {field, best_same, best_held_out, groups [{group, questions, accuracy_N [N], best [tags],
-                      best_same, best_held_out}]}
-    verdicts          {verdict: samples}
-
-E is {value, stderr, questions}: a mean over the questions that allow the figure, their number with it. null stands for
-whatever the samples do not allow, `ours` and `published` being null where they were not asked for. What a figure means
-is said where it is computed: metrics.py, voting.py, published_protocol.py. Of the cons@k, `sets` is the mean over
-disjoint sets of k neighbours of the list interleaved by tag (where the model chose the tags: in the order drawn), the
-other two are one vote over the first k of that list and of the list grouped by tag.
-"""
+"""All figures of scored files, as the document that evaluation.json holds (formats/evaluation.py has its schema)."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +11,20 @@ import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation import metrics, published_protocol, voting
+from megatron_ssft.evaluation.metrics import estimate_record, number
 from megatron_ssft.evaluation.scored_runs import Question, ScoredRun
+from megatron_ssft.formats.evaluation import (
+    BestTag,
+    EvaluatedRun,
+    EvaluationRecord,
+    Groups,
+    LengthsRecord,
+    MaybeEstimate,
+    OurFigures,
+    PublishedFigures,
+    TagFigures,
+    TagList,
+)
 
 PROTOCOLS = ("ours", "published", "both")
 OUR_RULE = "ours: ties by expectation, failed extractions do not vote"
@@ -85,48 +68,48 @@ class Votes:
         return [[row.correct for row in rows] for rows in self.question.by_tag]
 
 
-def evaluate(runs: Sequence[ScoredRun], options: Options) -> dict[str, object]:
-    """The record of all runs, ready for json.dumps. Raises UserError where a question has no group."""
+def evaluate(runs: Sequence[ScoredRun], options: Options) -> EvaluationRecord:
+    """Compute the figures of all runs. Raises UserError where a question has no group."""
     edges = metrics.histogram_edges(max(row.num_tokens for run in runs for row in run.rows))
-    record = {
+    return {
         "protocol": options.protocol,
         "answers": options.answers,
         "group_by": options.group_by,
         "runs": [_evaluate_run(run, options, _ks(runs, options), edges) for run in runs],
     }
-    return _plain(record)
 
 
 def _ks(runs: Sequence[ScoredRun], options: Options) -> list[int]:
     if options.ks is not None:
         return sorted(set(options.ks))
     most = max(len(question.pooled) for run in runs for question in run.questions)
-    wanted = {2**i for i in range(most.bit_length())} | {len(run.tags) for run in runs}
-    return sorted(k for k in wanted if k <= most)
+    candidates = {2**i for i in range(most.bit_length())} | {len(run.tags) for run in runs}
+    return sorted(k for k in candidates if k <= most)
 
 
-def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: list[int]) -> dict[str, object]:
+def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: list[int]) -> EvaluatedRun:
     votes = [_votes(question, options.equivalent) for question in run.questions]
     tag_lengths = [[row.num_tokens for row in run.rows if row.tag == tag] for tag in run.tags]
+    agreement = metrics.agreement([own.answers_by_tag for own in votes])
     return {
         "name": run.name,
         "file": run.file,
         "model": run.rows[0].model,
         "tokenizer": run.rows[0].tokenizer,
-        "sampling": run.rows[0].sampling,
+        "sampling": dict(run.rows[0].sampling),
         "verifiers": sorted({row.verifier for row in run.rows}),
         "questions": len(run.questions),
         "samples": len(run.rows),
         "samples_per_question": _range(len(question.pooled) for question in run.questions),
-        "tags": run.tags,
+        "tags": list(run.tags),
         "incomplete": _incomplete(run),
         "ours": None if options.protocol == "published" else _ours(run, votes, ks, options),
         "published": None if options.protocol == "ours" else _published(run, options),
         "per_tag": [_tag(run, place) for place in range(len(run.tags))],
-        "length_histogram": {"edges": edges, "counts": [np.histogram(tokens, edges)[0] for tokens in tag_lengths]},
-        "agreement": metrics.agreement([own.answers_by_tag for own in votes]),
+        "length_histogram": {"edges": edges, "counts": [_histogram(tokens, edges) for tokens in tag_lengths]},
+        "agreement": {"share": _table(agreement.share), "chance_corrected": _table(agreement.chance_corrected)},
         "best_tag": _best_tag(run),
-        "groups": None if options.groups is None else _groups(run, options),
+        "groups": None if options.groups is None else _groups(run, options.groups, str(options.group_by)),
         "verdicts": dict(Counter(row.verdict for row in run.rows).most_common()),
     }
 
@@ -142,16 +125,22 @@ def _votes(question: Question, equivalent: voting.Equivalent | None) -> Votes:
     """The alphabetically first of the answers that mean the same stands for all of them, in every question alike."""
     texts = sorted({row.answer for row in question.pooled if row.answer is not None})
     labels = voting.answer_labels(texts, equivalent)
-    one = {None: None} | {text: texts[label] for text, label in zip(texts, labels)}
-    by_tag = tuple(tuple(one[row.answer] for row in rows) for rows in question.by_tag)
-    return Votes(question, tuple(one[row.answer] for row in question.pooled), by_tag)
+    representative = {text: texts[label] for text, label in zip(texts, labels) if label is not None}
+
+    def vote(answer: str | None) -> str | None:
+        return None if answer is None else representative[answer]
+
+    by_tag = tuple(tuple(vote(row.answer) for row in rows) for rows in question.by_tag)
+    return Votes(question, tuple(vote(row.answer) for row in question.pooled), by_tag)
 
 
-def _ours(run: ScoredRun, votes: Sequence[Votes], ks: Sequence[int], options: Options) -> dict[str, object]:
+def _ours(run: ScoredRun, votes: Sequence[Votes], ks: Sequence[int], options: Options) -> OurFigures:
     """Figures over a set of tags only where the tags were ours to choose and there are several."""
 
-    def mean(figure: Figure, tagged: bool = False) -> metrics.Estimate | None:
-        return None if tagged and not _by_design(run) else metrics.estimate([figure(own) for own in votes])
+    def mean(figure: Figure, tagged: bool = False) -> MaybeEstimate:
+        if tagged and not _by_design(run):
+            return None
+        return estimate_record(metrics.estimate([figure(own) for own in votes]))
 
     return {
         "rule": f"{OUR_RULE}, answers compared as {options.answers}",
@@ -199,14 +188,14 @@ def _cons_sets(k: int) -> Figure:
 
 def _cons_first(k: int, grouped: bool = False) -> Figure:
     def figure(own: Votes) -> float:
-        answers = voting.grouped(own.answers_by_tag) if grouped else own.answers
+        answers: Sequence[str | None] = voting.grouped(own.answers_by_tag) if grouped else own.answers
         correct = voting.grouped(own.correct_by_tag) if grouped else own.correct
         return voting.cons_at_k(answers, correct, k, voting.majority_vote) if k <= len(answers) else math.nan
 
     return figure
 
 
-def _published(run: ScoredRun, options: Options) -> dict[str, object]:
+def _published(run: ScoredRun, options: Options) -> PublishedFigures:
     """The protocol's figures; a file of one tag serves its pass@1 whatever the tag is."""
     place = 0 if len(run.tags) == 1 else run.tags.index(options.pass_tag) if options.pass_tag in run.tags else None
     place = None if run.own_tags else place
@@ -219,65 +208,78 @@ def _published(run: ScoredRun, options: Options) -> dict[str, object]:
         else:
             figures.append(published_protocol.published_figures(answers, correct, pass_tag=place))
 
-    def mean(name: str) -> metrics.Estimate | None:
-        values = [getattr(figure, name) for figure in figures]
-        return metrics.estimate([math.nan if value is None else value for value in values])
+    def mean(values: Iterable[float | None]) -> MaybeEstimate:
+        return estimate_record(metrics.estimate([math.nan if value is None else value for value in values]))
 
     design = _by_design(run)
     return {
         "rule": published_protocol.RULE,
         "pass_tag": None if place is None else run.tags[place],
-        "pass@1": mean("pass_at_1"),
+        "pass@1": mean(figure.pass_at_1 for figure in figures),
         "pass_samples": _range(figure.pass_samples for figure in figures),
-        "native_cons": mean("native_cons") if design else None,
+        "native_cons": mean(figure.native_cons for figure in figures) if design else None,
         "native_votes": _range(figure.native_votes for figure in figures) if design else None,
-        "cons_grouped": mean("cons_grouped"),
-        "cons_interleaved": mean("cons_interleaved"),
+        "cons_grouped": mean(figure.cons_grouped for figure in figures),
+        "cons_interleaved": mean(figure.cons_interleaved for figure in figures),
     }
 
 
-def _tag(run: ScoredRun, place: int) -> dict[str, object]:
+def _tag(run: ScoredRun, place: int) -> TagFigures:
     rows = [row for row in run.rows if row.tag == run.tags[place]]
+    accuracy = estimate_record(metrics.estimate([question.accuracy_N[place] for question in run.questions]))
+    tokens = metrics.lengths([row.num_tokens for row in rows])
+    assert accuracy is not None and tokens is not None, "a tag in use has samples"
+    lengths: LengthsRecord = {"mean": tokens.mean, "median": tokens.median, "samples": tokens.samples}
     return {
         "tag": run.tags[place],
         "samples": len(rows),
-        "accuracy": metrics.estimate([question.accuracy_N[place] for question in run.questions]),
-        "tokens": metrics.lengths([row.num_tokens for row in rows]),
+        "accuracy": accuracy,
+        "tokens": lengths,
         "truncated": _mean([row.truncated for row in rows]),
         "no_answer": _mean([row.answer is None for row in rows]),
     }
 
 
-def _best_tag(run: ScoredRun) -> dict[str, object]:
-    accuracy_QN = np.array([question.accuracy_N for question in run.questions])
+def _best_tag(run: ScoredRun) -> BestTag:
     complete = [question for question in run.questions if all(question.by_tag)]
     by_others = [[[row.correct for row in rows] for rows in question.by_tag] for question in complete]
+    oracle = metrics.estimate([question.accuracy_N.max() for question in complete])
+    other_samples = metrics.estimate([metrics.best_tag_by_other_samples(correct) for correct in by_others])
     return {
-        "oracle": metrics.estimate([question.accuracy_N.max() for question in complete]),
-        "other_samples": metrics.estimate([metrics.best_tag_by_other_samples(correct) for correct in by_others]),
+        "oracle": estimate_record(oracle),
+        "other_samples": estimate_record(other_samples),
         "per_question": [
-            {"id": question.id, "accuracy": accuracy, "best": _best(run, accuracy)}
-            for question, accuracy in zip(run.questions, accuracy_QN)
+            {"id": q.id, "accuracy": _row(q.accuracy_N), "best": _best(run, q.accuracy_N)} for q in run.questions
         ],
     }
 
 
-def _best(run: ScoredRun, accuracy_N: np.ndarray) -> list[int | None]:
+def _best(run: ScoredRun, accuracy_N: np.ndarray) -> TagList:
     return [tag for tag, value in zip(run.tags, accuracy_N) if value >= np.nanmax(accuracy_N) - 1e-12]
 
 
-def _groups(run: ScoredRun, options: Options) -> dict[str, object]:
+def _groups(run: ScoredRun, groups: Mapping[str, str], field: str) -> Groups:
     ids = [question.id for question in run.questions]
-    missing = [id for id in ids if id not in options.groups]
+    missing = [id for id in ids if id not in groups]
     if missing:
         raise UserError(f"{run.file}: question {missing[0]!r} is not in --data; give the file it was generated from")
     accuracy_QN = np.array([question.accuracy_N for question in run.questions])
-    figures = metrics.group_figures(accuracy_QN, ids, [options.groups[id] for id in ids])
+    figures = metrics.group_figures(accuracy_QN, ids, [groups[id] for id in ids])
     return {
-        "field": options.group_by,
-        "best_same": metrics.over_groups([figure.best_same for figure in figures], figures),
-        "best_held_out": metrics.over_groups([figure.best_held_out for figure in figures], figures),
-        "groups": [{**dataclasses.asdict(f), "best": _best(run, f.accuracy_N)} for f in figures],
+        "field": field,
+        "best_same": number(metrics.over_groups([figure.best_same for figure in figures], figures)),
+        "best_held_out": number(metrics.over_groups([figure.best_held_out for figure in figures], figures)),
+        "groups": [
+            {
+                "group": f.group,
+                "questions": f.questions,
+                "accuracy_N": _row(f.accuracy_N),
+                "best_same": number(f.best_same),
+                "best_held_out": number(f.best_held_out),
+                "best": _best(run, f.accuracy_N),
+            }
+            for f in figures
+        ],
     }
 
 
@@ -286,18 +288,18 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _range(values: Iterable[int]) -> list[int]:
-    known = list(values)
-    return [min(known), max(known)]
+    """Least and most."""
+    sizes = list(values)
+    return [min(sizes), max(sizes)]
 
 
-def _plain(value: object) -> object:
-    """Dataclasses, arrays and tuples as JSON has them; NaN as null."""
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _histogram(values: Sequence[int], edges: Sequence[int]) -> list[int]:
+    return [int(count) for count in np.histogram(values, edges)[0]]
+
+
+def _row(values: np.ndarray) -> list[float | None]:
+    return [number(value) for value in values.tolist()]
+
+
+def _table(values: np.ndarray) -> list[list[float | None]]:
+    return [_row(row) for row in values]

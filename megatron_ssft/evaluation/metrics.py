@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ssft.formats.evaluation import MaybeEstimate
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -25,19 +27,31 @@ class Estimate:
     questions: int
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float] | np.ndarray) -> Estimate | None:
     """Mean of one value per question, NaN left out; None if none is left.
 
     The standard error is that of a sample of questions, std(ddof=1) / sqrt(Q). Samples of one question depend on each
     other and form one cluster, of which only the mean enters; more samples of the same questions do not shrink what
     the choice of questions contributes.
     """
-    known = np.asarray(values, np.float64)
-    known = known[~np.isnan(known)]
-    if not len(known):
+    array = np.asarray(values, np.float64)
+    array = array[~np.isnan(array)]
+    if not len(array):
         return None
-    stderr = float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else math.nan
-    return Estimate(float(known.mean()), stderr, len(known))
+    stderr = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
+    return Estimate(float(array.mean()), stderr, len(array))
+
+
+def estimate_record(estimate: Estimate | None) -> MaybeEstimate:
+    """The estimate as files hold it."""
+    if estimate is None:
+        return None
+    return {"value": estimate.value, "stderr": number(estimate.stderr), "questions": estimate.questions}
+
+
+def number(value: float) -> float | None:
+    """The number as files hold it: NaN is null."""
+    return None if math.isnan(value) else value
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -156,9 +170,9 @@ def group_figures(accuracy_QN: np.ndarray, ids: Sequence[str], groups: Sequence[
 
 def over_groups(values: Sequence[float], figures: Sequence[GroupFigures]) -> float:
     """Mean of one value per group, weighted by its number of questions: comparable with pass@1. NaN values left out."""
-    known = [(value, f.questions) for value, f in zip(values, figures, strict=True) if not math.isnan(value)]
-    total = sum(questions for _, questions in known)
-    return sum(value * questions for value, questions in known) / total if total else math.nan
+    parts = [(value, f.questions) for value, f in zip(values, figures, strict=True) if not math.isnan(value)]
+    total = sum(questions for _, questions in parts)
+    return sum(value * questions for value, questions in parts) / total if total else math.nan
 
 
 def _cross_fit(first: np.ndarray, second: np.ndarray) -> float:
@@ -186,9 +200,9 @@ def best_tag_by_other_samples(correct_by_tag: Sequence[Sequence[bool]]) -> float
 
 def _column_means(table: np.ndarray) -> np.ndarray:
     """float64 [N]: means over the rows of [Q, N] without NaN; NaN for a column that has nothing else."""
-    known = ~np.isnan(table)
-    counts = known.sum(0)
-    return np.where(counts > 0, np.where(known, table, 0.0).sum(0) / np.maximum(counts, 1), np.nan)
+    present = ~np.isnan(table)
+    counts = present.sum(0)
+    return np.where(counts > 0, np.where(present, table, 0.0).sum(0) / np.maximum(counts, 1), np.nan)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,7 @@
 """How well a model chooses its own tag, before and after its forking policy was trained, on held-out questions.
 
-The record, which policy_evaluation.json holds; E is {value, stderr, questions}, a mean over questions with the standard
-error of a sample of questions (all samples of a question form one cluster), null where it was not given or cannot be:
-
-    files               role -> {file, model, mode, samples, samples_per_question [least, most]}
-    rewards             {file, model, questions}
-    questions           their number
-    tags [N]            0-based
-    samples_per_tag     {before, after}: [least, most] of a question's samples under a tag
-    fixed_tag           {tag, mean_reward [N]}: g*, the tag of highest mean reward; the least of several
-    group_by            name of the field, or null
-    group_tags          null, or {before, rewards}: group -> [tags] that are best in it, several where they tie; chosen
-                        on the held-out samples before, and on the rewards (null without groups of their questions)
-    rows                [{key, name, before E, after E, note}]
-    differences         [{key, name, value, stderr, questions}]: paired, question by question
-    headroom_recovered  [{key, name, value, stderr, questions, gain, headroom}]: value = gain / headroom, null where
-                        there is no headroom; the standard error is that of a ratio of two means (delta method)
-    policy              null, or {iterations [first, last], entropy {before E, after E}, mass {before E, after E}}; nats
-    choices             [{source, state, groups [{group, questions, share [N], outside}]}]: source policy, own or
-                        own_greedy; state before or after; the first group, null, is all questions. share sums to 1 over
-                        the tags (null if none was ever written), outside is the share of no tag
-    groups              null, or question's id -> its group
-    remarks             sentences
-
-Keys of rows: own, own_greedy, expected, fixed, uniform, group, group_rewards, oracle, other_samples, grpo.
+The document is that of formats/policy_evaluation.py. Means are over questions with the standard error of a sample of
+questions: all samples of a question form one cluster.
 """
 
 from __future__ import annotations
@@ -35,12 +13,24 @@ import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.metrics import best_tag_by_other_samples
-from megatron_ssft.evaluation.policy_choices import STATES, Record, choices, plain_estimate, policy_figures, policy_QN
+from megatron_ssft.evaluation.policy_choices import choices, plain_estimate, policy_figures, policy_QN
 from megatron_ssft.evaluation.policy_inputs import Inputs
 from megatron_ssft.evaluation.scored_runs import ScoredRun
+from megatron_ssft.formats.policy_evaluation import (
+    STATES,
+    Difference,
+    FileRecord,
+    GroupTags,
+    PolicyEvaluationRecord,
+    Ratio,
+    RowRecord,
+    State,
+)
 
-Values = dict[str, "np.ndarray | None"]
-"""State -> float64 [Q], a figure of each question."""
+Values = dict[State, "np.ndarray | None"]
+"""float64 [Q], a figure of each question, for each state."""
+Masks = dict[str, np.ndarray]
+"""Group -> bool [N]: its best tags."""
 
 
 @dataclass(frozen=True)
@@ -55,44 +45,50 @@ class Grouping:
 
 
 @dataclass(frozen=True)
-class _Tables:
-    """What was measured, by question (in the order of --before) and tag."""
+class _Groups:
+    """Groups of the held-out questions, and the best tags of each."""
 
-    accuracy: dict[str, np.ndarray]
-    """State -> float64 [Q, N]: share of correct samples."""
-    groups: list[str] | None
+    names: list[str]
     """[Q]"""
+    by_samples: Masks
+    """By the held-out samples before."""
+    by_rewards: Masks | None
+    """None without groups of the rewards' questions."""
 
 
-def evaluate_policy(inputs: Inputs, grouping: Grouping | None = None) -> Record:
-    """The record described above, ready for json.dumps. Raises UserError where a question has no group."""
+def evaluate_policy(inputs: Inputs, grouping: Grouping | None = None) -> PolicyEvaluationRecord:
+    """Compute the document. Raises UserError where a question has no group."""
     ids, runs = inputs.ids, inputs.runs
-    accuracy = {state: _accuracy(runs[state], ids) for state in STATES}
-    tables = _Tables(accuracy, None if grouping is None else [_group(grouping.of, id, "--data") for id in ids])
+    accuracy_QN = {state: _accuracy(runs[state], ids) for state in STATES}
     reward_QN = np.array([row.sum_N / row.n_N for row in inputs.rewards.rows.values()])
     fixed = int(np.flatnonzero(_best(reward_QN))[0])
-    group_tags = None if grouping is None else _group_tags(tables, inputs, reward_QN, grouping)
-    values = _values(inputs, tables, fixed, group_tags)
+    groups = None if grouping is None else _group_questions(inputs, grouping, accuracy_QN["before"], reward_QN)
+    values = _values(inputs, accuracy_QN, fixed, groups)
     sizes = {state: [len(s) for q in runs[state].questions for s in q.by_tag] for state in STATES}
-    record = {
+    least_most = {state: [min(sizes[state]), max(sizes[state])] for state in STATES}
+    words = _Words(
+        group_by=str(None if grouping is None else grouping.field),
+        training_questions=len(reward_QN),
+        samples="-".join(map(str, sorted({min(map(min, sizes.values())), max(map(max, sizes.values()))}))),
+        fixed_tag=inputs.tags[fixed],
+    )
+    return {
         "files": {role: _file(run) for role, run in runs.items()},
         "rewards": {"file": str(inputs.rewards.path), "model": inputs.rewards.model, "questions": len(reward_QN)},
         "questions": len(ids),
         "tags": list(inputs.tags),
-        "samples_per_tag": {state: [min(sizes[state]), max(sizes[state])] for state in STATES},
+        "samples_per_tag": {"before": least_most["before"], "after": least_most["after"]},
         "fixed_tag": {"tag": inputs.tags[fixed], "mean_reward": reward_QN.mean(0).tolist()},
         "group_by": None if grouping is None else grouping.field,
-        "group_tags": _tag_lists(group_tags, inputs.tags),
-        "rows": [],
+        "group_tags": None if groups is None else _tag_lists(groups, inputs.tags),
+        "rows": [_row(key, of, words) for key, of in values.items()],
         "differences": _differences(values),
         "headroom_recovered": _headroom(values),
         "policy": None if inputs.policy is None else policy_figures(inputs.policy, ids),
-        "choices": choices(inputs, tables.groups),
-        "groups": None if grouping is None else dict(zip(ids, tables.groups)),
+        "choices": choices(inputs, None if groups is None else groups.names),
+        "groups": None if groups is None else dict(zip(ids, groups.names)),
         "remarks": list(inputs.remarks),
-    }  # fmt: skip
-    record["rows"] = [_row(key, of, record) for key, of in values.items()]
-    return record
+    }
 
 
 def _accuracy(run: ScoredRun, ids: Sequence[str]) -> np.ndarray:
@@ -115,48 +111,54 @@ def _best(table_QN: np.ndarray) -> np.ndarray:
 # -- figures of each question ----------------------------------------------------------------------------------------
 
 
-def _group_tags(
-    tables: _Tables, inputs: Inputs, reward_QN: np.ndarray, grouping: Grouping
-) -> dict[str, dict[str, np.ndarray] | None]:
-    """Group -> bool [N], its best tags: by the held-out samples before, and by the rewards."""
-    of_rewards = None
+def _group_questions(inputs: Inputs, grouping: Grouping, accuracy_QN: np.ndarray, reward_QN: np.ndarray) -> _Groups:
+    """`accuracy_QN`: of the held-out samples before."""
+    names = [_group(grouping.of, id, "--data") for id in inputs.ids]
+    by_rewards = None
     if grouping.of_training is not None:
-        names = [_group(grouping.of_training, id, "--data-train") for id in inputs.rewards.rows]
-        lacks = sorted(set(tables.groups) - set(names))
+        training_names = [_group(grouping.of_training, id, "--data-train") for id in inputs.rewards.rows]
+        lacks = sorted(set(names) - set(training_names))
         if lacks:
             raise UserError(
                 f"--data-train: no question of the rewards is of {grouping.field} {lacks[0]!r}; leave it out"
             )
-        of_rewards = _best_by_group(reward_QN, names)
-    return {"before": _best_by_group(tables.accuracy["before"], tables.groups), "rewards": of_rewards}
+        by_rewards = _best_by_group(reward_QN, training_names)
+    return _Groups(names, _best_by_group(accuracy_QN, names), by_rewards)
 
 
-def _best_by_group(table_QN: np.ndarray, groups: Sequence[str]) -> dict[str, np.ndarray]:
+def _best_by_group(table_QN: np.ndarray, groups: Sequence[str]) -> Masks:
     return {name: _best(table_QN[[g == name for g in groups]]) for name in sorted(set(groups))}
 
 
-def _values(inputs: Inputs, tables: _Tables, fixed: int, group_tags: Mapping[str, object] | None) -> dict[str, Values]:
+def _values(
+    inputs: Inputs, accuracy_QN: Mapping[State, np.ndarray], fixed: int, groups: _Groups | None
+) -> dict[str, Values]:
     """Row's key -> its figure of each question, before and after."""
     runs, ids = inputs.runs, inputs.ids
-    values = {
+    values: dict[str, Values] = {
         "own": {"before": _pooled(runs, "own_before", ids), "after": _pooled(runs, "own", ids)},
         "own_greedy": {"before": _pooled(runs, "own_greedy_before", ids), "after": _pooled(runs, "own_greedy", ids)},
     }
     if inputs.policy is not None:
-        values["expected"] = {
-            state: (policy_QN(inputs.policy, state, ids) * tables.accuracy[state]).sum(1) for state in STATES
-        }
-    values["fixed"] = {state: tables.accuracy[state][:, fixed] for state in STATES}
-    values["uniform"] = {state: tables.accuracy[state].mean(1) for state in STATES}
-    for key, chosen in (("group", "before"), ("group_rewards", "rewards")):
-        if group_tags is not None and group_tags[chosen] is not None:
-            picked_QN = np.array([group_tags[chosen][name] for name in tables.groups])
-            values[key] = {state: (tables.accuracy[state] * picked_QN).sum(1) / picked_QN.sum(1) for state in STATES}
-    values["oracle"] = {state: tables.accuracy[state].max(1) for state in STATES}
+        policy = inputs.policy
+        values["expected"] = {s: (policy_QN(policy, s, ids) * accuracy_QN[s]).sum(1) for s in STATES}
+    values["fixed"] = {state: accuracy_QN[state][:, fixed] for state in STATES}
+    values["uniform"] = {state: accuracy_QN[state].mean(1) for state in STATES}
+    if groups is not None:
+        values["group"] = _picked(accuracy_QN, groups.names, groups.by_samples)
+        if groups.by_rewards is not None:
+            values["group_rewards"] = _picked(accuracy_QN, groups.names, groups.by_rewards)
+    values["oracle"] = {state: accuracy_QN[state].max(1) for state in STATES}
     values["other_samples"] = {state: _by_other_samples(runs[state], ids) for state in STATES}
     if "grpo" in runs or "grpo_before" in runs:
         values["grpo"] = {"before": _pooled(runs, "grpo_before", ids), "after": _pooled(runs, "grpo", ids)}
     return values
+
+
+def _picked(accuracy_QN: Mapping[State, np.ndarray], names: Sequence[str], best: Masks) -> Values:
+    """Accuracy under the best tags of each question's group."""
+    picked_QN = np.array([best[name] for name in names])
+    return {state: (accuracy_QN[state] * picked_QN).sum(1) / picked_QN.sum(1) for state in STATES}
 
 
 def _pooled(runs: Mapping[str, ScoredRun], role: str, ids: Sequence[str]) -> np.ndarray | None:
@@ -190,35 +192,42 @@ _NAMES = {
 }
 
 
-def _row(key: str, of: Values, record: Record) -> Record:
-    return {
-        "key": key,
-        "name": _NAMES[key].replace("group", str(record["group_by"])) if key.startswith("group") else _NAMES[key],
-        **{state: plain_estimate(of[state]) for state in STATES},
-        "note": _note(key, record),
-    }
+@dataclass(frozen=True)
+class _Words:
+    """What the names and notes of the rows mention."""
+
+    group_by: str
+    training_questions: int
+    samples: str
+    """Samples per question and tag: one number, or least-most."""
+    fixed_tag: int
 
 
-def _note(key: str, record: Record) -> str:
+def _row(key: str, values: Values, words: _Words) -> RowRecord:
+    name = _NAMES[key].replace("group", words.group_by) if key.startswith("group") else _NAMES[key]
+    before, after = plain_estimate(values["before"]), plain_estimate(values["after"])
+    return {"key": key, "name": name, "before": before, "after": after, "note": _note(key, words)}
+
+
+def _note(key: str, words: _Words) -> str:
     """How the tag is chosen, in few words."""
-    training = f"by {record['rewards']['questions']:,} training questions"
-    sizes = {size for least_most in record["samples_per_tag"].values() for size in least_most}
-    samples = "-".join(map(str, sorted({min(sizes), max(sizes)})))
+    training = f"by {words.training_questions:,} training questions"
     return {
         "own": "the model writes its tag",
         "own_greedy": "the model writes its likeliest tag",
         "expected": "by policy.jsonl, temperature 1",
-        "fixed": f"<think{record['fixed_tag']['tag'] + 1}>, {training}",
+        "fixed": f"<think{words.fixed_tag + 1}>, {training}",
         "uniform": "every tag equally often",
         "group": "an oracle: by the held-out samples before",
         "group_rewards": training,
-        "oracle": f"by the same {samples} samples a tag: too high",
-        "other_samples": f"by half of {samples} samples a tag, on the others",
+        "oracle": f"by the same {words.samples} samples a tag: too high",
+        "other_samples": f"by half of {words.samples} samples a tag, on the others",
         "grpo": "whole completions trained",
     }[key]
 
 
-_DIFFERENCES = (
+_Place = tuple[str, State]
+_DIFFERENCES: tuple[tuple[str, str, _Place, _Place], ...] = (
     ("own-fixed", "own choice - g*", ("own", "after"), ("fixed", "after")),
     ("own_greedy-fixed", "own choice, greedy - g*", ("own_greedy", "after"), ("fixed", "after")),
     ("own-fixed_before", "own choice - g* before", ("own", "after"), ("fixed", "before")),
@@ -231,53 +240,63 @@ _DIFFERENCES = (
 )  # fmt: skip
 
 
-def _differences(values: Mapping[str, Values]) -> list[Record]:
-    entries = []
+def _differences(values: Mapping[str, Values]) -> list[Difference]:
+    entries: list[Difference] = []
     for key, name, (a, a_state), (b, b_state) in _DIFFERENCES:
         first, second = values.get(a, {}).get(a_state), values.get(b, {}).get(b_state)
         if first is not None and second is not None:
-            entries.append({"key": key, "name": name, **plain_estimate(first - second)})
+            difference = plain_estimate(first - second)
+            assert difference is not None, "there are questions"
+            entries.append({"key": key, "name": name, **difference})
     return entries
 
 
-def _headroom(values: Mapping[str, Values]) -> list[Record]:
+def _headroom(values: Mapping[str, Values]) -> list[Ratio]:
     """(own - g*) / (best per group - g*): own choice after the training, the rest of the model before or after."""
     entries = []
+    own = values["own"]["after"]
     for group, how in (("group", ""), ("group_rewards", ", tags by rewards")):
         for state in STATES if group in values else ():
             fixed, best = values["fixed"][state], values[group][state]
+            assert own is not None and fixed is not None and best is not None, "measured in both states"
             name = f"headroom of the model {state}{how}"
-            entries.append(
-                {"key": f"{group}_{state}", "name": name, **_ratio(values["own"]["after"] - fixed, best - fixed)}
-            )
+            entries.append(_ratio(f"{group}_{state}", name, own - fixed, best - fixed))
     return entries
 
 
-def _ratio(gain_Q: np.ndarray, headroom_Q: np.ndarray) -> Record:
-    """Ratio of two means over the same questions, its error to first order in theirs."""
+def _ratio(key: str, name: str, gain_Q: np.ndarray, headroom_Q: np.ndarray) -> Ratio:
+    """Ratio of two means over the same questions, its error to first order in theirs (delta method)."""
     gain, headroom = float(gain_Q.mean()), float(headroom_Q.mean())
-    found = {"value": None, "stderr": None, "questions": len(gain_Q), "gain": gain, "headroom": headroom}
-    if headroom <= 1e-9:
-        return found
-    spread = plain_estimate((gain_Q - gain / headroom * headroom_Q) / headroom)
-    return found | {"value": gain / headroom, "stderr": spread["stderr"]}
-
-
-def _tag_lists(group_tags: Mapping[str, object] | None, tags: Sequence[int]) -> Record | None:
-    if group_tags is None:
-        return None
+    value = stderr = None
+    if headroom > 1e-9:
+        value = gain / headroom
+        spread = plain_estimate((gain_Q - gain / headroom * headroom_Q) / headroom)
+        stderr = None if spread is None else spread["stderr"]
     return {
-        chosen: None if of is None else {name: [t for t, best in zip(tags, mask) if best] for name, mask in of.items()}
-        for chosen, of in group_tags.items()
+        "key": key,
+        "name": name,
+        "value": value,
+        "stderr": stderr,
+        "questions": len(gain_Q),
+        "gain": gain,
+        "headroom": headroom,
     }
 
 
-def _file(run: ScoredRun) -> Record:
+def _tag_lists(groups: _Groups, tags: Sequence[int]) -> GroupTags:
+    def lists(masks: Masks) -> dict[str, list[int]]:
+        return {name: [tag for tag, best in zip(tags, mask) if best] for name, mask in masks.items()}
+
+    by_rewards = groups.by_rewards
+    return {"before": lists(groups.by_samples), "rewards": None if by_rewards is None else lists(by_rewards)}
+
+
+def _file(run: ScoredRun) -> FileRecord:
     sizes = [len(question.pooled) for question in run.questions]
     return {
         "file": run.file,
         "model": run.rows[0].model,
-        "mode": run.rows[0].sampling["mode"],
+        "mode": run.rows[0].mode,
         "samples": len(run.rows),
         "samples_per_question": [min(sizes), max(sizes)],
     }

@@ -1,4 +1,4 @@
-"""What the evaluation of a forking policy is made from: policy.jsonl, rewards, and scored files that belong together.
+"""Inputs of a forking policy's evaluation: policy.jsonl, rewards, and scored files that belong together.
 
 Scored files have a role each. `before` and `after` hold samples under every tag (mode each) of the model before and
 after the training of its policy; `own` and `own_greedy` those that the model after began by itself, `own_before` and
@@ -8,16 +8,13 @@ reinforcement learning.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs
+from megatron_ssft.formats.policy import Policy, read_policy
 from megatron_ssft.formats.rewards import RewardTable, read_rewards
 from megatron_ssft.formats.rollouts import differences
 
@@ -32,21 +29,6 @@ _MODES = {
 _SAME_MODEL = (("own", "after"), ("own_greedy", "after"), ("own_before", "before"), ("own_greedy_before", "before"))
 _DRAWN = ("temperature", "top_p", "top_k", "max_new_tokens")
 """Sampling settings that change how often an answer is right."""
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PolicyRow:
-    """The policy of one question."""
-
-    policy_N: np.ndarray
-    """float64 [N], sums to 1: probability of each tag, given that one is written."""
-    mass: float
-    """Probability that one is written."""
-
-
-Policy = dict[str, dict[int, dict[str, PolicyRow]]]
-"""Split (`train`, `eval`) -> iteration, ascending -> question's id -> its policy."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Inputs:
 
     @property
     def tags(self) -> tuple[int, ...]:
-        return self.runs["before"].tags
+        return tuple(tag for tag in self.runs["before"].tags if tag is not None)
 
 
 def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None = None) -> Inputs:
@@ -80,7 +62,7 @@ def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None =
     table = read_rewards(rewards, len(runs["before"].tags))
     inputs = Inputs(runs, table, None if policy is None else read_policy(policy), ())
     _check_rewards(inputs)
-    if inputs.policy is not None:
+    if policy is not None:
         _check_policy(inputs, policy)
     return Inputs(inputs.runs, inputs.rewards, inputs.policy, tuple(_remarks(inputs)))
 
@@ -96,9 +78,9 @@ def _model(run: ScoredRun) -> str:
 
 def _check_modes(runs: Mapping[str, ScoredRun]) -> None:
     for role, run in runs.items():
-        mode, wanted = run.rows[0].sampling["mode"], _MODES[role]
-        if mode not in wanted:
-            advice = f"give one generated with --tags {'|'.join(wanted)}"
+        mode, modes = run.rows[0].mode, _MODES[role]
+        if mode not in modes:
+            advice = f"give one generated with --tags {'|'.join(modes)}"
             raise UserError(f"{run.file}: generated with --tags {mode}, which is no {flag(role)}; {advice}")
 
 
@@ -118,14 +100,14 @@ def _check_models(runs: Mapping[str, ScoredRun]) -> None:
 
 
 def _check_questions(runs: Mapping[str, ScoredRun]) -> None:
-    wanted = {question.id for question in runs["before"].questions}
+    before = {question.id for question in runs["before"].questions}
     for role, run in runs.items():
-        found = {question.id for question in run.questions}
-        if found != wanted:
-            lacks, more = sorted(wanted - found), sorted(found - wanted)
-            told = [f"{len(lacks)} of its questions are missing, such as {lacks[0]!r}"] if lacks else []
-            told += [f"{len(more)} are not in it, such as {more[0]!r}"] if more else []
-            text = f"{run.file}: not the questions of --before: {', '.join(told)}"
+        ids = {question.id for question in run.questions}
+        if ids != before:
+            lacks, more = sorted(before - ids), sorted(ids - before)
+            parts = [f"{len(lacks)} of its questions are missing, such as {lacks[0]!r}"] if lacks else []
+            parts += [f"{len(more)} are not in it, such as {more[0]!r}"] if more else []
+            text = f"{run.file}: not the questions of --before: {', '.join(parts)}"
             raise UserError(f"{text}; generate and score {flag(role)} for the same questions")
 
 
@@ -144,7 +126,8 @@ def _check_tags(runs: Mapping[str, ScoredRun]) -> None:
                     raise UserError(f"{run.file}: question {question.id!r} has no samples under tag {tag}; {advice}")
     for role in PAIRS:
         for own in (role, PAIRS[role]):
-            strange = set(runs[own].tags) - {*before.tags, None} if own in runs and own.startswith("own") else ()
+            in_use = runs[own].tags if own in runs and own.startswith("own") else ()
+            strange = [tag for tag in in_use if tag is not None and tag not in before.tags]
             if strange:
                 raise UserError(
                     f"{runs[own].file}: has samples of tag {min(strange)}, which --before has not; give all tags there"
@@ -155,9 +138,9 @@ def _check_sampling(runs: Mapping[str, ScoredRun]) -> None:
     """What was measured before and after must have been measured alike."""
     for role, other in PAIRS.items():
         if role in runs and other in runs:
-            found = differences(_settings(runs[other]), _settings(runs[role]))
-            if found:
-                raise UserError(f"{runs[role].file}: not made like {flag(other)}: {found}; generate both alike")
+            unlike = differences(_settings(runs[other]), _settings(runs[role]))
+            if unlike:
+                raise UserError(f"{runs[role].file}: not made like {flag(other)}: {unlike}; generate both alike")
 
 
 def _settings(run: ScoredRun) -> dict[str, object]:
@@ -202,60 +185,9 @@ def _remarks(inputs: Inputs) -> Iterator[str]:
     if inputs.rewards.model != _model(before):
         yield "The rewards are of another model than --before, so g* was chosen on answers of that one."
     for role, run in inputs.runs.items():
-        found, own = _settings(run), _settings(before)
-        told = [f"{key} {found.get(key)} instead of {own.get(key)}" for key in _DRAWN if found.get(key) != own.get(key)]
-        if told and role not in ("before", "after"):
-            yield f"{flag(role)} was generated with {', '.join(told)}: it does not compare with --before and --after."
-
-
-def read_policy(path: str | Path) -> Policy:
-    """policy.jsonl, {} without any line; of several lines for one question and step the last counts. Raises UserError.
-
-    A last line without its end, left by a writer that was killed, is skipped with a warning.
-    """
-    snapshots: Policy = {}
-    num_tags = None
-    for number, row in _objects(Path(path)):
-        where = f"{path}:{number}"
-        values, mass, iteration = row.get("policy"), row.get("mass"), row.get("iteration")
-        if type(iteration) is not int or iteration < 0 or not isinstance(row.get("id"), str):
-            raise UserError(f"{where}: 'iteration' must be a number from 0 and 'id' a string; remove the line")
-        if row.get("split") not in ("train", "eval"):
-            raise UserError(f"{where}: 'split' must be train or eval; repair or remove the line")
-        if not isinstance(values, list) or not values or not all(map(_is_share, values)):
-            raise UserError(f"{where}: 'policy' must hold a probability for each tag; repair or remove the line")
-        if abs(sum(values) - 1) > 1e-3 or not _is_share(mass):
-            raise UserError(f"{where}: 'policy' must sum to 1 and 'mass' be a probability; repair or remove the line")
-        num_tags = num_tags or len(values)
-        if len(values) != num_tags:
-            raise UserError(f"{where}: {len(values)} tags, other lines have {num_tags}; keep one run in a file")
-        rows = snapshots.setdefault(row["split"], {}).setdefault(iteration, {})
-        rows[row["id"]] = PolicyRow(np.array(values, np.float64), float(mass))
-    return {split: dict(sorted(steps.items())) for split, steps in snapshots.items()}
-
-
-def _is_share(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 + 1e-3
-    )  # sums of rounded probabilities
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(1-based line, object); a last line that was never finished is skipped. Raises UserError."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the file: {error.strerror or error}; check the path") from error
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            if not raw.endswith(b"\n"):
-                _log.warning("%s:%d: last line is unfinished and was ignored", path, number)
-                return
-            raise UserError(f"{path}:{number}: not valid JSON; repair or remove the line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object; repair or remove the line")
-        yield number, row
+        own, other = _settings(run), _settings(before)
+        unlike = [
+            f"{key} {own.get(key)} instead of {other.get(key)}" for key in _DRAWN if own.get(key) != other.get(key)
+        ]
+        if unlike and role not in ("before", "after"):
+            yield f"{flag(role)} was generated with {', '.join(unlike)}: it does not compare with --before and --after."

@@ -16,7 +16,7 @@ cons@N does it symbolically), here the verifier's verdict on the winner's first 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ssft.evaluation.voting import Label, cons_at_k, grouped, interleaved, native_cons, published_vote
@@ -65,16 +65,16 @@ def published_figures(
     votes = native_cons(answers_by_tag, correct_by_tag, published_vote) if even and len(answers_by_tag) > 1 else []
     under_tag = [] if pass_tag is None else correct_by_tag[pass_tag][:samples]
 
-    def cons(order: Callable[[Sequence[Sequence[object]]], list[object]]) -> float | None:
-        if not even or sum(map(len, answers_by_tag)) < samples:
-            return None
-        return cons_at_k(order(answers_by_tag), order(correct_by_tag), samples, published_vote)
+    enough = even and sum(map(len, answers_by_tag)) >= samples
+
+    def cons(labels: Sequence[Label], correct: Sequence[bool]) -> float | None:
+        return cons_at_k(labels, correct, samples, published_vote) if enough else None
 
     return PublishedFigures(
         native_cons=sum(votes) / len(votes) if votes else None,
         native_votes=len(votes),
-        cons_grouped=cons(grouped),
-        cons_interleaved=cons(interleaved),
+        cons_grouped=cons(grouped(answers_by_tag), grouped(correct_by_tag)),
+        cons_interleaved=cons(interleaved(answers_by_tag), interleaved(correct_by_tag)),
         pass_at_1=sum(under_tag) / len(under_tag) if under_tag else None,
         pass_samples=len(under_tag),
     )

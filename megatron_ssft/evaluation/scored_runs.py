@@ -43,7 +43,7 @@ class ScoredRun:
     @property
     def own_tags(self) -> bool:
         """The model chose the tags: how many samples a tag has is an outcome, not a design."""
-        return self.rows[0].sampling["mode"] in OWN_MODES
+        return self.rows[0].mode in OWN_MODES
 
     @cached_property
     def tags(self) -> tuple[int | None, ...]:

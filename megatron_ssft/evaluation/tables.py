@@ -10,9 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_ssft.evaluation.published_protocol import SAMPLES
-from megatron_ssft.formats.rollouts import OWN_MODES
+from megatron_ssft.formats.evaluation import (
+    EvaluatedRun,
+    EvaluationRecord,
+    Groups,
+    MaybeEstimate,
+    OurFigures,
+    PublishedFigures,
+    own_tags,
+)
 
-Record = dict[str, "object"]
 ERROR = "± standard error over questions"
 UNEVEN = "needs as many samples under every tag"
 OWN_PASS = "pass@1, the model's own tags"
@@ -31,30 +38,25 @@ class TableData:
     rows: list[list[str]] = field(default_factory=list)
 
 
-def all_tables(record: Record) -> list[TableData]:
-    """The tables of `record` (evaluation.py says what is in it): first all runs together, then run by run."""
+def all_tables(record: EvaluationRecord) -> list[TableData]:
+    """The tables of `record`: first all runs together, then run by run."""
     runs = record["runs"]
     tables = []
     if len(runs) > 1:
         tables += [_compare_ours(runs)] if runs[0]["ours"] else []
         tables += [_compare_published(runs)] if runs[0]["published"] else []
     for run in runs:
-        tables += [_ours(run)] if run["ours"] else []
-        tables += [_published(run)] if run["published"] else []
+        tables += [_ours(run, run["ours"])] if run["ours"] else []
+        tables += [_published(run, run["published"])] if run["published"] else []
         tables.append(_tags(run))
         if len(run["tags"]) > 1:
             tables.append(_best_tags(run))
             tables += [_agreement(run, record["answers"])] if len(run["tags"]) <= WIDEST_MATRIX else []
-        tables += [_groups(run)] if run["groups"] else []
+        tables += [_groups(run, run["groups"])] if run["groups"] else []
     return tables
 
 
-def own_tags(run: Record) -> bool:
-    """The model chose the tags: each tag's accuracy is over other questions, so that tags do not compare."""
-    return run["sampling"].get("mode") in OWN_MODES
-
-
-def warnings(record: Record) -> list[str]:
+def warnings(record: EvaluationRecord) -> list[str]:
     """A line for each run in which questions lack samples."""
     lines = []
     for run in record["runs"]:
@@ -109,63 +111,62 @@ def tag_name(tag: int | None) -> str:
     return "no tag" if tag is None else f"<think{tag + 1}>"
 
 
-def _compare_ours(runs: Sequence[Record]) -> TableData:
-    ks = [entry["k"] for entry in runs[0]["ours"]["cons@k"]]
+def _compare_ours(runs: Sequence[EvaluatedRun]) -> TableData:
+    parts = [(run, run["ours"]) for run in runs if run["ours"]]
+    first = parts[0][1]
+    ks = [entry["k"] for entry in first["cons@k"]]
     most = max(len(run["tags"]) for run in runs)
     k = most if most > 1 and most in ks else max(ks)
-    by_group = all(run["groups"] for run in runs)
+    groups = [run["groups"] for run in runs if run["groups"]]
+    by_group = len(groups) == len(runs)
     header = ["run", "samples", "pass@1", "best tag's", f"pass@{k}", f"cons@{k}"]
-    header += [f"best tag of {runs[0]['groups']['field']}"] if by_group else []
+    header += [f"best tag of {groups[0]['field']}"] if by_group else []
     rows = []
-    for run in runs:
-        figures = [run["ours"]["pass@1"], best_tag(run)]
-        figures += [
-            _at(run, "pass@k", k, "stratified") or _at(run, "pass@k", k, "pooled"),
-            _at(run, "cons@k", k, "sets"),
-        ]
+    for place, (run, ours) in enumerate(parts):
+        figures = [ours["pass@1"], best_tag(run), _pass_at(ours, k), _cons_at(ours, k)]
         row = [run["name"], _samples(run), *(_show(figure, run) for figure in figures)]
-        rows.append([*row, _number(run["groups"]["best_same"])] if by_group else row)
-    rule = f"{runs[0]['ours']['rule']}; {ERROR}; pass@{k}: by tag where tags were asked for, else pooled; "
+        rows.append([*row, _number(groups[place]["best_same"])] if by_group else row)
+    rule = f"{first['rule']}; {ERROR}; pass@{k}: by tag where tags were asked for, else pooled; "
     rule += "best tags are chosen on the same samples"
     return TableData("Runs", rule + _other_questions(runs), header, rows)
 
 
-def best_tag(run: Record) -> Record | None:
+def best_tag(run: EvaluatedRun) -> MaybeEstimate:
     """The most accurate tag's accuracy, None where the model chose the tags."""
     return None if own_tags(run) else max((e["accuracy"] for e in run["per_tag"]), key=lambda e: e["value"])
 
 
-def _other_questions(runs: Sequence[Record]) -> str:
+def _other_questions(runs: Sequence[EvaluatedRun]) -> str:
     """A warning where the runs cannot be compared."""
     ids = [{entry["id"] for entry in run["best_tag"]["per_question"]} for run in runs]
     return "" if all(own == ids[0] for own in ids) else "; NOT THE SAME QUESTIONS in all runs"
 
 
-def _compare_published(runs: Sequence[Record]) -> TableData:
-    names = ("pass@1", "native_cons", "cons_grouped", "cons_interleaved")
-    rows = [[run["name"], _samples(run), *(_show(run["published"][name], run) for name in names)] for run in runs]
+def _compare_published(runs: Sequence[EvaluatedRun]) -> TableData:
+    parts = [(run, run["published"]) for run in runs if run["published"]]
+    rows = []
+    for run, published in parts:
+        figures = [published["pass@1"], published["native_cons"], published["cons_grouped"]]
+        figures.append(published["cons_interleaved"])
+        rows.append([run["name"], _samples(run), *(_show(figure, run) for figure in figures)])
     header = ["run", "samples", "pass@1", "native cons", "cons@32 grouped", "interleaved"]
-    rule = f"{runs[0]['published']['rule']}; {ERROR}"
+    rule = f"{parts[0][1]['rule']}; {ERROR}"
     if any(map(own_tags, runs)):
         rule += f"; of {', '.join(run['name'] for run in runs if own_tags(run))}: {OWN_PASS}"
     return TableData("Runs", rule + _other_questions(runs), header, rows)
 
 
-def _ours(run: Record) -> TableData:
-    ours = run["ours"]
+def _ours(run: EvaluatedRun, ours: OurFigures) -> TableData:
     rows = []
     for passed, cons in zip(ours["pass@k"], ours["cons@k"], strict=True):
-        figures = (
-            passed["pooled"],
-            passed["stratified"],
-            *(cons[c] for c in ("sets", "first_interleaved", "first_grouped")),
-        )
+        figures = [passed["pooled"], passed["stratified"], cons["sets"], cons["first_interleaved"]]
+        figures.append(cons["first_grouped"])
         rows.append([str(passed["k"]), *(_show(figure, run) for figure in figures)])
     rule = (
         f"{ours['rule']}; cons@k: mean over disjoint sets of k samples, one vote over the first k in turn by tag, over "
     )
     rule += "the first k tag after tag"
-    if ours["native_cons"]:
+    if ours["native_cons"] and ours["native_votes"]:
         rows.append(["native", "-", "-", _show(ours["native_cons"], run), "-", "-"])
         votes = _counted_span(ours["native_votes"], "vote")
         rule += f"; native cons@{len(run['tags'])}: mean of {votes} of one sample a tag"
@@ -173,29 +174,33 @@ def _ours(run: Record) -> TableData:
     return TableData(f"{run['name']}: pass@k and votes, {_samples(run)}", _rule(run, rule), header, rows)
 
 
-def _published(run: Record) -> TableData:
-    published = run["published"]
+def _published(run: EvaluatedRun, published: PublishedFigures) -> TableData:
     tag = "its tag" if published["pass@1"] is None else tag_name(published["pass_tag"])
     label = OWN_PASS if own_tags(run) else f"pass@1 under {tag}"
     rows = [[label, _counted_span(published["pass_samples"], "sample"), _show(published["pass@1"], run)]]
-    if not own_tags(run) and len(run["tags"]) > 1:
-        native = _counted_span(published["native_votes"], "vote") if published["native_cons"] else UNEVEN
-        rows.append([f"native cons@{len(run['tags'])}", native, _show(published["native_cons"], run)])
-    for form in () if own_tags(run) else ("grouped", "interleaved"):
-        figure = published[f"cons_{form}"]
-        rows.append([f"cons@{SAMPLES}, {form} by tag", "1 vote" if figure else _no_cons(run), _show(figure, run)])
+    if not own_tags(run):
+        if len(run["tags"]) > 1:
+            votes = published["native_votes"] if published["native_cons"] else None
+            native = _counted_span(votes, "vote") if votes else UNEVEN
+            rows.append([f"native cons@{len(run['tags'])}", native, _show(published["native_cons"], run)])
+        for form, figure in (
+            ("grouped", published["cons_grouped"]),
+            ("interleaved", published["cons_interleaved"]),
+        ):
+            over = "1 vote" if figure else _no_cons(run)
+            rows.append([f"cons@{SAMPLES}, {form} by tag", over, _show(figure, run)])
     title = f"{run['name']}: published protocol, {_samples(run)}"
     return TableData(title, _rule(run, published["rule"]), ["figure", "over", "value"], rows)
 
 
-def _no_cons(run: Record) -> str:
+def _no_cons(run: EvaluatedRun) -> str:
     """Why there is no cons@32."""
     most = run["samples_per_question"][1]
     there = f"there {'is' if most == 1 else 'are'} {_span(run['samples_per_question'])}"
     return f"needs {SAMPLES} samples, {there}" if most < SAMPLES else UNEVEN
 
 
-def _tags(run: Record) -> TableData:
+def _tags(run: EvaluatedRun) -> TableData:
     rows = [
         [
             tag_name(entry["tag"]),
@@ -213,7 +218,7 @@ def _tags(run: Record) -> TableData:
     return TableData(f"{run['name']}: tags", _rule(run, rule), header, rows)
 
 
-def _best_tags(run: Record) -> TableData:
+def _best_tags(run: EvaluatedRun) -> TableData:
     best = run["best_tag"]
     rows = [
         ["oracle: chosen and measured on the same samples", _show(best["oracle"], run)],
@@ -223,7 +228,7 @@ def _best_tags(run: Record) -> TableData:
     return TableData(f"{run['name']}: best tag of each question", _rule(run, rule), ["best tag", "accuracy"], rows)
 
 
-def _agreement(run: Record, answers: str) -> TableData:
+def _agreement(run: EvaluatedRun, answers: str) -> TableData:
     names = [tag_name(tag) for tag in run["tags"]]
     share, corrected = run["agreement"]["share"], run["agreement"]["chance_corrected"]
     rows = []
@@ -239,8 +244,7 @@ def _optional(corrected: float | None) -> str:
     return "" if corrected is None else f" ({corrected:.2f})"
 
 
-def _groups(run: Record) -> TableData:
-    groups = run["groups"]
+def _groups(run: EvaluatedRun, groups: Groups) -> TableData:
     rows = [
         [
             entry["group"],
@@ -257,14 +261,14 @@ def _groups(run: Record) -> TableData:
     return TableData(f"{run['name']}: best tag of each {groups['field']}", rule, header, rows)
 
 
-def _rule(run: Record, rule: str) -> str:
+def _rule(run: EvaluatedRun, rule: str) -> str:
     """With a word on questions that had to be left out of some figures."""
     if run["incomplete"] or any(entry["accuracy"]["questions"] != run["questions"] for entry in run["per_tag"]):
         rule += "; [n]: over n questions, the others lack samples for it"
     return f"{rule}; {ERROR}"
 
 
-def _samples(run: Record) -> str:
+def _samples(run: EvaluatedRun) -> str:
     return f"{run['questions']} x {_span(run['samples_per_question'])}"
 
 
@@ -276,11 +280,16 @@ def _counted_span(least_most: Sequence[int], noun: str) -> str:
     return _span(least_most) + (f" {noun}" if set(least_most) == {1} else f" {noun}s")
 
 
-def _at(run: Record, figure: str, k: int, form: str) -> Record | None:
-    return next((entry[form] for entry in run["ours"][figure] if entry["k"] == k), None)
+def _pass_at(ours: OurFigures, k: int) -> MaybeEstimate:
+    """pass@k by tag where there is one, else pooled."""
+    return next((entry["stratified"] or entry["pooled"] for entry in ours["pass@k"] if entry["k"] == k), None)
 
 
-def _show(figure: Record | None, run: Record) -> str:
+def _cons_at(ours: OurFigures, k: int) -> MaybeEstimate:
+    return next((entry["sets"] for entry in ours["cons@k"] if entry["k"] == k), None)
+
+
+def _show(figure: MaybeEstimate, run: EvaluatedRun) -> str:
     if figure is None:
         return "-"
     error = "" if figure["stderr"] is None else f" ±{figure['stderr']:.3f}"

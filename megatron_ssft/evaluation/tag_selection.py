@@ -1,4 +1,4 @@
-"""The choice of a tag for single answers: g* by coverage, or the most accurate one, with the reasons for a person."""
+"""The choice of a tag for single answers: g* by coverage (equation 6), or the most accurate one, with the reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.table import Table
 from megatron_ssft.config.flags import ANY_RUN, read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.metrics import Estimate, estimate
-from megatron_ssft.formats.rollouts import OWN_MODES, ScoredRollout, read_scored
+from megatron_ssft.formats.rollouts import OWN_MODES, read_scored
+from megatron_ssft.formats.run_logs import Run, load_run
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from megatron_ssft.matching.coverage import (
     AccuracyDifference,
@@ -27,7 +28,6 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Run, load_run
 
 MAX_FINGERPRINTED = 8 << 30
 """Bytes of exported weights that are read to tell whose samples they are."""
@@ -37,7 +37,7 @@ Shares = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Selection:
-    """Everything that is printed."""
+    """The chosen tag with everything that is printed about it."""
 
     run: str
     matching: str | None
@@ -72,9 +72,10 @@ def select(
     """Rank the tags of a run; the numbers are those of `persistent_configurations`. Raises UserError."""
     run = load_run(folder)
     settings = read_config_file(str(folder / "config.yaml"), ANY_RUN) if (folder / "config.yaml").is_file() else {}
-    matching = settings.get("matching")
+    matching = None if settings.get("matching") is None else str(settings["matching"])
     refuse_unmatched(folder, run, matching)
-    num_tags = int(settings.get("num_forking_tokens", run.num_tags))
+    configured = settings.get("num_forking_tokens")
+    num_tags = configured if isinstance(configured, int) else run.num_tags
     if num_tags < run.num_tags:
         raise UserError(f"{folder}: assignments.jsonl has more tags than config.yaml; they are not of one run")
     counts, questions = count_configurations(run.visits), num_questions(folder)
@@ -115,12 +116,12 @@ def select(
         accuracy=accuracy,
         best=best,
         difference=difference,
-        chosen=best if by == "accuracy" else first,
+        chosen=first if best is None or by != "accuracy" else best,
         notes=[*caveats(ranking, matching, len(epochs), run), *notes],
     )
 
 
-def refuse_unmatched(folder: Path, run: Run, matching: object) -> None:
+def refuse_unmatched(folder: Path, run: Run, matching: str | None) -> None:
     """Raise UserError for a run in which nothing was matched to anything."""
     if not run.visits:
         raise UserError(f"{folder}: assignments.jsonl is empty, no step was trained; train first")
@@ -182,22 +183,18 @@ def correct_shares(files: Sequence[Path], num_tags: int) -> tuple[Shares, list[s
         if rows[0].model != model[0]:
             raise UserError(f"{path}: samples of another model than {model[1]}; give those of one with --scored")
         for row in rows:
-            if row.tag is None or row.sampling["mode"] in OWN_MODES:
+            if row.tag is None or row.mode in OWN_MODES:
                 left_out += 1
                 continue
-            _check_tag(path, row, num_tags)
+            if row.tag >= num_tags:
+                raise UserError(f"{path}: a sample of {row.id!r} has tag {row.tag}, the run's are 0 to {num_tags - 1}")
             flags[row.tag].setdefault(row.id, []).append(row.correct)
     notes = [f"{left_out:,} samples are left out: the model chose their tags itself."] if left_out else []
     return [{id: sum(f) / len(f) for id, f in of_tag.items()} for of_tag in flags], notes
 
 
-def _check_tag(path: Path, row: ScoredRollout, num_tags: int) -> None:
-    if row.tag >= num_tags:
-        raise UserError(f"{path}: a sample of {row.id!r} has tag {row.tag}, the run's are 0 to {num_tags - 1}")
-
-
-def caveats(ranking: Sequence[TagCoverage], matching: object, epochs: int, run: Run) -> list[str]:
-    """What the counts cannot tell, as far as it matters here."""
+def caveats(ranking: Sequence[TagCoverage], matching: str | None, epochs: int, run: Run) -> list[str]:
+    """Remarks on what the counts cannot tell, as far as it matters here."""
     everything = {source for tag in ranking for source in tag.sources}
     notes = [
         "Counting rewards a tag that is matched to everything, specialised in nothing, and knows nothing of right "
@@ -221,7 +218,7 @@ def caveats(ranking: Sequence[TagCoverage], matching: object, epochs: int, run: 
 
 
 def as_json(s: Selection) -> dict[str, object]:
-    """For programs; tags from 0."""
+    """The selection for programs; tags from 0."""
     return {
         "run": s.run,
         "matching": s.matching,
@@ -253,7 +250,7 @@ def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def show(s: Selection, by: str, console: Console) -> None:
-    """For people; tags from 1."""
+    """Print the selection for people; tags from 1."""
     console.print(f"{s.run}: learned matchings of epoch {s.epoch + 1}", markup=False, highlight=False)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("tag", no_wrap=True)
@@ -273,7 +270,7 @@ def show(s: Selection, by: str, console: Console) -> None:
         "deviations since the one before."
     ]
     if s.best is not None:
-        lines.append(_by_accuracy(s))
+        lines.append(_by_accuracy(s, s.best))
     if by == "accuracy":
         lines.append(f"Chosen by accuracy: <think{s.chosen + 1}>. Being the best of several, it was also lucky here.")
     for line in [*lines, *s.notes]:
@@ -286,11 +283,11 @@ def _accuracy(e: Estimate | None) -> str:
     return f"{e.value:.1%}" + (f" ± {e.stderr:.1%}" if e.stderr == e.stderr else "")
 
 
-def _by_accuracy(s: Selection) -> str:
+def _by_accuracy(s: Selection, best: int) -> str:
     """The most accurate tag, and whether it really is better than g*."""
-    e = s.accuracy[s.best]
-    text = f"Most accurate: <think{s.best + 1}>, {_accuracy(e)} (standard error over {e.questions:,} questions)"
-    if s.best == s.g_star:
+    e = s.accuracy[best]
+    text = f"Most accurate: <think{best + 1}>, {_accuracy(e)} (standard error over {e.questions:,} questions)"
+    if best == s.g_star:
         return f"{text}: g* itself."
     if s.difference is None:
         return f"{text}; g* has no samples on the same questions to compare with."

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 Equivalent = Callable[[str, str], bool]
 """Whether two extracted answers mean the same."""
 Label = Hashable
 """An answer as the votes see it; None for a failed extraction."""
+Value = TypeVar("Value")
 Vote = Callable[[Sequence[Label], Sequence[bool]], float]
 """(labels, whether each sample is correct) -> expected correctness of the winner, 0 to 1."""
 
@@ -73,13 +75,13 @@ def published_vote(labels: Sequence[Label], correct: Sequence[bool]) -> float:
     return float(next(verdict[label] for label, count in counts.items() if count == most))
 
 
-def grouped(values_by_tag: Sequence[Sequence[object]]) -> list[object]:
-    """Tag after tag: the order of the published samples."""
+def grouped(values_by_tag: Sequence[Sequence[Value]]) -> list[Value]:
+    """List the samples tag after tag: the order of the published samples."""
     return [value for values in values_by_tag for value in values]
 
 
-def interleaved(values_by_tag: Sequence[Sequence[object]]) -> list[object]:
-    """The first sample of every tag, then the second of every tag, ...; tags that have run out are passed over."""
+def interleaved(values_by_tag: Sequence[Sequence[Value]]) -> list[Value]:
+    """List the first sample of every tag, then the second of every tag, ...; tags that have run out are passed over."""
     longest = max(map(len, values_by_tag), default=0)
     return [values[s] for s in range(longest) for values in values_by_tag if s < len(values)]
 

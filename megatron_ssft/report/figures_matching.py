@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from megatron_ssft.matching.statistics import mutual_information_bits, tag_source_counts
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, number, slugs, thin
 from megatron_ssft.report.figures_training import add_curves
 from megatron_ssft.report.line_charts import Chart, draw_curves
 from megatron_ssft.report.run_facts import MatchingCosts, RunFacts
-from megatron_ssft.report.runs import mutual_information_bits, tag_source_counts
 from megatron_ssft.report.style import DASHES, MARKERS, OKABE_ITO, house_style, legend, new_figure, render
 
 NOT_MATCHED = "all its traces were trained under one tag, so nothing was matched"

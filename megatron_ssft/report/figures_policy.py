@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_ssft.evaluation.policy_choices import entropies
-from megatron_ssft.evaluation.policy_inputs import PolicyRow
 from megatron_ssft.evaluation.tables import counted
+from megatron_ssft.formats.policy import PolicyRow
 from megatron_ssft.report.exhibits import (
     Exhibit,
     Section,

@@ -6,8 +6,8 @@ import textwrap
 
 import numpy as np
 
-from megatron_ssft.evaluation.policy_choices import STATES
 from megatron_ssft.evaluation.policy_tables import policy_tables, show
+from megatron_ssft.formats.policy_evaluation import STATES
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, tag_name
 from megatron_ssft.report.figures_policy import BEFORE_AFTER
 from megatron_ssft.report.policy_runs import Record

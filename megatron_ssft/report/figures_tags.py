@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_ssft.matching.coverage import Configuration, TagCoverage
+from megatron_ssft.matching.statistics import mutual_information_bits, tag_source_counts
 from megatron_ssft.report.exhibits import (
     Exhibit,
     Section,
@@ -22,7 +23,6 @@ from megatron_ssft.report.exhibits import (
 )
 from megatron_ssft.report.figures_matching import NOT_MATCHED
 from megatron_ssft.report.run_facts import ConfigurationShares, RunFacts, configuration_shares
-from megatron_ssft.report.runs import mutual_information_bits, tag_source_counts
 from megatron_ssft.report.style import heat_map, house_style, new_figure, render, tag_color
 
 MOST = 16

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.evaluation.policy_inputs import Policy, PolicyRow, read_policy
+from megatron_ssft.formats.metrics import METRICS, Metrics, load_metrics, load_objective
+from megatron_ssft.formats.policy import Policy, PolicyRow, read_policy
+from megatron_ssft.formats.policy_evaluation import PolicyEvaluationRecord as Record
+from megatron_ssft.formats.policy_evaluation import load_policy_evaluation
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
-from megatron_ssft.report.runs import METRICS_FILE, Metrics, load_metrics, read_objects
 
-EVALUATION_FILE = "policy_evaluation.json"
-Record = dict[str, "object"]
+__all__ = ["PolicyRun", "Record", "groups_of", "is_policy_run", "load_policy_evaluation", "load_policy_runs"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def is_policy_run(folder: str | Path) -> bool:
     if (folder / POLICY).is_file():
         return True
     try:
-        with (folder / METRICS_FILE).open("rb") as file:
+        with (folder / METRICS).open("rb") as file:
             row = json.loads(file.readline().decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
@@ -73,11 +73,10 @@ def _names(folders: Sequence[Path], taken: Sequence[str]) -> list[str]:
 
 
 def _load(folder: Path, name: str) -> PolicyRun:
-    path, log = folder / POLICY, folder / METRICS_FILE
+    path, log = folder / POLICY, folder / METRICS
     empty = Metrics({"iteration": np.zeros(0)})  # policy.jsonl is written before the first step
     metrics = load_metrics(folder) if log.is_file() else empty
-    objectives = [row["objective"] for _, row in read_objects(log)] if log.is_file() else []
-    objective = next((value for value in objectives if isinstance(value, str)), "-")
+    objective = (load_objective(folder) if log.is_file() else None) or "-"
     return PolicyRun(name, metrics, objective, read_policy(path) if path.is_file() else {}, _finished(folder))
 
 
@@ -92,87 +91,6 @@ def _finished(folder: Path) -> str | None:
     return str(row.get("reason", "done")) if isinstance(row, dict) else None
 
 
-# -- policy_evaluation.json ------------------------------------------------------------------------------------------
-
-_ESTIMATE = {"value": float, "stderr": (float, None), "questions": int}
-_STATES = {"before": (_ESTIMATE, None), "after": (_ESTIMATE, None)}
-_SHAPE = {
-    "questions": int,
-    "tags": [int],
-    "samples_per_tag": {"before": [int], "after": [int]},
-    "fixed_tag": {"tag": int},
-    "group_by": (str, None),
-    "rows": [{"key": str, "name": str, "note": str, **_STATES}],
-    "differences": [{"key": str, "name": str, **_ESTIMATE}],
-    "headroom_recovered": [
-        {"key": str, "name": str, **_ESTIMATE, "value": (float, None), "gain": float, "headroom": float}
-    ],
-    "choices": [
-        {
-            "source": str,
-            "state": str,
-            "groups": [{"group": (str, None), "questions": int, "share": ([float], None), "outside": float}],
-        }
-    ],
-    "remarks": [str],
-}
-"""Of the parts that are shown: {} an object with these keys, [] a list, () alternatives."""
-
-
-def load_policy_evaluation(folder: str | Path) -> Record:
-    """The record of `folder`, as evaluation/policy_evaluation.py describes it. Raises UserError."""
-    path = Path(folder) / EVALUATION_FILE
-    advice = "with tools/evaluate_policy.py"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}; give the --output folder made {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); make it anew {advice}") from error
-    wrong = _misfit(record, _SHAPE, "the record") or _incomplete(record)
-    if wrong:
-        raise UserError(f"{path}: damaged or of another version: {wrong}; make it anew {advice}")
-    return record
-
-
-def _misfit(value: object, shape: object, place: str) -> str | None:
-    """The first place where `value` is not of `shape`."""
-    if isinstance(shape, tuple):
-        return None if value is None else _misfit(value, shape[0], place)
-    if isinstance(shape, dict):
-        if not isinstance(value, Mapping):
-            return f"{place} is not an object"
-        found = (f"{place} has no {k!r}" if k not in value else _misfit(value[k], s, k) for k, s in shape.items())
-        return next(filter(None, found), None)
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"{place} is not a list"
-        return next(filter(None, (_misfit(item, shape[0], f"{place}[{k}]") for k, item in enumerate(value))), None)
-    wanted = {float: int | float, int: int, str: str}[shape]
-    fits = isinstance(value, wanted) and not isinstance(value, bool)
-    fits = fits and (shape is str or math.isfinite(value))
-    return None if fits else f"{place} is not {'text' if shape is str else 'a number'}"
-
-
-def _incomplete(record: Record) -> str | None:
-    """What is of the right shape and does not fit together."""
-    if not record["rows"] or not record["tags"] or not all(map(_is_pair, record["samples_per_tag"].values())):
-        return "no rows, no tags, or no numbers of samples"
-    of = {(entry["source"], entry["state"]): entry["groups"] for entry in record["choices"]}
-    names = [[group["group"] for group in groups] for groups in of.values()]
-    if any(own != names[0] or own[:1] != [None] for own in names) or len(of) != len(record["choices"]):
-        return "the choices are not all of the same groups"
-    if any(g["share"] is not None and len(g["share"]) != len(record["tags"]) for gs in of.values() for g in gs):
-        return "the choices are not of the tags"
-    return None
-
-
-def _is_pair(values: Sequence[int]) -> bool:
-    return len(values) == 2
-
-
 def groups_of(record: Record | None) -> dict[str, str] | None:
     """Question's id -> its group, where the evaluation knows groups."""
-    groups = record.get("groups") if record is not None else None
-    fits = isinstance(groups, Mapping) and all(isinstance(value, str) for value in groups.values())
-    return dict(groups) if fits else None
+    return record["groups"] if record is not None else None

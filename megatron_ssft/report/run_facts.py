@@ -13,6 +13,7 @@ import yaml
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.tag_selection import num_questions
+from megatron_ssft.formats.run_logs import Run, load_run
 from megatron_ssft.matching.assignment import solve_assignment
 from megatron_ssft.matching.coverage import (
     Configuration,
@@ -25,7 +26,6 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Run, load_run
 
 MAX_SOLVED = 20_000
 """Cost matrices that are solved for a report; of more, evenly spaced ones."""

@@ -8,6 +8,7 @@ from pathlib import PurePath
 import numpy as np
 
 from megatron_ssft.evaluation.tables import OWN_PASS, counted, own_tags
+from megatron_ssft.matching.statistics import mutual_information_bits, tag_source_counts
 from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
 from megatron_ssft.report.figures_evaluation import BEST_TAG, common_k, votes_of
@@ -15,7 +16,7 @@ from megatron_ssft.report.figures_policy import run_sentence
 from megatron_ssft.report.figures_policy_evaluation import evaluation_sentences
 from megatron_ssft.report.policy_runs import PolicyRun
 from megatron_ssft.report.run_facts import RunFacts
-from megatron_ssft.report.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
+from megatron_ssft.report.runs import final_mean, gap_by_iteration
 
 
 def summary_section(

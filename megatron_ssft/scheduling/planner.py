@@ -16,8 +16,8 @@ from megatron_ssft.records import (
 )
 from megatron_ssft.scheduling.cost_rows import plan_cost_microbatches
 from megatron_ssft.scheduling.cost_streams import distinct_traces, plan_cost_streams
-from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.train_rows import plan_train_microbatches
+from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.work import WorkModel
 
 MICROBATCHES_A_STAGE = 4

@@ -18,7 +18,7 @@ from megatron_ssft.demo.policy import check_policy, policy_table
 from megatron_ssft.demo.result import Evaluated, check_evaluation, evaluation_table, tag_style_bits
 from megatron_ssft.demo.training import Summary, check_training, summarize
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.runs import load_run
+from megatron_ssft.formats.run_logs import load_run
 from tests.report.test_report import _fake_run
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
-from megatron_ssft.evaluation.policy_inputs import load_inputs, read_policy
+from megatron_ssft.evaluation.policy_inputs import load_inputs
 from megatron_ssft.evaluation.policy_tables import policy_tables
+from megatron_ssft.formats.policy import read_policy
 from megatron_ssft.formats.rollouts import ScoredRollout, write_scored
 
 ROOT = Path(__file__).resolve().parents[2]

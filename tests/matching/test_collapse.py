@@ -20,8 +20,8 @@ from megatron_ssft.matching.collapse import (
     TagSourceInformation,
 )
 from megatron_ssft.matching.margins import matching_gaps, relative_margins
+from megatron_ssft.matching.statistics import mutual_information_bits
 from megatron_ssft.records import Assignment
-from megatron_ssft.report.runs import mutual_information_bits
 
 # -- gaps --------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_ssft.formats.assignments import Visit
 from megatron_ssft.matching.coverage import (
     accuracy_difference,
     complete_epochs,
@@ -18,7 +19,7 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Visit, configuration_counts, whole_epochs
+from megatron_ssft.matching.statistics import configuration_counts, whole_epochs
 
 
 def visit(epoch, tags, sources, iteration=1):

@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.runs import (
+from megatron_ssft.formats.assignments import load_assignments
+from megatron_ssft.formats.metrics import load_metrics
+from megatron_ssft.formats.run_logs import load_run
+from megatron_ssft.matching.statistics import (
     configuration,
     configuration_counts,
     distinct_configurations,
-    final_mean,
-    gap_by_iteration,
-    load_assignments,
-    load_metrics,
-    load_run,
     mutual_information_bits,
     tag_source_counts,
     whole_epochs,
 )
+from megatron_ssft.report.runs import final_mean, gap_by_iteration
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,179 @@
+"""metrics.jsonl: one line per optimizer step, a record for each kind of run.
+
+A field that is UNSET is not written: it has no meaning for the run, or was not measured at that step. None is written
+as null: it could have been measured and was not. The order of the fields is that of the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeGuard
+
+import numpy as np
+from msgspec import UNSET, Struct, UnsetType
+
+from megatron_ssft.formats.jsonl import Count, read_objects, read_rows
+
+METRICS = "metrics.jsonl"
+NO_RUN = "the run; give the folder a run was saved in"
+"""What `read_rows` says of a file that is not there."""
+Optional = float | UnsetType
+Maybe = float | None | UnsetType
+
+
+class SSFTMetrics(Struct, frozen=True, kw_only=True):
+    """A step of Set Supervised Fine-Tuning. Costs are in nats per question: totals over its traces, averaged."""
+
+    iteration: Count
+    """From 1."""
+    loss: float
+    lr: float
+    grad_norm: float
+    matching_cost: float | None
+    matching_gap: float | None
+    """Mean cost of a random matching minus that of the optimal one."""
+    pad_sequences: int
+    pad_lower_bound: int
+    makespan_over_bound: float
+    questions: int
+    trained_sequences: int
+    trained_tokens: int
+    sequence_tokens: int
+    epoch: int
+    """0-based, of the step's first question."""
+    seconds: float
+    matching_seconds: float
+    solving_seconds: float
+    training_flops: float
+    matching_flops: float
+    matching_reused: int | UnsetType = UNSET
+    """Questions whose assignment is that of an earlier visit."""
+    matching_certain: int | UnsetType = UNSET
+    """Questions decided by their first tokens."""
+    matching_regret: Optional = UNSET
+    """What the approximation loses against the optimal assignment."""
+    exact_matching_seconds: Optional = UNSET
+    matching_same: int | UnsetType = UNSET
+    """Questions whose assignment is the optimal one."""
+    mfu: Optional = UNSET
+    eval_loss: Optional = UNSET
+    eval_matching_cost: Optional = UNSET
+    eval_matching_gap: Optional = UNSET
+    matching_margin: Maybe = UNSET
+    """Second-best minus optimal, median over the step's questions."""
+    tag_source_information: Maybe = UNSET
+    """0 to 1, over the collapse watch's window."""
+    unmatched_tags: int | UnsetType = UNSET
+
+
+class GFPOMetrics(Struct, frozen=True, kw_only=True):
+    """A step of GFPO, exact or from drawn tags."""
+
+    iteration: Count
+    objective: str
+    loss: float
+    lr: float
+    grad_norm: float
+    reward: float
+    """Expected under the policy before the step."""
+    clip_fraction: Optional = UNSET
+    entropy: float
+    kl: float
+    mass: float
+    """Probability that an answer begins with a tag."""
+    reward_uniform: float
+    reward_best_fixed: float
+    anchor_kl: Optional = UNSET
+    completion_nll: Optional = UNSET
+    completion_nll_shift: Optional = UNSET
+    questions: int
+    pad_sequences: int
+    makespan_over_bound: float
+    trained_sequences: int
+    trained_tokens: int
+    seconds: float
+    training_flops: Optional = UNSET
+    scoring_flops: Optional = UNSET
+    mfu: Optional = UNSET
+    effective_sample_size: Optional = UNSET
+    rescored_nll_shift: Optional = UNSET
+
+
+class GRPOMetrics(Struct, frozen=True, kw_only=True):
+    """A step of GRPO on stored completions."""
+
+    iteration: Count
+    objective: str
+    loss: float
+    lr: float
+    grad_norm: float
+    reward_stored: float
+    """Mean over the step's samples."""
+    kl: float
+    clip_fraction: float
+    completion_nll: float
+    completion_nll_shift: float
+    questions: int
+    pad_sequences: int
+    makespan_over_bound: float
+    trained_sequences: int
+    trained_tokens: int
+    seconds: float
+    training_flops: Optional = UNSET
+    scoring_flops: Optional = UNSET
+    mfu: Optional = UNSET
+    effective_sample_size: Optional = UNSET
+    rescored_nll_shift: Optional = UNSET
+
+
+PolicyMetrics = GFPOMetrics | GRPOMetrics
+StepMetricsRow = SSFTMetrics | GFPOMetrics | GRPOMetrics
+
+
+class LoggedStep(Struct, frozen=True, kw_only=True):
+    """What every line of every version has."""
+
+    iteration: Count
+    objective: object = None
+    """A text in runs that trained a policy."""
+
+
+class Metrics:
+    """metrics.jsonl by columns, in the file's order."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        """`columns`: key -> float64 [iterations], `iteration` among them; NaN where a line has null or lacks it."""
+        self.columns = dict(columns)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """Column `key`, all NaN if no line has it."""
+        if key not in self.columns:
+            return np.full(len(self), np.nan)
+        return self.columns[key]
+
+    def __len__(self) -> int:
+        return len(self.columns["iteration"])
+
+
+def load_metrics(folder: str | Path) -> Metrics:
+    """Read `folder`/metrics.jsonl, of any kind of run and of any version: every key with a number makes a column.
+
+    A torn last line is skipped with a warning; other bad lines raise UserError.
+    """
+    path = Path(folder) / METRICS
+    iterations = [row.iteration for _, row in read_rows(path, LoggedStep, NO_RUN)]
+    rows = [{key: float(v) for key, v in row.items() if _is_number(v)} for _, row in read_objects(path, NO_RUN)]
+    keys = {key: None for row in rows for key in row}
+    columns = {key: np.array([row.get(key, np.nan) for row in rows], np.float64) for key in keys}
+    return Metrics(columns | {"iteration": np.array(iterations, np.float64)})
+
+
+def load_objective(folder: str | Path) -> str | None:
+    """The objective that the lines of `folder`/metrics.jsonl name; None where none does. Raises UserError."""
+    rows = read_rows(Path(folder) / METRICS, LoggedStep, NO_RUN)
+    return next((row.objective for _, row in rows if isinstance(row.objective, str)), None)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
