@@ -134,11 +134,12 @@ def check_flags(commands: Commands) -> None:
 
     Raises UserError.
     """
+    from megatron_ssft.config import GFPOConfig
     from megatron_ssft.config.flags import parse_arguments
-    from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
+    from megatron_ssft.training.startup import complete_policy_values
 
     def check_train(words: list[str]) -> None:
-        parse_arguments("", words, complete_policy_values, POLICY_PROGRAM)
+        parse_arguments("", GFPOConfig, words, complete_policy_values)
 
     def check_generate(words: list[str]) -> None:
         parse_options(GenerateFlags, None, words)

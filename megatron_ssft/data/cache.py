@@ -87,6 +87,7 @@ def build_dataset(
     tokenizer: Tokenizer,
     tags: ForkingTokens,
     data: DataConfig,
+    seq_length: int,
     *,
     check_num_tags: bool,
     seed: int,
@@ -103,7 +104,7 @@ def build_dataset(
     """
     trace_filter = None if data.trace_filter is None else parse_trace_filter(data.trace_filter)
     num_tags = tags.num_tags if check_num_tags else None
-    fingerprint = _fingerprint(paths, tokenizer, tags, data, num_tags, seed, trace_filter)
+    fingerprint = _fingerprint(paths, tokenizer, tags, data, seq_length, num_tags, seed, trace_filter)
     # Messages name the file, so another path is another cache; the fingerprint does not change with it.
     key = hashlib.sha256(json.dumps([fingerprint, [os.fspath(path) for path in paths]]).encode()).hexdigest()
     folder = Path(cache_dir) / key
@@ -112,7 +113,7 @@ def build_dataset(
     examples, report = read_examples(
         paths, num_tags=num_tags, max_traces=data.max_traces, trace_filter=trace_filter, seed=seed
     )
-    sets, counters = tokenize_examples(examples, tokenizer, tags, data, progress)
+    sets, counters = tokenize_examples(examples, tokenizer, tags, data, seq_length, progress)
     summary = dataclasses.asdict(report) | counters
     try:
         _write_folder(folder, sets, fingerprint, summary)
@@ -129,6 +130,7 @@ def _fingerprint(
     tokenizer: Tokenizer,
     tags: ForkingTokens,
     data: DataConfig,
+    seq_length: int,
     num_tags: int | None,
     seed: int,
     trace_filter: TraceFilter | None,
@@ -140,7 +142,7 @@ def _fingerprint(
         "tokenizer": tokenizer.fingerprint(),
         "tags": tags.ids,
         "num_tags": num_tags,
-        "seq_length": data.seq_length,
+        "seq_length": seq_length,
         "overlong_traces": data.overlong_traces,
         "max_traces": data.max_traces,
         "sample_seed": None if data.max_traces is None else seed,

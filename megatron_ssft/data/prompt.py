@@ -53,6 +53,7 @@ def tokenize_examples(
     tokenizer: Tokenizer,
     tags: ForkingTokens,
     data: DataConfig,
+    seq_length: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[TokenizedSet], dict]:
     """The sets under the rule len(prompt) + len(longest tag) + len(completion) <= --seq-length, and counters.
@@ -66,7 +67,7 @@ def tokenize_examples(
     longest_tag = max(len(ids) for ids in tags.ids)
     for done, example in enumerate(examples, start=1):
         try:
-            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, counts)
+            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, seq_length, counts)
         except UserError as error:
             wrong.add(example.file, example.line, error)
         else:
@@ -76,7 +77,7 @@ def tokenize_examples(
     wrong.raise_if_any()
     if not sets:
         raise UserError(
-            f"--overlong-traces drop: no trace of {len(examples)} questions fits --seq-length {data.seq_length}; "
+            f"--overlong-traces drop: no trace of {len(examples)} questions fits --seq-length {seq_length}; "
             "raise --seq-length or choose truncate"
         )
     trace_counts = Counter(s.num_traces for s in sets)
@@ -94,17 +95,17 @@ def tokenize_examples(
 
 
 def _tokenize_set(
-    example: SetExample, tokenizer: Tokenizer, longest_tag: int, data: DataConfig, counts: Counter
+    example: SetExample, tokenizer: Tokenizer, longest_tag: int, data: DataConfig, seq_length: int, counts: Counter
 ) -> TokenizedSet:
     """One set under the --seq-length rule, maybe without traces under `drop`. Raises RowError."""
     prompt = encode_prompt(example, tokenizer)
-    room = data.seq_length - len(prompt) - longest_tag
+    room = seq_length - len(prompt) - longest_tag
     if not prompt:
         raise RowError(f"the tokenizer makes no token of the prompt of question {example.id!r}")
     if room < 1:
         raise RowError(
             f"prompt of question {example.id!r} is {len(prompt)} tokens, with its tag it leaves no room in "
-            f"--seq-length {data.seq_length}; raise --seq-length or remove the row"
+            f"--seq-length {seq_length}; raise --seq-length or remove the row"
         )
     completions, sources = [], []
     for number, trace in enumerate(example.traces, start=1):
@@ -115,7 +116,7 @@ def _tokenize_set(
             if data.overlong_traces == "refuse":
                 raise RowError(
                     f"a trace of question {example.id!r} is {len(completion)} tokens, with prompt and tag "
-                    f"{data.seq_length - room + len(completion)}, more than --seq-length {data.seq_length}; raise "
+                    f"{seq_length - room + len(completion)}, more than --seq-length {seq_length}; raise "
                     "--seq-length or choose --overlong-traces truncate or drop"
                 )
             if data.overlong_traces == "drop":

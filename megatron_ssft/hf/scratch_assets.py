@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ssft.config import Config, ModelConfig
+from megatron_ssft.config import ModelConfig, RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.assets import copy_files, ensure_tokenizer_json, replacement
 from megatron_ssft.hf.families import FAMILIES
@@ -89,7 +89,7 @@ def hf_config(model: ModelConfig, vocab_size: int, max_positions: int, torch_dty
     }
 
 
-def write_scratch_assets(config: Config, tokenizer: Tokenizer, vocab_size: int, target: Path) -> None:
+def write_scratch_assets(config: RunConfig, tokenizer: Tokenizer, vocab_size: int, target: Path) -> None:
     """Replace folder `target` by the Hugging Face files, weights and tags left out, of a run from random weights.
 
     Args:
@@ -102,8 +102,8 @@ def write_scratch_assets(config: Config, tokenizer: Tokenizer, vocab_size: int, 
         OSError: they cannot be written.
     """
     dtype = "bfloat16" if config.parallel.bf16 else "float32"
-    settings = hf_config(config.model, vocab_size, config.data.seq_length, dtype)
-    kind, source = config.data.tokenizer_type, Path(config.data.tokenizer_model or "")
+    settings = hf_config(config.model, vocab_size, config.tokenizer.seq_length, dtype)
+    kind, source = config.tokenizer.tokenizer_type, Path(config.tokenizer.tokenizer_model or "")
     with replacement(Path(target)) as fresh:
         # How transformers reads a tokenizer depends on the model it belongs to.
         write_json(fresh / "config.json", settings)

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from megatron_ssft.config import Config, GFPOConfig
+from megatron_ssft.config import GFPOConfig, TrainingRun
 from megatron_ssft.objectives.gfpo import GFPO
 from megatron_ssft.objectives.grpo import GRPO
 from megatron_ssft.objectives.objective import Objective
 from megatron_ssft.objectives.ssft import SSFT
 
 
-def objective_of(config: Config) -> type[Objective]:
+def objective_of(config: TrainingRun) -> type[Objective]:
     """The objective that a configuration asks for."""
     if not isinstance(config, GFPOConfig):
         return SSFT

@@ -49,7 +49,7 @@ class GFPO(PolicyObjective):
 
     def decide(self, step: StepContext) -> Decision:
         """Ask for the tags' probabilities, take the objective's gradient, weight the tags by it."""
-        policy, seed = self.policy, self.config.training.seed
+        policy, seed = self.policy, self.config.run.training.seed
         number = step.iteration if self.is_exact else step.iteration // self._epochs_per_set
         chosen = nth_batch(len(self.inputs.questions), policy.questions_per_step, number, seed, "questions")
         planned = self.forks.plan(step, [self.inputs.questions[q] for q in chosen])
@@ -84,7 +84,7 @@ class GFPO(PolicyObjective):
 
     def _objective(self, iteration: int, chosen: Sequence[int], logp_QN: np.ndarray) -> ForkObjective:
         """What is maximised and its derivative by `logp_QN`, for the chosen questions."""
-        inputs, seed = self.inputs, self.config.training.seed
+        inputs, seed = self.inputs, self.config.run.training.seed
         assert self.reference.fork_QN is not None
         reference_QN = self.reference.fork_QN[chosen]
         if self.is_exact:

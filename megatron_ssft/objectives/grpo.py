@@ -40,7 +40,7 @@ class GRPO(PolicyObjective):
 
     def decide(self, step: StepContext) -> Decision:
         """All completions of the step's questions."""
-        per_step, seed = self.policy.questions_per_step, self.config.training.seed
+        per_step, seed = self.policy.questions_per_step, self.config.run.training.seed
         drawn = nth_batch(len(self.inputs.questions), per_step, step.iteration, seed, "questions")
         chosen = list(dict.fromkeys(drawn))  # over the border of an epoch a question may come twice
         which = [number for q in chosen for number in self.groups[q]]

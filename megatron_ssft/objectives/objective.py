@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import TrainingRun
 from megatron_ssft.formats.run_folder import METRICS
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -88,10 +88,11 @@ class Report:
     """Lines for a person."""
 
 
+ConfigT = TypeVar("ConfigT", bound=TrainingRun)
 DecisionT = TypeVar("DecisionT", bound=Decision)
 
 
-class Objective(abc.ABC, Generic[DecisionT]):
+class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
     """Decides what every step trains. Collective throughout: all ranks call the same methods in the same order."""
 
     log_files: ClassVar[tuple[str, ...]] = (METRICS,)
@@ -101,7 +102,7 @@ class Objective(abc.ABC, Generic[DecisionT]):
     last_layers: int | None = None
     """How many of the last layers train, beside the tags' rows; None: everything."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+    def __init__(self, config: ConfigT, vocabulary: Vocabulary, topology: Topology) -> None:
         """Read and check all input. There is no model yet. Raises UserError."""
         self.config = config
         self.vocabulary = vocabulary
@@ -115,8 +116,8 @@ class Objective(abc.ABC, Generic[DecisionT]):
 
     def train_iters(self, iteration: int) -> int:
         """Optimizer steps of the whole run, `iteration` of them done."""
-        assert self.config.training.train_iters is not None, "an objective that counts epochs says how many steps"
-        return self.config.training.train_iters
+        assert self.config.run.training.train_iters is not None, "an objective that counts epochs says how many steps"
+        return self.config.run.training.train_iters
 
     def is_over(self) -> bool:
         """Whether the run is to end before its last step; the same answer on every rank."""

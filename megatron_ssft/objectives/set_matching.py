@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.matching.approximation import AssignmentStore, assignment_regret, is_certain, known_cost
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
 from megatron_ssft.objectives.objective import StepContext
@@ -41,10 +41,10 @@ class Matched:
 class SetMatching:
     """Matches the questions of a batch, each on its own; the same on every rank."""
 
-    def __init__(self, config: Config, tags: ForkingTokens) -> None:
+    def __init__(self, config: SSFTConfig, tags: ForkingTokens) -> None:
         self.config = config.matching
         self.tags = tags
-        self.matcher = Matcher(config.matching.matching, tags.num_tags, config.training.seed)
+        self.matcher = Matcher(config.matching.matching, tags.num_tags, config.run.training.seed)
         self.store = AssignmentStore(config.matching.matching_interval)
 
     def match(self, step: StepContext, batch: QuestionBatch) -> Matched:
@@ -117,8 +117,9 @@ class SetMatching:
             certain = sum(t is not None for t in tags) - reused
         self._settle(step, batch, tags, self._all_tokens, matched)
         for visit, tokenized, chosen in zip(batch.visits, batch.sets, tags):
+            assert chosen is not None, "every question is settled by now"
             self.store.remember(visit.epoch, tokenized, chosen)
-        matched.assignments = [Assignment(chosen) for chosen in tags]
+            matched.assignments.append(Assignment(chosen))
         matched.figures = {"matching_reused": reused, "matching_certain": certain}
         return matched
 
@@ -149,7 +150,7 @@ class SetMatching:
     ) -> Sequence[tuple[int, ...] | None]:
         """The assignment by the first tokens where the rest could hardly change it, else None."""
         first, certainty = self.config.matching_first_tokens, self.config.matching_certainty
-        assert first is not None
+        assert first is not None and certainty is not None
         costs = self.costs(step, batch, matched, first)
 
         def decide() -> list[list[int] | None]:
@@ -220,8 +221,9 @@ def assignment_rows(
 
 def matching_figures(assignments: list[Assignment]) -> dict[str, float | None]:
     """Cost and gap in nats per question, totals over its traces, where costs were evaluated."""
-    measured = [a for a in assignments if a.cost_NM is not None]
+    costs = [a.cost for a in assignments if a.cost is not None]
+    gaps = [assignment_gap(a.cost_NM) for a in assignments if a.cost_NM is not None]
     return {
-        "matching_cost": float(np.mean([a.cost for a in measured])) if measured else None,
-        "matching_gap": float(np.mean([assignment_gap(a.cost_NM) for a in measured])) if measured else None,
+        "matching_cost": float(np.mean(costs)) if costs else None,
+        "matching_gap": float(np.mean(gaps)) if gaps else None,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSIGNMENTS, METRICS
 from megatron_ssft.layouts.padded import loss_denominator
@@ -31,22 +31,22 @@ class SetDecision(Decision):
     assignments: list[Assignment]
 
 
-class SSFT(Objective[SetDecision]):
+class SSFT(Objective[SSFTConfig, SetDecision]):
     """Each trace of a question is trained under the tag that an optimal matching gives it."""
 
     log_files = (METRICS, ASSIGNMENTS)
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+    def __init__(self, config: SSFTConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         super().__init__(config, vocabulary, topology)
         self.tags = vocabulary.tags
         if self.tags.num_tags == 0:
             raise UserError("--num-forking-tokens 0: there is nothing to train the traces under; give at least 1")
         self.sets = TrainingSets(config, vocabulary, topology)
         self.matching = SetMatching(config, self.tags)
-        self.watch = CollapseWatch(self.tags.num_tags, mode=config.matching.matching, seed=config.training.seed)
+        self.watch = CollapseWatch(self.tags.num_tags, mode=config.matching.matching, seed=config.run.training.seed)
         self.cut = SequenceCut(
             train_forking_token=config.data.train_forking_token,
-            loss_normalization=config.training.loss_normalization,
+            loss_normalization=config.batches.loss_normalization,
         )
 
     # -- Algorithm 1 ---------------------------------------------------------------------------------------------
@@ -116,22 +116,22 @@ class SSFT(Objective[SetDecision]):
     def _evaluation_is_due(self, step: StepContext) -> bool:
         if self.sets.held_out is None:
             return False
-        every = self.config.logging.eval_interval
+        every = self.config.data.eval_interval
         return step.iteration == step.train_iters or (every is not None and step.iteration % every == 0)
 
     def evaluate(self, step: StepContext) -> Figures:
         """Loss on the held-out questions, each trace under its matched tag, with the matching's own figures."""
         loss = denominator = cost = gap = 0.0
         questions = 0
-        limit = self.config.logging.eval_questions or len(self.sets.held_out or ())
-        for batch in self.sets.held_out_batches(limit, self.config.training.global_batch_size):
+        limit = self.config.data.eval_questions or len(self.sets.held_out or ())
+        for batch in self.sets.held_out_batches(limit, self.config.batches.global_batch_size):
             assignments = self.matching.optimal(step, batch)
             planned = self.plan(step, batch, assignments)
             loss += step.score(planned).weighted_nll()
             denominator += self.denominator(batch, assignments)
             questions += len(batch.sets)
             for assignment in assignments:
-                if assignment.cost_NM is not None:
+                if assignment.cost is not None and assignment.cost_NM is not None:
                     cost += assignment.cost
                     gap += assignment_gap(assignment.cost_NM)
         figures: Figures = {"eval_loss": loss / denominator}
@@ -143,7 +143,7 @@ class SSFT(Objective[SetDecision]):
 
     def train_iters(self, iteration: int) -> int:
         """--train-iters, else as many steps as the epochs have; the batch size may have changed since the start."""
-        return self.config.training.train_iters or iteration + self.sets.queue.remaining_batches()
+        return self.config.run.training.train_iters or iteration + self.sets.queue.remaining_batches()
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import Float16Module
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.parallel.model.gpt import SetGPTModel
 
 _NOBODY = "nobody"
@@ -22,7 +22,7 @@ _MASTERS = "fp32_from_fp16_params"
 """Mixed precision's own copies of the parameters, a list for every group."""
 
 
-def wrap_chunks(chunks: list[SetGPTModel], config: Config) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: list[SetGPTModel], config: RunConfig) -> list[DistributedDataParallel]:
     """Mixed precision and data parallelism around every chunk; gradients are summed in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -45,7 +45,7 @@ def wrap_chunks(chunks: list[SetGPTModel], config: Config) -> list[DistributedDa
     return wrapped
 
 
-def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
     """AdamW; --forking-token-lr-mult applies to the parameters named forking_rows."""
     training, parallel = config.training, config.parallel
     optimizer_config = OptimizerConfig(
@@ -74,7 +74,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> M
     return get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
 
 
-def set_hyperparameters(optimizer: MegatronOptimizer, config: Config, lr: float) -> None:
+def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig, lr: float) -> None:
     """Put this step's learning rate and the configured AdamW constants into every parameter group.
 
     All of them, every step: groups restored from a checkpoint carry the values of the run that saved it.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.cpu_backend import install_cpu_backend
 
@@ -58,7 +58,7 @@ def launch_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def check_world_size(config: Config, world_size: int) -> None:
+def check_world_size(config: RunConfig, world_size: int) -> None:
     """Raise UserError unless the ranks can be arranged as the configuration asks."""
     size = config.parallel.model_parallel_size
     if world_size % size != 0:
@@ -85,7 +85,7 @@ def _choose_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def initialize_topology(config: Config) -> Topology:
+def initialize_topology(config: RunConfig) -> Topology:
     """Join the process group and build Megatron's parallel groups: NCCL with CUDA, gloo without."""
     rank, world_size, local_rank = launch_environment()
     check_world_size(config, world_size)
@@ -124,7 +124,7 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H20": 148, "A100": 312, 
 """Dense bfloat16 TFLOP/s by what a GPU's name contains, from NVIDIA's data sheets (SXM where they differ)."""
 
 
-def job_peak_flops(config: Config, topology: Topology) -> float | None:
+def job_peak_flops(config: RunConfig, topology: Topology) -> float | None:
     """Peak FLOP/s of all GPUs of the job, for MFU; None on the CPU and for a GPU that is not known."""
     tflops = config.logging.gpu_peak_tflops
     if tflops is None and topology.device.type == "cuda" and config.parallel.bf16:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.tensor_map import hf_tensors
 from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
@@ -49,7 +49,7 @@ class LogitReport:
 
 
 def verify_logits(
-    config: Config,
+    config: RunConfig,
     topology: Topology,
     tags: ForkingTokens,
     vocab_size: int,
@@ -86,7 +86,7 @@ def verify_logits(
     return report
 
 
-def _layers_that_fit(config: Config) -> int:
+def _layers_that_fit(config: RunConfig) -> int:
     """Layers whose float32 copy takes half of the free memory: whole on the host, this rank's shard on a GPU."""
     model, parallel = config.model, config.parallel
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in hf_tensors(model).items()}

@@ -66,7 +66,7 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
 
     on_first_rank(prepare, topology)
     fold_forking_rows(engine.chunks)
-    sharded = _sharded_state(engine, is_loading=False, weights_only=engine.optimizer is None)
+    sharded = _sharded_state(engine, is_loading=False, weights_only=not engine.is_started)
     try:
         dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
     except CheckpointException as error:
@@ -116,7 +116,7 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
         damaged and f"{folder}: weights are damaged: {damaged} holds NaN or infinity; load another checkpoint",
         engine.topology,
     )
-    if engine.optimizer is None:
+    if not engine.is_started:
         return
     if weights_only:
         engine.optimizer.reload_model_params()

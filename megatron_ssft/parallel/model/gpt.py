@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention.kernels import CoreAttention, StreamParams
 from megatron_ssft.parallel.model.forking_rows import ForkingRows
@@ -25,7 +25,7 @@ from megatron_ssft.parallel.model.marks import mark
 from megatron_ssft.parallel.model.norm import Norm
 
 
-def padded_vocab_size(vocab_size: int, config: Config) -> int:
+def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     """`vocab_size` rounded up to --make-vocab-size-divisible-by and to the tensor-parallel size.
 
     For divisors that the tensor-parallel size divides, the result is the same at every layout.
@@ -34,7 +34,7 @@ def padded_vocab_size(vocab_size: int, config: Config) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(config: Config) -> TransformerConfig:
+def transformer_config(config: RunConfig) -> TransformerConfig:
     """Our configuration in megatron-core's terms; fusions that need CUDA extensions are off with the local layers."""
     model, parallel = config.model, config.parallel
     use_te = model.transformer_impl == "transformer_engine"
@@ -85,7 +85,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def layer_spec(config: Config, core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def layer_spec(config: RunConfig, core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers this pipeline stage builds, with the implementation --transformer-impl names."""
     if config.model.transformer_impl == "transformer_engine":
         spec, final_norm = _transformer_engine_spec(config)
@@ -95,7 +95,7 @@ def layer_spec(config: Config, core: TransformerConfig, vp_stage: int | None) ->
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
 
 
-def _local_spec(config: Config) -> object:
+def _local_spec(config: RunConfig) -> object:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_layernorm, normalization=config.model.normalization)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
@@ -104,7 +104,7 @@ def _local_spec(config: Config) -> object:
     return spec
 
 
-def _transformer_engine_spec(config: Config) -> tuple[object, type]:
+def _transformer_engine_spec(config: RunConfig) -> tuple[object, type]:
     if not torch.cuda.is_available():
         raise UserError("--transformer-impl transformer_engine needs CUDA; use --transformer-impl local")
     try:
@@ -143,7 +143,7 @@ class SetGPTModel(GPTModel):
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         core: TransformerConfig,
         vocab_size: int,
         row_ids: tuple[int, ...],
@@ -157,7 +157,7 @@ class SetGPTModel(GPTModel):
             config=core,
             transformer_layer_spec=layer_spec(config, core, vp_stage),
             vocab_size=padded,
-            max_sequence_length=config.data.seq_length,
+            max_sequence_length=config.tokenizer.seq_length,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=tied,
@@ -262,7 +262,7 @@ class SetGPTModel(GPTModel):
         return self.head.nll(chosen, weight, targets, rows)
 
 
-def build_model_chunks(config: Config, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:
+def build_model_chunks(config: RunConfig, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:
     """This rank's model chunks: one, or as many as the virtual pipeline asks for. Weights are not initialised."""
     core = transformer_config(config)
     stages: list[int | None] = (
