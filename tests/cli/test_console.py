@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import pkgutil
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +155,14 @@ def test_stages_are_commands():
     for words in stages:
         place = list(words).index("megatron_ssft.cli")
         assert words[place - 1] == "-m" and words[place + 1] in COMMANDS
+
+
+def test_sigterm_ends_the_demo_so_that_it_can_end_its_stages():
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, demo.ended_by_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
 
 
 # -- outside the repository ------------------------------------------------------------------------------------------
