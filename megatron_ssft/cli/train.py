@@ -1,4 +1,10 @@
-"""Train a GPT by Set Supervised Fine-Tuning. `--help` lists the flags, `--dry-run` shows what they amount to."""
+"""Train a GPT by Set Supervised Fine-Tuning (SSFT). `--dry-run` shows what the flags amount to.
+
+    torchrun --nproc-per-node 2 -m megatron_ssft.cli train --data-path train.jsonl --save RUN --load HF_DIR \\
+        --tensor-model-parallel-size 2 --num-forking-tokens 6 --train-epochs 4
+
+Started again with --load RUN --save RUN it goes on from the newest checkpoint. SIGTERM saves one and ends the run.
+"""
 
 from __future__ import annotations
 

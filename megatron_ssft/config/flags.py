@@ -53,6 +53,7 @@ def build_parser(
         prog=prog,
         usage="%(prog)s [--help] [--config FILE] [--dry-run] [--FLAG VALUE ...]",  # of a hundred, --help tells
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
