@@ -1,7 +1,7 @@
-"""What a run writes beside its checkpoints: JSONL files, TensorBoard, W&B, a progress bar or plain lines.
+"""A run's log: JSONL files, TensorBoard, W&B, a progress bar or plain lines.
 
-Only the first rank writes. The JSONL files are cut back to the checkpoint a run resumes from, so that a joined run
-reads like an uninterrupted one.
+Only the first rank writes; the others have a `NullLog`. The JSONL files are cut back to the checkpoint that a run
+resumes from, so that a joined run reads like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -9,16 +9,53 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Protocol
 
+from msgspec import Struct
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ssft.config import LoggingConfig
+from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
+from megatron_ssft.formats.jsonl import to_object
+from megatron_ssft.formats.metrics import METRICS
 from megatron_ssft.records import Assignment, QuestionBatch
 
-METRICS, ASSIGNMENTS = "metrics.jsonl", "assignments.jsonl"
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Row = Struct | Mapping[str, object]
+"""A record of formats/, or the same as a mapping: figures of an objective that has no record yet."""
+Fields = Mapping[str, object]
+
+
+class WandbRun(Protocol):
+    """The part of W&B's run that is used; the package is optional and has no stubs here."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Log(Protocol):
+    """What a trainer may do with its log, on every rank."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+
+    def step(self, row: Row) -> None:
+        """Log one optimizer step."""
+
+    def assignments(self, iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> None:
+        """Log the step's assignments, one line per question."""
+
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        """Append lines to one of the files."""
+
+    def sync(self) -> None:
+        """Bring the files onto the disk."""
 
 
 class RunLog:
@@ -31,7 +68,7 @@ class RunLog:
         first_iteration: int,
         train_iters: int,
         files: Sequence[str] = (METRICS, ASSIGNMENTS),
-        line: Callable[[dict[str, object]], str] | None = None,
+        line: Callable[[Fields], str] | None = None,
     ) -> None:
         """
         Args:
@@ -41,8 +78,9 @@ class RunLog:
         """
         self._line = line or step_line
         self.console = Console()
-        self._files = {}
-        self._tensorboard = self._wandb = None
+        self._files: dict[str, IO[str]] = {}
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: WandbRun | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for name in files:
@@ -84,33 +122,34 @@ class RunLog:
             self._wandb.finish()
 
     def say(self, text: str) -> None:
-        """One line on the terminal or in the job's log."""
+        """Print one line on the terminal or into the job's log."""
         if self.console.is_terminal:
             self.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
 
-    def step(self, metrics: dict[str, object]) -> None:
+    def step(self, row: Row) -> None:
         """Log one optimizer step everywhere."""
-        self.rows(METRICS, [metrics])
-        iteration = metrics["iteration"]
-        values = {k: v for k, v in metrics.items() if k != "iteration" and isinstance(v, int | float)}
+        fields = _fields(row)
+        self.rows(METRICS, [fields])
+        iteration = int(_number(fields, "iteration"))
+        values = {k: v for k, v in fields.items() if k != "iteration" and isinstance(v, int | float)}
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
         self._progress.update(self._task, completed=iteration)
-        self.say(self._line(metrics))
+        self.say(self._line(fields))
 
     def assignments(self, iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> None:
-        """One line a question: which tag each trace got and the cost matrix it was chosen by."""
+        """Log which tag each trace got and the cost matrix it was chosen by, one line per question."""
         self.rows(ASSIGNMENTS, assignment_rows(iteration, batch, assignments))
 
-    def rows(self, name: str, rows: Iterable[dict[str, object]]) -> None:
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
         """Append lines to one of the files; each has the `iteration` that it belongs to."""
         if name in self._files:
-            self._files[name].writelines(json.dumps(row) + "\n" for row in rows)
+            self._files[name].writelines(json.dumps(_fields(row)) + "\n" for row in rows)
             self._files[name].flush()
 
     def sync(self) -> None:
@@ -119,8 +158,32 @@ class RunLog:
             os.fsync(file.fileno())
 
 
+class NullLog:
+    """A log that keeps nothing: that of all ranks but the first. Use as a context manager."""
+
+    def __enter__(self) -> NullLog:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+    def step(self, row: Row) -> None:
+        """Log nothing."""
+
+    def assignments(self, iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> None:
+        """Log nothing."""
+
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        """Write nothing; `rows` are not even made."""
+
+    def sync(self) -> None:
+        """Nothing is to be brought onto the disk."""
+
+
 class NoLog:
-    """What ranks other than the first open instead of a log."""
+    """A log that is None: for trainers that ask whether there is one."""
 
     def __enter__(self) -> None:
         return None
@@ -128,65 +191,67 @@ class NoLog:
     def __exit__(self, *_: object) -> None: ...
 
 
-def assignment_rows(iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> Iterable[dict[str, object]]:
-    """Rows of assignments.jsonl. `tags` are 0-based rows of `cost`: tag k is written <think{k+1}>."""
-    for visit, tokenized, assignment in zip(batch.visits, batch.sets, assignments):
-        cost = None if assignment.cost_NM is None else [[round(float(c), 6) for c in row] for row in assignment.cost_NM]
-        yield {
-            "iteration": iteration,
-            "epoch": visit.epoch,
-            "id": tokenized.id,
-            "tags": [int(tag) for tag in assignment.tags],
-            "sources": list(tokenized.sources),
-            "cost": cost,
-        }
+def _fields(row: Row) -> dict[str, object]:
+    return to_object(row) if isinstance(row, Struct) else dict(row)
 
 
-def step_line(m: dict[str, object]) -> str:
-    """One step for a person."""
-    matching = ""
-    if m["matching_cost"] is not None:
-        matching = f" | matching cost {m['matching_cost']:.4f} gap {m['matching_gap']:.4f}"
-    if m.get("eval_loss") is not None:
-        matching += f" | eval loss {m['eval_loss']:.4f}"
-    if m.get("matching_regret") is not None:
-        saved = m["exact_matching_seconds"] - m["matching_seconds"]
-        matching += f" | regret {m['matching_regret']:.4f} a question, saving {saved:.2f} s"
-    share = m["matching_seconds"] / m["seconds"] if m["seconds"] else 0.0
-    mfu = f" | MFU {m['mfu']:.1%}" if m.get("mfu") is not None else ""
-    return (
-        f"step {m['iteration']:>6} | loss {m['loss']:.4f} | lr {m['lr']:.3e} | grad norm {m['grad_norm']:.3f}{matching}"
-        f" | PAD {m['pad_sequences']}/{m['pad_lower_bound']} makespan {m['makespan_over_bound']:.3f}"
-        f" | {m['seconds']:.2f} s ({share:.0%} matching)"
-        f" | {m['sequence_tokens'] / max(m['seconds'], 1e-9):.0f} tokens/s{mfu}"
-    )
+def _number(fields: Fields, name: str) -> float:
+    value = fields[name]
+    assert isinstance(value, int | float), f"{name} is {value!r}"
+    return value
 
 
-def policy_line(m: dict[str, object]) -> str:
-    """One step of policy learning for a person."""
-    parts = [
-        f"step {m['iteration']:>4}",
-        f"loss {m['loss']:.4f}",
-        f"lr {m['lr']:.2e}",
-        f"grad norm {m['grad_norm']:.3f}",
-    ]
-    if "reward_uniform" in m:
-        parts.append(
-            f"reward {m['reward']:.4f} (uniform {m['reward_uniform']:.4f}, best tag {m['reward_best_fixed']:.4f})"
-        )
-        parts.append(f"entropy {m['entropy']:.3f} kl {m['kl']:.3f} mass {m['mass']:.2g}")
-    else:
-        parts.append(f"reward of the stored samples {m['reward_stored']:.4f} kl {m['kl']:.4f}")
+def step_line(fields: Fields) -> str:
+    """One step for a person; the fields are those of `SSFTMetrics`."""
+
+    def number(name: str) -> float:
+        return _number(fields, name)
+
+    parts = [f"step {number('iteration'):>6}", f"loss {number('loss'):.4f}", f"lr {number('lr'):.3e}"]
+    parts.append(f"grad norm {number('grad_norm'):.3f}")
+    if fields.get("matching_cost") is not None:
+        parts.append(f"matching cost {number('matching_cost'):.4f} gap {number('matching_gap'):.4f}")
+    if fields.get("eval_loss") is not None:
+        parts.append(f"eval loss {number('eval_loss'):.4f}")
+    if fields.get("matching_regret") is not None:
+        saved = number("exact_matching_seconds") - number("matching_seconds")
+        parts.append(f"regret {number('matching_regret'):.4f} per question, saving {saved:.2f} s")
+    seconds = number("seconds")
+    share = number("matching_seconds") / seconds if seconds else 0.0
+    pads = f"PAD {number('pad_sequences')}/{number('pad_lower_bound')}"
+    parts.append(f"{pads} makespan {number('makespan_over_bound'):.3f}")
+    parts.append(f"{seconds:.2f} s ({share:.0%} matching)")
+    parts.append(f"{number('sequence_tokens') / max(seconds, 1e-9):.0f} tokens/s")
+    if fields.get("mfu") is not None:
+        parts.append(f"MFU {number('mfu'):.1%}")
+    return " | ".join(parts)
+
+
+def policy_line(fields: Fields) -> str:
+    """One step of policy learning for a person; the fields are those of `GFPOMetrics` or `GRPOMetrics`."""
+
+    def number(name: str) -> float:
+        return _number(fields, name)
+
+    parts = [f"step {number('iteration'):>4}", f"loss {number('loss'):.4f}", f"lr {number('lr'):.2e}"]
+    parts.append(f"grad norm {number('grad_norm'):.3f}")
+    if "reward_uniform" in fields:
+        others = f"(uniform {number('reward_uniform'):.4f}, best tag {number('reward_best_fixed'):.4f})"
+        parts.append(f"reward {number('reward'):.4f} {others}")
+        parts.append(f"entropy {number('entropy'):.3f} kl {number('kl'):.3f} mass {number('mass'):.2g}")
+    elif "reward_stored" in fields:
+        parts.append(f"reward of the stored samples {number('reward_stored'):.4f} kl {number('kl'):.4f}")
+    shift = "completion_nll_shift" if "completion_nll_shift" in fields else "rescored_nll_shift"
     for name, text in (
         ("clip_fraction", "clipped {:.1%}"),
         ("anchor_kl", "anchor kl {:.4f}"),
-        ("completion_nll_shift" if "completion_nll_shift" in m else "rescored_nll_shift", "NLL of completions {:+.4f}"),
+        (shift, "NLL of completions {:+.4f}"),
         ("effective_sample_size", "effective samples {:.0%}"),
         ("mfu", "MFU {:.1%}"),
     ):
-        if name in m:
-            parts.append(text.format(m[name]))
-    return " | ".join([*parts, f"{m['seconds']:.2f} s"])
+        if name in fields:
+            parts.append(text.format(number(name)))
+    return " | ".join([*parts, f"{number('seconds'):.2f} s"])
 
 
 def truncate_from(path: Path, iteration: int) -> None:
@@ -204,6 +269,6 @@ def truncate_from(path: Path, iteration: int) -> None:
 
 def _is_before(line: bytes, iteration: int) -> bool:
     try:
-        return json.loads(line)["iteration"] < iteration
+        return bool(json.loads(line)["iteration"] < iteration)
     except (ValueError, KeyError, TypeError):
         return False
