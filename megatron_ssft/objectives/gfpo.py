@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig
+from megatron_ssft.formats.metrics import GFPOMetrics
 from megatron_ssft.objectives.formulas.forking_policy import (
     ForkCoefficients,
     ForkObjective,
@@ -31,6 +32,8 @@ from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 class GFPO(PolicyObjective):
     """The policy over the tags, exact or from drawn tags (--objective gfpo-exact, gfpo-sampled)."""
+
+    metrics = GFPOMetrics
 
     def __init__(self, config: GFPOConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         super().__init__(config, vocabulary, topology)
@@ -68,7 +71,7 @@ class GFPO(PolicyObjective):
             if anchored:
                 row |= self._anchor_figures(sums, anchored)
                 row["loss"] += policy.anchor_coef * row["anchor_kl"]
-            return row | self.scoring_figures(step.accountant.forward(planned.plan))
+            return row | self.common_figures(step.accountant.forward(planned.plan))
 
         return Decision(
             terms=terms,

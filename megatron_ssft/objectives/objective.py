@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from msgspec import Struct
+
 from megatron_ssft.config import TrainingRun
-from megatron_ssft.formats.run_folder import METRICS
+from megatron_ssft.formats.metrics import METRICS
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.loss_terms import LossTerm
@@ -82,8 +84,8 @@ class Report:
 
     figures: Figures = field(default_factory=dict)
     """After a step: more figures for its line in metrics.jsonl."""
-    rows: list[tuple[str, list[Figures]]] = field(default_factory=list)
-    """(one of `log_files`, lines for it)"""
+    rows: list[tuple[str, Sequence[Struct]]] = field(default_factory=list)
+    """(one of `log_files`, records of its lines)"""
     remarks: list[str] = field(default_factory=list)
     """Lines for a person."""
 
@@ -97,6 +99,8 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
 
     log_files: ClassVar[tuple[str, ...]] = (METRICS,)
     """JSONL files that it writes into the run's folder; each line has the `iteration` that it belongs to."""
+    metrics: ClassVar[type[Struct] | None] = None
+    """Record of a line of metrics.jsonl (formats/metrics.py); None: whatever figures there are."""
     continues_elsewhere: ClassVar[bool] = True
     """Whether a run may go on in another --save folder than the one it is loaded from."""
     last_layers: int | None = None
@@ -169,6 +173,6 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
         """Further first lines: what was left out, what is unusual."""
         return ()
 
-    def line(self, row: Figures) -> str:
+    def line(self, row: Mapping[str, Any]) -> str:
         """A step for a person."""
         return f"step {row['iteration']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.3e} | {row['seconds']:.2f} s"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,22 +201,6 @@ def cost_matrices(planned: PlannedBatch, nll_sums: np.ndarray) -> list[np.ndarra
             costs[spec.question][spec.tag, spec.trace] = nll_sum / spec.num_scored
     assert planned.scored_as is not None, "the plan of a cost pass says which trace stands for which"
     return [cost[:, list(places)] for cost, places in zip(costs, planned.scored_as)]
-
-
-def assignment_rows(
-    iteration: int, batch: QuestionBatch, assignments: Sequence[Assignment]
-) -> Iterator[dict[str, Any]]:
-    """Rows of assignments.jsonl. `tags` are 0-based rows of `cost`: tag k is written <think{k+1}>."""
-    for visit, tokenized, assignment in zip(batch.visits, batch.sets, assignments):
-        cost = None if assignment.cost_NM is None else [[round(float(c), 6) for c in row] for row in assignment.cost_NM]
-        yield {
-            "iteration": iteration,
-            "epoch": visit.epoch,
-            "id": tokenized.id,
-            "tags": [int(tag) for tag in assignment.tags],
-            "sources": list(tokenized.sources),
-            "cost": cost,
-        }
 
 
 def matching_figures(assignments: list[Assignment]) -> dict[str, float | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
+
 from megatron_ssft.config import SSFTConfig, TrainingRun
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.formats.files import write_durably
@@ -31,7 +33,7 @@ from megatron_ssft.training.resume import (
     resumable,
     run_state,
 )
-from megatron_ssft.training.run_log import NoLog, RunLog
+from megatron_ssft.training.run_log import Log, NullLog, RunLog
 from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.weights import take_weights
 
@@ -129,33 +131,31 @@ class Trainer:
                     saved_at = self._save(log)
             if checkpoint.save and saved_at != self.iteration:
                 self._save(log)
-            if log is not None:
-                end = "stopped by SIGTERM" if stopped else "finished"
-                log.say(f"{end} at step {self.iteration} of {self.train_iters}")
+            end = "stopped by SIGTERM" if stopped else "finished"
+            log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
 
-    def _advance(self, log: RunLog | None) -> None:
+    def _advance(self, log: Log) -> None:
         """A step, and its lines in the log."""
         self._write(log, self.objective.before_step(self.context()))
         decision, row = self.train_step()
         report = self.objective.after_step(self.context(), decision)
         self._write(log, report, row)
 
-    @staticmethod
-    def _write(log: RunLog | None, report: Report, row: Figures | None = None) -> None:
-        if log is None:
-            return
+    def _write(self, log: Log, report: Report, row: Figures | None = None) -> None:
         for file, rows in report.rows:
             log.rows(file, rows)
-        if row is not None:
-            log.step(row | report.figures)
+        if row is not None and self.topology.is_first_rank:
+            figures = row | report.figures
+            record = self.objective.metrics
+            log.step(figures if record is None else msgspec.convert(figures, record))
         for remark in report.remarks:
             log.say(remark)
 
-    def _open_log(self, folder: Path | None) -> RunLog | NoLog:
+    def _open_log(self, folder: Path | None) -> RunLog | NullLog:
         """JSONL files, trackers and progress; nothing on ranks other than the first."""
         if not self.topology.is_first_rank:
-            return NoLog()
+            return NullLog()
         return RunLog(
             folder,
             self.config.run.logging,
@@ -165,10 +165,8 @@ class Trainer:
             line=self.objective.line,
         )
 
-    def _greet(self, log: RunLog | None, folder: Path | None) -> None:
+    def _greet(self, log: Log, folder: Path | None) -> None:
         """What is trained, on what, how; and the configuration that a later run goes on with."""
-        if log is None:
-            return
         if folder is not None:
             write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
         log.say(f"{self.objective.introduction()} | {self._describe_job()}")
@@ -264,18 +262,16 @@ class Trainer:
         export = checkpoint_folder(self.folder, self.iteration) / ASSETS
         return not on_first_rank(export.is_dir, self.topology)
 
-    def _save(self, log: RunLog | None) -> int:
+    def _save(self, log: Log) -> int:
         begin = time.perf_counter()
-        if log is not None:
-            log.sync()
+        log.sync()
         folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
-        if log is not None:
-            log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
+        log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
         if self.config.run.checkpoint.export_hf_at_save:
             self._export(folder, log)
         return self.iteration
 
-    def _export(self, folder: Path, log: RunLog | None) -> None:
+    def _export(self, folder: Path, log: Log) -> None:
         begin = time.perf_counter()
         report = export_hf(
             self.engine,
@@ -285,6 +281,5 @@ class Trainer:
             target=folder / ASSETS,
             verify_with=folder if self.config.run.checkpoint.verify_hf else None,
         )
-        if log is not None:
-            verified = f"verified: {report}" if report is not None else "not verified"
-            log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")
+        verified = f"verified: {report}" if report is not None else "not verified"
+        log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")

@@ -6,7 +6,7 @@ The reference is asked once, before the first step, by the engine itself; its an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import numpy as np
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.errors import UserError, shared_error
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import FINISHED, METRICS, POLICY
+from megatron_ssft.formats.metrics import METRICS
+from megatron_ssft.formats.policy import PolicyLine, Split, policy_lines
+from megatron_ssft.formats.run_folder import FINISHED, POLICY
 from megatron_ssft.objectives.formulas.drift import measure_drift
 from megatron_ssft.objectives.formulas.forking_policy import log_policy
 from megatron_ssft.objectives.objective import Decision, Figures, LoadWeights, Objective, Report, StepContext
@@ -30,8 +32,10 @@ from megatron_ssft.objectives.policy.reference import (
     stored_index,
     write_reference,
 )
+from megatron_ssft.objectives.step_lines import policy_line
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import TokenizedSet
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 _ENOUGH_MASS = 0.9
@@ -163,22 +167,25 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
         """Lines of policy.jsonl: the probability of every tag for every question. Collective."""
         if self.policy.objective == "grpo":
             return Report()
-        rows: list[Figures] = []
-        for split, questions in (("train", self.inputs.questions), ("eval", self.inputs.held_out)):
+        rows: list[PolicyLine] = []
+        splits: tuple[tuple[Split, Sequence[TokenizedSet]], ...] = (
+            ("train", self.inputs.questions),
+            ("eval", self.inputs.held_out),
+        )
+        for split, questions in splits:
             if not questions:
                 continue
             log_pi_QN, log_mass_Q = log_policy(self.forks.logp(step, questions))
             if split == "train" and step.iteration:
                 self.mass = float(np.exp(log_mass_Q).mean())
-            rows += [
-                {"iteration": step.iteration, "split": split, "id": q.id, "policy": pi_N.tolist(), "mass": mass}
-                for q, pi_N, mass in zip(questions, np.exp(log_pi_QN), np.exp(log_mass_Q).tolist())
-            ]
+            ids = [question.id for question in questions]
+            rows += policy_lines(step.iteration, split, ids, np.exp(log_pi_QN), np.exp(log_mass_Q).tolist())
         return Report(rows=[(POLICY, rows)])
 
-    def scoring_figures(self, flops: float) -> Figures:
-        """FLOPs of scoring; those of a partly frozen model are not counted."""
-        return {} if self.last_layers is not None else {"scoring_flops": flops}
+    def common_figures(self, scoring_flops: float) -> Figures:
+        """The objective's name, and FLOPs of scoring; those of a partly frozen model are not counted."""
+        name = {"objective": self.policy.objective}
+        return name if self.last_layers is not None else name | {"scoring_flops": scoring_flops}
 
     def end(self, step: StepContext) -> None:
         """Say how seldom the model begins with a tag, and that the run is finished, if it is."""
@@ -245,29 +252,5 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
     def notes(self) -> Sequence[str]:
         return (*self.inputs.notes, *([self._remark] if self._remark else []))
 
-    def line(self, row: Figures) -> str:
-        parts = [
-            f"step {row['iteration']:>4}",
-            f"loss {row['loss']:.4f}",
-            f"lr {row['lr']:.2e}",
-            f"grad norm {row['grad_norm']:.3f}",
-        ]
-        if "reward_uniform" in row:
-            parts.append(
-                f"reward {row['reward']:.4f} (uniform {row['reward_uniform']:.4f}, "
-                f"best tag {row['reward_best_fixed']:.4f})"
-            )
-            parts.append(f"entropy {row['entropy']:.3f} kl {row['kl']:.3f} mass {row['mass']:.2g}")
-        else:
-            parts.append(f"reward of the stored samples {row['reward_stored']:.4f} kl {row['kl']:.4f}")
-        shift = "completion_nll_shift" if "completion_nll_shift" in row else "rescored_nll_shift"
-        for name, text in (
-            ("clip_fraction", "clipped {:.1%}"),
-            ("anchor_kl", "anchor kl {:.4f}"),
-            (shift, "NLL of completions {:+.4f}"),
-            ("effective_sample_size", "effective samples {:.0%}"),
-            ("mfu", "MFU {:.1%}"),
-        ):
-            if name in row:
-                parts.append(text.format(row[name]))
-        return " | ".join([*parts, f"{row['seconds']:.2f} s"])
+    def line(self, row: Mapping[str, object]) -> str:
+        return policy_line(row)
