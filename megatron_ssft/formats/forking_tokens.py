@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.tokenizer_files import load_tokenizer, read_json, write_json
+from megatron_ssft.tokenizers.tag_entries import load_tokenizer, read_json, write_json
 
 FORKING_TOKENS = "forking_tokens.json"
 

@@ -10,8 +10,8 @@ from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, read_forking_to
 from megatron_ssft.hf.fingerprints import model_fingerprint, tokenizer_fingerprint
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
+from megatron_ssft.tokenizers.tag_entries import read_json
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron_ssft.tokenizers.tokenizer_files import read_json
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import sync_folder
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, write_forking_tokens
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.sentencepiece_files import convert_sentencepiece, piece_names
-from megatron_ssft.tokenizers.tokenizer_files import add_forking_tokens, load_tokenizer, read_json, write_json
+from megatron_ssft.tokenizers.sentencepiece_conversion import convert_sentencepiece, piece_names
+from megatron_ssft.tokenizers.tag_entries import add_forking_tokens, load_tokenizer, read_json, write_json
 
 # tekken.json is left out: where it lies beside a tokenizer.json, machines with mistral-common would read it instead,
 # and it does not know the tags. Code (*.py) is never carried along.

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.assets import TOKENIZER_FILES
 from megatron_ssft.hf.safetensors_io import HFWeights
-from megatron_ssft.tokenizers.tokenizer_files import read_json
+from megatron_ssft.tokenizers.tag_entries import read_json
 
 _BLOCK_BYTES = 1 << 24
 _ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -12,9 +12,9 @@ from megatron_ssft.config import Config, ModelConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.assets import copy_files, ensure_tokenizer_json, replacement
 from megatron_ssft.hf.families import FAMILIES
-from megatron_ssft.tokenizers.sentencepiece_files import PROBES, convert_sentencepiece, piece_names
+from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES, convert_sentencepiece, piece_names
+from megatron_ssft.tokenizers.tag_entries import load_tokenizer, read_json, write_json
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron_ssft.tokenizers.tokenizer_files import load_tokenizer, read_json, write_json
 
 _PROBES = (*PROBES, "e\u0301 ﬁ \u00a0\r\n\t 1234567", "a<|endoftext|>b")
 """More than what is compared elsewhere: letters in two parts, and a text that looks like a special token."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.sentencepiece_files import PROBES
+from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
