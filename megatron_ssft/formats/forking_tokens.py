@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.tag_entries import load_tokenizer, read_json, write_json
+from megatron_ssft.tokenizers.hf_folder import load_tokenizer
 
 FORKING_TOKENS = "forking_tokens.json"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, read_forking_tokens
+from megatron_ssft.formats.hf_json import read_json
 from megatron_ssft.hf.fingerprints import model_fingerprint, tokenizer_fingerprint
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
-from megatron_ssft.tokenizers.tag_entries import read_json
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from megatron_ssft.config import Config, ModelConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.hf.assets import copy_files, ensure_tokenizer_json, replacement
+from megatron_ssft.formats.hf_json import read_json, write_json
+from megatron_ssft.hf.assets import copy_files, replacement
 from megatron_ssft.hf.families import FAMILIES
+from megatron_ssft.tokenizers.hf_folder import ensure_tokenizer_json, load_tokenizer
 from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES, convert_sentencepiece, piece_names
-from megatron_ssft.tokenizers.tag_entries import load_tokenizer, read_json, write_json
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 _PROBES = (*PROBES, "e\u0301 ﬁ \u00a0\r\n\t 1234567", "a<|endoftext|>b")

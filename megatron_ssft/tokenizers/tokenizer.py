@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.hf.assets import copy_assets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_ssft.tokenizers.hf_folder import load_tokenizer
 
 
 class Tokenizer(Protocol):
@@ -152,36 +148,13 @@ class SentencePieceTokenizer:
         return self._fingerprint
 
 
-def _load(folder: Path) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of a folder. Raises UserError."""
-    from huggingface_hub import errors
-    from transformers import AutoTokenizer  # here: takes seconds
-
-    # Configurations that contradict themselves raise an error of their own, which older versions do not have.
-    strict = getattr(errors, "StrictDataclassError", ValueError)
-    with tempfile.TemporaryDirectory() as parent:
-        readable = folder
-        alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-        if alone and (folder / "config.json").is_file():
-            # transformers' own conversion of a SentencePiece model may give other ids; ours is checked against it.
-            readable = Path(parent) / "assets"
-            copy_assets(folder, readable)
-        try:
-            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
-            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(": ")
-            raise UserError(
-                f"--tokenizer-model {folder}: no usable tokenizer: {type(error).__name__}: {reason}"
-            ) from error
-
-
 class HuggingFaceTokenizer:
     """A local Hugging Face folder, read by transformers without network and without code from the folder."""
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise UserError(f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer folder")
-        self._tokenizer = _load(Path(path))
+        self._tokenizer = load_tokenizer(Path(path), Path(path), flag="--tokenizer-model ")
         vocabulary = self._tokenizer.get_vocab()
         # Without vocabulary files some tokenizer classes come up with nothing but their special tokens.
         if not set(vocabulary.values()) - set(self._tokenizer.added_tokens_decoder):
