@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import DataConfig
-from megatron_ssft.data.jsonl import WrongRows, read_examples
+from megatron_ssft.data.examples import WrongRows, read_examples
 from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
 from megatron_ssft.errors import UserError

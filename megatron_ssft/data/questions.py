@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, parse_json, parse_row
+from megatron_ssft.data.examples import RowError, WrongRows, parse_json, parse_row
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import SetExample
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, filled_string, kind_of
+from megatron_ssft.data.examples import RowError, WrongRows, filled_string, kind_of
 from megatron_ssft.datasets.code_benchmarks import humaneval_row, livecodebench_row
 from megatron_ssft.datasets.tables import Progress, Row, check_row, folded, parsed_rows, question_key
 from megatron_ssft.demo.data import write_jsonl

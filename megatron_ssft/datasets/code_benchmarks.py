@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 
-from megatron_ssft.data.jsonl import RowError, filled_string, kind_of
+from megatron_ssft.data.examples import RowError, filled_string, kind_of
 from megatron_ssft.datasets.string_pickle import decode_payload
 from megatron_ssft.datasets.tables import Row
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ssft.data.jsonl import WrongRows
+from megatron_ssft.data.examples import WrongRows
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key
 from megatron_ssft.errors import UserError
 

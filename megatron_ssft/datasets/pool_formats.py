@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron_ssft.data.jsonl import RowError, filled_string, kind_of
+from megatron_ssft.data.examples import RowError, filled_string, kind_of
 from megatron_ssft.datasets.tables import Row, check_row, question_key
 from megatron_ssft.scoring.verifiers.common import last_boxes
 

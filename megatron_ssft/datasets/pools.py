@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
+from megatron_ssft.data.examples import RowError, WrongRows
 from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions, PoolRow, detect_format
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key, total_bytes
 from megatron_ssft.demo.data import write_jsonl

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, kind_of, parse_json, parse_row
+from megatron_ssft.data.examples import RowError, WrongRows, kind_of, parse_json, parse_row
 from megatron_ssft.errors import UserError
 
 Row = dict[str, object]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
+from megatron_ssft.data.examples import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollouts import Rollout, RolloutKey, mark

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ssft.data.jsonl import read_examples
+from megatron_ssft.data.examples import read_examples
 from megatron_ssft.datasets import pools
 from megatron_ssft.datasets.pool_formats import FormatOptions, final_answer, split_reasoning
 from megatron_ssft.datasets.pool_tables import pool_tables

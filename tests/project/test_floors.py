@@ -201,7 +201,7 @@ def plant(root: Path, file: str, source: str) -> list[str]:
 
 
 UPWARD = [
-    ("megatron_ssft/config/model.py", "from megatron_ssft.data.jsonl import read_examples"),
+    ("megatron_ssft/config/model.py", "from megatron_ssft.data.examples import read_examples"),
     ("megatron_ssft/records.py", "def f():\n    import megatron_ssft.training.trainer"),
     ("megatron_ssft/data/cache.py", "from megatron_ssft.parallel import engine"),
     ("megatron_ssft/data/cache.py", "from megatron_ssft import parallel"),
@@ -304,7 +304,7 @@ HARMLESS = [
     "torch.load(path, weights_only=True)",
     "load_checkpoint(engine, run, weights_only=config.finetune)",
     "from megatron_ssft import __version__",
-    "from megatron_ssft.errors import UserError\nfrom megatron_ssft.data.jsonl import read_examples",
+    "from megatron_ssft.errors import UserError\nfrom megatron_ssft.data.examples import read_examples",
     "distributed = 1\nname = 'torch.distributed'",
 ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
-from megatron_ssft.data.jsonl import RowError, WrongRows
+from megatron_ssft.data.examples import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
