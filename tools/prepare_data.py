@@ -14,16 +14,11 @@ split      train.jsonl and heldout.jsonl, no question in both
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import time
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 
 from megatron_ssft.cli.entry import run_command
 from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
@@ -31,9 +26,8 @@ from megatron_ssft.datasets.held_out import split_set
 from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
 from megatron_ssft.datasets.pool_tables import pool_tables
 from megatron_ssft.datasets.pools import PoolOptions, build_pool
-from megatron_ssft.datasets.tables import Progress, total_bytes
-
-PLAIN_SECONDS = 10.0
+from megatron_ssft.datasets.tables import total_bytes
+from megatron_ssft.progress import bytes_read
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,30 +62,11 @@ def day(text: str) -> str:
     return date.fromisoformat(text).isoformat()
 
 
-@contextlib.contextmanager
-def shown_progress(paths: list[Path]) -> Iterator[Progress]:
-    """A bar of the bytes read on a terminal, a plain line now and then elsewhere."""
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    total, last = total_bytes(paths), time.monotonic()
-
-    def show(done: int) -> None:
-        nonlocal last
-        bar.update(task, completed=done)
-        if not console.is_terminal and time.monotonic() - last > PLAIN_SECONDS:
-            last = time.monotonic()
-            console.print(f"read {done >> 20} of {total >> 20} MiB", highlight=False)
-
-    with ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield show
-
-
 def main() -> None:
     """Parse, prepare, say what was made."""
     args = parse()
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    with shown_progress(args.inputs) as progress:
+    with bytes_read(total_bytes(args.inputs)) as progress:
         if args.command == "benchmark":
             options = BenchmarkOptions(args.seed, args.since, args.until)
             count = write_benchmark(args.inputs, args.output, args.format, options, progress)

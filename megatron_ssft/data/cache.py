@@ -25,11 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import DataConfig
-from megatron_ssft.data.examples import WrongRows, read_examples
+from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import sync_folder
+from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron_ssft.config import DataConfig
-from megatron_ssft.data.examples import RowError, WrongRows
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.records import ForkingTokens, SetExample, TokenizedSet, Trace
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 

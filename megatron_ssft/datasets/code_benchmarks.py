@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import json
 
-from megatron_ssft.data.examples import RowError, filled_string, kind_of
 from megatron_ssft.datasets.string_pickle import decode_payload
 from megatron_ssft.datasets.tables import Row
+from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
 
 LIVECODEBENCH_PROMPT = """Write a Python program that solves this problem within its limits.
 

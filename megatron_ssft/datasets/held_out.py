@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ssft.data.examples import WrongRows
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import WrongRows
 
 FILES = ("train.jsonl", "heldout.jsonl")
 

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron_ssft.data.examples import RowError, filled_string, kind_of
+from megatron_ssft.boxed import last_boxes
 from megatron_ssft.datasets.tables import Row, check_row, question_key
-from megatron_ssft.scoring.verifiers.common import last_boxes
+from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
 
 EMPTY = "empty"
 UNFINISHED = "unfinished reasoning"

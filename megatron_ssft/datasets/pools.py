@@ -17,11 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ssft.data.examples import RowError, WrongRows
 from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions, PoolRow, detect_format
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key, total_bytes
-from megatron_ssft.demo.data import write_jsonl
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, write_objects
 
 DUPLICATE = "the same as another one"
 INCORRECT = "incorrect"
@@ -93,7 +92,7 @@ def build_pool(
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             parts = _deal(paths, Path(folder), options, report, progress)
-            write_jsonl(output, _questions(parts, options, report))
+            write_objects(output, _questions(parts, options, report))
     except OSError as error:
         raise UserError(f"{output}: cannot write the set: {error.strerror or error}; give another --output") from error
     return report

@@ -11,7 +11,7 @@ import binascii
 import pickletools
 import zlib
 
-from megatron_ssft.data.examples import RowError
+from megatron_ssft.formats.jsonl import RowError
 
 _STRINGS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _NEUTRAL = ("FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT")

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from megatron_ssft.data.examples import RowError, WrongRows, kind_of, parse_json, parse_row
+from megatron_ssft.data.examples import parse_row
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, kind_of, parse_json
 
 Row = dict[str, object]
 Progress = Callable[[int], None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from megatron_ssft.config import Config
 from megatron_ssft.data.cache import SetDataset, build_dataset
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
+from megatron_ssft.progress import ProgressLines
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
 from megatron_ssft.tokenizers.tokenizer import Tokenizer, build_tokenizer
@@ -74,7 +74,7 @@ def prepare_data(config: Config, vocabulary: Vocabulary) -> dict[str, str]:
                 check_num_tags=config.matching.matching != "single",
                 seed=config.training.seed,
                 cache_dir=cache_folder(config),
-                progress=_Progress(name),
+                progress=ProgressLines(f"tokenizing {name} data: {{done}}/{{total}} questions"),
             )
             folders[name] = str(folder)
     check_batch(config, SetDataset.open(Path(folders["train"])))
@@ -102,16 +102,3 @@ def build_queue(config: Config, dataset: SetDataset) -> QuestionQueue:
         seed=training.seed,
         num_epochs=training.train_epochs,
     )
-
-
-class _Progress:
-    """Plain progress lines of the tokenization, at most one every few seconds."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last > 5.0:
-            self.last = time.monotonic()
-            print(f"tokenizing {self.name} data: {done}/{total} questions", flush=True)
