@@ -93,7 +93,7 @@ def read_benchmark(
     for path, line, row in parsed_rows(paths, parse, wrong, progress):
         if row is None:
             continue
-        place = first_use.setdefault(row["id"], f"{path}:{line}")
+        place = first_use.setdefault(str(row["id"]), f"{path}:{line}")
         if place != f"{path}:{line}":
             wrong.add(path, line, f"question {row['id']!r} is already at {place}; remove one of them")
         yield row

@@ -157,5 +157,5 @@ def humaneval_row(row: Row) -> Row:
 def _helpers(tree: ast.Module, name: str, lines: int) -> str:
     """Imports and functions that the prompt, `lines` long, gives beside the one to be written; some tests call them."""
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-    nodes = [node for node in tree.body if isinstance(node, kinds) and node.end_lineno <= lines]
+    nodes = [node for node in tree.body if isinstance(node, kinds) and (node.end_lineno or 0) <= lines]
     return "".join(f"{ast.unparse(node)}\n" for node in nodes if getattr(node, "name", None) != name)

@@ -6,15 +6,13 @@ installed version (class names, key names), which other versions and other progr
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import sync_folder
+from megatron_ssft.formats.files import new_folder, sync_folder
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, write_forking_tokens
 from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.records import ForkingTokens
@@ -48,28 +46,11 @@ def copy_assets(hf_dir: Path, target: Path) -> None:
     if target.is_dir() and target.samefile(hf_dir):
         return
     try:
-        with replacement(target) as fresh:
+        with new_folder(target) as fresh:
             copy_files(hf_dir, fresh)
             ensure_tokenizer_json(fresh, hf_dir)
     except OSError as error:
         raise UserError(f"{target}: cannot copy the files of {hf_dir}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def replacement(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` where the block ends well; else `target` stays. Raises OSError."""
-    old = target.with_name(f"{target.name}.old")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:
-        fresh = Path(parent) / target.name
-        fresh.mkdir()
-        yield fresh
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    sync_folder(target.parent)
 
 
 def write_assets(
@@ -142,7 +123,8 @@ def _update_config(path: Path, vocab_size: int, torch_dtype: str, tied: bool | N
     config = read_json(path)
     # transformers 5 writes `dtype`, reads both; older versions know `torch_dtype` only.
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
-    updated = {**config, "vocab_size": vocab_size, **dict.fromkeys(names, torch_dtype)}
+    dtypes: dict[str, Any] = dict.fromkeys(names, torch_dtype)
+    updated = {**config, "vocab_size": vocab_size, **dtypes}
     if tied is not None and tied != bool(config.get("tie_word_embeddings")):  # absent is false, in every family
         updated["tie_word_embeddings"] = tied
     if updated != config:

@@ -98,4 +98,4 @@ def _blocks(weights: HFWeights, name: str) -> Iterator[Tensor]:
 def _bytes_of(block: Tensor) -> memoryview:
     import torch
 
-    return memoryview(block.reshape(-1).view(torch.uint8).numpy())
+    return block.reshape(-1).view(torch.uint8).numpy().data

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from megatron_ssft.config import Config, ModelConfig
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import new_folder
 from megatron_ssft.formats.hf_json import read_json, write_json
-from megatron_ssft.hf.assets import copy_files, replacement
+from megatron_ssft.hf.assets import copy_files
 from megatron_ssft.hf.families import FAMILIES
 from megatron_ssft.tokenizers.hf_folder import ensure_tokenizer_json, load_tokenizer
 from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES, convert_sentencepiece, piece_names
@@ -44,6 +45,7 @@ def architecture_of(model: ModelConfig) -> str:
         return "Qwen2ForCausalLM"
     if model.qk_layernorm:
         return "Qwen3ForCausalLM"
+    assert model.hidden_size is not None and model.num_attention_heads is not None, "demanded of every run"
     # The same layers; but transformers refuses a Llama whose width is no multiple of its heads, even with head_dim.
     return "MistralForCausalLM" if model.hidden_size % model.num_attention_heads else "LlamaForCausalLM"
 
@@ -105,7 +107,7 @@ def write_scratch_assets(config: Config, tokenizer: Tokenizer, vocab_size: int, 
     dtype = "bfloat16" if config.parallel.bf16 else "float32"
     settings = hf_config(config.model, vocab_size, config.data.seq_length, dtype)
     kind, source = config.data.tokenizer_type, Path(config.data.tokenizer_model or "")
-    with replacement(Path(target)) as fresh:
+    with new_folder(Path(target)) as fresh:
         # How transformers reads a tokenizer depends on the model it belongs to.
         write_json(fresh / "config.json", settings)
         if kind == "CharTokenizer":

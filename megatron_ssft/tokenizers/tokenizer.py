@@ -128,7 +128,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         # The library drops control pieces; spell them, so that a decoded text shows where a turn ended.
-        text, ordinary = "", []
+        text = ""
+        ordinary: list[int] = []
         for i in (int(i) for i in ids if i < self.vocab_size):
             if self._processor.is_control(i):
                 text += self._processor.decode(ordinary) + self._processor.id_to_piece(i)
@@ -138,8 +139,8 @@ class SentencePieceTokenizer:
         return text + self._processor.decode(ordinary)
 
     def token_to_id(self, token: str) -> int | None:
-        found = self._processor.piece_to_id(token)  # the unknown piece for a stranger
-        return found if self._processor.id_to_piece(found) == token else None
+        piece_id = self._processor.piece_to_id(token)  # the unknown piece for a stranger
+        return piece_id if self._processor.id_to_piece(piece_id) == token else None
 
     def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
         return None
@@ -174,13 +175,16 @@ class HuggingFaceTokenizer:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = [int(i) for i in ids if i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        own = [int(i) for i in ids if i < self.vocab_size]
+        text = self._tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "ids of one text make one text"
+        return text
 
     def token_to_id(self, token: str) -> int | None:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        known = found is not None and (found != self._tokenizer.unk_token_id or token == self._tokenizer.unk_token)
-        return found if known else None
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        assert token_id is None or isinstance(token_id, int), "one token has one id"
+        is_unknown = token_id == self._tokenizer.unk_token_id and token != self._tokenizer.unk_token
+        return None if is_unknown else token_id
 
     def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
         if self._tokenizer.chat_template is None:
@@ -192,6 +196,7 @@ class HuggingFaceTokenizer:
         except (TemplateError, ValueError) as error:  # ValueError: several templates, none of them the default
             reason = " ".join(str(error).split())
             raise UserError(f"the tokenizer's chat template refuses the messages: {reason}") from error
+        assert isinstance(text, str), "not tokenized"
         return self.encode(text)
 
     def fingerprint(self) -> str:
