@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, filled_string, kind_of
 from megatron_ssft.datasets.code_benchmarks import humaneval_row, livecodebench_row
 from megatron_ssft.datasets.tables import Progress, Row, check_row, folded, parsed_rows, question_key
-from megatron_ssft.demo.data import write_jsonl
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, write_objects
 
 MATH_PROMPT = r"""Solve this problem step by step. Write the answer, nothing else, in \boxed{{}} at the very end.
 
@@ -69,7 +68,7 @@ def write_benchmark(
             raise UserError(f"{paths[0]}: no question is left; are --since and --until right?")
 
     try:
-        write_jsonl(output, counted())
+        write_objects(output, counted())
     except OSError as error:
         raise UserError(f"{output}: cannot write the questions: {error.strerror}; give another --output") from error
     return count
@@ -94,7 +93,7 @@ def read_benchmark(
     for path, line, row in parsed_rows(paths, parse, wrong, progress):
         if row is None:
             continue
-        place = first_use.setdefault(row["id"], f"{path}:{line}")
+        place = first_use.setdefault(str(row["id"]), f"{path}:{line}")
         if place != f"{path}:{line}":
             wrong.add(path, line, f"question {row['id']!r} is already at {place}; remove one of them")
         yield row

@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rollouts import Rollout, RolloutKey, mark
 from megatron_ssft.generation.model_folder import ModelFolder
 from megatron_ssft.generation.own_tags import OwnTags

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.collectives import on_first_rank, raise_together
 from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.progress import ProgressLines
 from megatron_ssft.records import QuestionBatch, QuestionVisit
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
@@ -80,7 +80,7 @@ def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
                 check_num_tags=config.matching.matching != "single",
                 seed=config.run.training.seed,
                 cache_dir=cache_folder(config),
-                progress=_Progress(name),
+                progress=ProgressLines(f"tokenizing {name} data: {{done}}/{{total}} questions"),
             )
             folders[name] = str(folder)
     check_batch(config, SetDataset.open(Path(folders["train"])))
@@ -120,16 +120,3 @@ def open_everywhere(folder: str, topology: Topology) -> SetDataset:
     raise_together(error, topology)
     assert dataset is not None
     return dataset
-
-
-class _Progress:
-    """Plain progress lines of the tokenization, at most one every few seconds."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last > 5.0:
-            self.last = time.monotonic()
-            print(f"tokenizing {self.name} data: {done}/{total} questions", flush=True)

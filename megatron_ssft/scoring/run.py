@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rollouts import (
     Rollout,
     RolloutKey,

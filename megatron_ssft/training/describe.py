@@ -56,7 +56,7 @@ def _data_lines(dataset: SetDataset) -> list[str]:
     return [
         f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} a question "
         f"(median {statistics.median(counts):g})",
-        "data summary: " + ", ".join(f"{key} {value}" for key, value in dataset.summary.items()),
+        "data summary: " + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items()),
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ssft.data.jsonl import read_examples
+from megatron_ssft.data.examples import read_examples
 from megatron_ssft.datasets import pools
 from megatron_ssft.datasets.pool_formats import FormatOptions, final_answer, split_reasoning
 from megatron_ssft.datasets.pool_tables import pool_tables
@@ -403,7 +403,7 @@ def test_a_failing_write_leaves_the_old_set(tmp_path, monkeypatch):
     out = tmp_path / "out" / "set.jsonl"
     build(tmp_path, [own()])
     before = out.read_bytes()
-    monkeypatch.setattr(pools, "_set", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(pools, "_join", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         build_pool([save(tmp_path / "b.jsonl", own("x"))], out, PoolOptions())
     assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]

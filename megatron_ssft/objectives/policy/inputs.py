@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
 from megatron_ssft.hf.fingerprints import model_fingerprint

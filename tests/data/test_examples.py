@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ssft.data.jsonl import read_examples
+from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.trace_filter import parse_trace_filter
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import Trace
