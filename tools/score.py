@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.rewards import write_rewards
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +76,7 @@ def main() -> None:
         progress=functools.partial(score_tables.shown, console),
     )
     if arguments.rewards is not None:
-        scoring.write_rewards(arguments.rewards, scored, arguments.rollouts, arguments.output)
+        write_rewards(arguments.rewards, scored, arguments.rollouts, arguments.output)
     rows = {name: question.row for name, question in questions.items()}
     score_tables.print_tables(console, scored, arguments.group_by, rows)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from os import PathLike
 
 from megatron_ssft.data.trace_filter import TraceFilter
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, parse_json, plain_string
 from megatron_ssft.records import SetExample, Trace
 
 _PROMPT_FIELDS = ("prompt", "question", "messages")
@@ -34,37 +34,6 @@ class ReadReport:
     """Traces beyond --max-traces."""
     trace_count_histogram: dict[int, int] = field(default_factory=dict)
     """Number of traces -> number of kept questions that have so many, ascending."""
-
-
-class RowError(UserError):
-    """What is wrong with one row, without its place; WrongRows puts `file:line:` in front."""
-
-
-class WrongRows:
-    """Collects the wrong rows, so that one start of the program reports them all."""
-
-    MAX_LINES = 20
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._count = 0
-
-    def add(self, file: str | PathLike[str], line: int, reason: object) -> None:
-        """Note that `line` (1-based) of `file` is wrong because of `reason`."""
-        self._count += 1
-        if len(self._lines) < self.MAX_LINES:
-            self._lines.append(f"{file}:{line}: {reason}")
-
-    def add_unreadable(self, file: str | PathLike[str], error: OSError) -> None:
-        """Note that `file` could not be read."""
-        self.add(file, 1, f"cannot read the file: {error.strerror or error}")
-
-    def raise_if_any(self) -> None:
-        """Raises UserError with one line a wrong row (the first MAX_LINES, then how many more)."""
-        if self._count > len(self._lines):
-            raise UserError("\n".join([*self._lines, f"... and {self._count - len(self._lines)} more wrong rows"]))
-        if self._lines:
-            raise UserError("\n".join(self._lines))
 
 
 def read_examples(
@@ -185,17 +154,6 @@ def parse_row(raw: bytes, file: str, line: int) -> SetExample:
     )
 
 
-def parse_json(raw: bytes) -> object:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(f"not valid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise RowError(f"not valid JSON at column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
-        raise RowError("not usable JSON: a number is too long or brackets are nested too deeply") from error
-
-
 def _parse_id(row: dict[str, object]) -> str:
     value = row.get("id")
     if value is None:
@@ -213,7 +171,7 @@ def _parse_messages(value: object) -> tuple[dict[str, str], ...]:
         if not isinstance(turn, dict):
             raise RowError(f"turn {number} of 'messages' must be an object with role and content, not {kind_of(turn)}")
         role = filled_string(turn.get("role"), f"'role' of turn {number}")
-        turns.append({"role": role, "content": _string(turn.get("content"), f"'content' of turn {number}")})
+        turns.append({"role": role, "content": plain_string(turn.get("content"), f"'content' of turn {number}")})
     if turns[-1]["role"] != "user":
         raise RowError(f"'messages' must end in a user turn, not in one of role {turns[-1]['role']!r}")
     filled_string(turns[-1]["content"], f"'content' of turn {len(turns)}")
@@ -245,37 +203,5 @@ def _parse_traces(value: object) -> tuple[Trace, ...]:
     return tuple(traces)
 
 
-def _string(value: object, what: str) -> str:
-    if value is None:
-        raise RowError(f"{what} is missing")
-    if not isinstance(value, str):
-        raise RowError(f"{what} must be a string, not {kind_of(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, tokenizers cannot read it
-        raise RowError(f"{what} holds half of a surrogate pair at character {error.start + 1}") from error
-    return value
-
-
-def filled_string(value: object, what: str) -> str:
-    text = _string(value, what)
-    if not text.strip():
-        raise RowError(f"{what} is {'blank' if text else 'empty'}")
-    return text
-
-
 def _optional_string(value: object, what: str) -> str | None:
-    return None if value is None else _string(value, what)
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is, for messages."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return "an object"
+    return None if value is None else plain_string(value, what)

@@ -1,20 +1,83 @@
-"""Writing files that a crash leaves whole: the old ones or the new ones."""
+"""Writing that a crash leaves whole: the old files or the new ones, never a part.
+
+A file gets its name when its bytes are on the disk (`write_durably`, `whole_file`); a folder when all its files are
+(`new_folder`, or `publish_folder` where several processes wrote into it).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write by temporary file, fsync and rename. Raises OSError."""
+    """Write a whole text file in place of the old one. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        sync_file(file)
+    publish_file(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that gets its name where the block ends well; else nothing is left. Raises OSError.
+
+    The temporary name is one of its own, so that two programs may write at the same time; the later one counts.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+            sync_file(file)
+        temporary.chmod(0o644)  # mkstemp keeps others out
+        publish_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_file(partial: Path, path: Path) -> None:
+    """Give a file on the disk its name, in place of an older one; both in one file system. Raises OSError."""
+    os.replace(partial, path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that takes the place of `path` where the block ends well; else `path` stays. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+        fresh = Path(parent) / path.name
+        fresh.mkdir()
+        yield fresh
+        publish_folder(fresh, path)
+
+
+def publish_folder(partial: Path, path: Path, old: Path | None = None) -> None:
+    """Give a complete folder its name. Raises OSError.
+
+    A folder that has the name already makes way: it becomes `old` (default: `path` with `.old` added) for the moment
+    between two renames, since no file system replaces a full folder at once, and is then deleted.
+    """
+    old = path.with_name(f"{path.name}.old") if old is None else old
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.rename(partial, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Bring what was written to an open file onto the disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

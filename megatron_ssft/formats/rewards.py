@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from megatron_ssft.data.jsonl import RowError, filled_string, kind_of, parse_json
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.jsonl import Count, RowError, convert_row, parse_object, to_line
+from megatron_ssft.formats.rollouts import ScoredRollout
 
 _AGAIN = "write the file again with score.py --rewards"
+_MOST = 2**53
+"""Counts from here on are not exact as float64."""
 Parsed = TypeVar("Parsed")
+SampleCounts = Annotated[list[Count], Meta(description="a list of whole numbers from 0, one per tag")]
+File = Annotated[str | None, Meta(description="the path of a file")]
+
+
+class RewardLine(Struct, frozen=True, kw_only=True):
+    """One line of the file: counts of one question, in the order of `tags`."""
+
+    id: Annotated[str, Meta(pattern=r"\S", description="a string that is not empty")]
+    tags: Annotated[list[Count], Meta(description="different whole numbers from 0")]
+    """0-based."""
+    n: SampleCounts
+    """Samples under each tag."""
+    sum: Annotated[list[Annotated[float, Meta(ge=0)]], Meta(description="a list of numbers from 0, one per tag")]
+    """Sum of their rewards, each in [0, 1]."""
+    truncated: SampleCounts
+    """Samples that ended at their token limit."""
+    verifier: str = ""
+    model: Annotated[str, Meta(description="a string")]
+    """Fingerprint of the model that made the samples."""
+    rollouts: File | UnsetType = UNSET
+    """The rollout file they were counted in, seen from this file's folder."""
+    scores: File | UnsetType = UNSET
+    """Its scores."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +82,57 @@ class RewardTable(RewardSource):
     """By the question's id."""
 
 
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def count_rewards(
+    scored: Sequence[ScoredRollout], rollouts: str | UnsetType = UNSET, scores: str | UnsetType = UNSET
+) -> list[RewardLine]:
+    """Count samples, correct ones and truncated ones per question and tag, in the order of the file.
+
+    Samples without a tag are left out; a question that has no others has no line.
+    """
+    tags = sorted({row.tag for row in scored if row.tag is not None})
+    by_question: dict[str, dict[int, list[ScoredRollout]]] = defaultdict(lambda: defaultdict(list))
+    for row in scored:
+        if row.tag is not None:
+            by_question[row.id][row.tag].append(row)
+    return [
+        RewardLine(
+            id=name,
+            tags=tags,
+            n=[len(of_tag[tag]) for tag in tags],
+            sum=[sum(row.correct for row in of_tag[tag]) for tag in tags],
+            truncated=[sum(row.truncated for row in of_tag[tag]) for tag in tags],
+            verifier=scored[0].verifier,
+            model=scored[0].model,
+            rollouts=rollouts,
+            scores=scores,
+        )
+        for name, of_tag in by_question.items()
+    ]
+
+
+def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, scores: Path) -> None:
+    """Write the counts of `count_rewards`, whole or not at all. Raises UserError.
+
+    Each line also says where the counted `rollouts` and `scores` stand, seen from the folder of `path`.
+    """
+    folder = path.parent.resolve()
+    places = [os.path.relpath(file.resolve(), folder) for file in (rollouts, scores)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, "".join(map(to_line, count_rewards(scored, *places))))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the rewards: {error.strerror}; give another --rewards") from error
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
 def read_rewards(path: Path, num_tags: int) -> RewardTable:
     """A rewards file. Raises UserError for a wrong row: each needs samples under every one of the N tags."""
-    source, rows = _read(path, lambda row, line: _parse_counts(row, line, num_tags))
+    source, rows = _read(path, lambda row, line: _spread_counts(row, line, num_tags))
     return RewardTable(source.path, source.model, source.rollouts, source.scores, rows)
 
 
@@ -63,7 +141,7 @@ def read_source(path: Path) -> RewardSource:
     return _read(path, lambda row, line: line)[0]
 
 
-def _read(path: Path, parse: Callable[[dict[str, object], int], Parsed]) -> tuple[RewardSource, dict[str, Parsed]]:
+def _read(path: Path, parse: Callable[[RewardLine, int], Parsed]) -> tuple[RewardSource, dict[str, Parsed]]:
     """The common origin of all rows, and what `parse(row, line)` makes of each, by its question's id.
 
     A program writes these files, so what is wrong with one row is mostly wrong with all: the UserError shows the first
@@ -76,17 +154,17 @@ def _read(path: Path, parse: Callable[[dict[str, object], int], Parsed]) -> tupl
     try:
         with open(path, "rb") as file:
             for line, raw in enumerate(file, start=1):
+                if not raw.strip():
+                    continue
                 try:
-                    if not raw.strip():
-                        continue
-                    row, found = _parse_origin(raw)
-                    if origin is not None and found != origin:
+                    row = _parse_line(raw)
+                    own = (row.model, row.rollouts or None, row.scores or None)
+                    if origin is not None and own != origin:
                         raise RowError("rewards of another model or other files than above; keep them apart")
-                    origin = found
-                    name = filled_string(row.get("id"), "'id'")
-                    if first_use.setdefault(name, line) < line:
-                        raise RowError(f"id {name!r} is already on line {first_use[name]}; {_AGAIN}")
-                    rows[name] = parse(row, line)
+                    origin = own
+                    if first_use.setdefault(row.id, line) < line:
+                        raise RowError(f"id {row.id!r} is already on line {first_use[row.id]}; {_AGAIN}")
+                    rows[row.id] = parse(row, line)
                 except RowError as error:
                     wrong.append(f"{path}:{line}: {error}")
     except OSError as error:
@@ -95,37 +173,33 @@ def _read(path: Path, parse: Callable[[dict[str, object], int], Parsed]) -> tupl
         raise UserError(wrong[0] + (f" ({len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""))
     if origin is None:
         raise UserError(f"{path}:1: the file is empty, as with samples that have no tag; {_AGAIN}")
-    model, *named = origin
-    return RewardSource(path, model, *(None if name is None else path.parent / name for name in named)), rows
+    model, rollouts, scores = origin
+    return RewardSource(path, model, _beside(path, rollouts), _beside(path, scores)), rows
 
 
-def _parse_origin(raw: bytes) -> tuple[dict[str, object], tuple[str, str | None, str | None]]:
-    """A row and its (model, rollouts, scores). Raises RowError."""
+def _beside(path: Path, name: str | None) -> Path | None:
+    return None if name is None else path.parent / name
+
+
+def _parse_line(raw: bytes) -> RewardLine:
+    """One line. Raises RowError."""
     try:
-        row = parse_json(raw)
+        return convert_row(parse_object(raw), RewardLine)
     except RowError as error:
         if not raw.endswith(b"\n"):
             raise RowError(f"the file ends within this row; {_AGAIN}") from error
         raise RowError(f"{error}; {_AGAIN}") from error
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {kind_of(row)}; {_AGAIN}")
-    if not isinstance(row.get("model"), str):
-        raise RowError(f"'model' must be a string; {_AGAIN}")
-    for name in ("rollouts", "scores"):
-        if not isinstance(row.get(name), str | None):
-            raise RowError(f"{name!r} must be the path of a file; {_AGAIN}")
-    return row, (row["model"], row.get("rollouts"), row.get("scores"))
 
 
-def _parse_counts(row: dict[str, object], line: int, num_tags: int) -> RewardRow:
-    """The counts of a row. Raises RowError."""
-    tags = row.get("tags")
-    if not isinstance(tags, list) or not all(type(t) is int and t >= 0 for t in tags) or len(set(tags)) < len(tags):
+def _spread_counts(row: RewardLine, line: int, num_tags: int) -> RewardRow:
+    """The counts of a line as arrays over all N tags. Raises RowError."""
+    if len(set(row.tags)) < len(row.tags):
         raise RowError(f"'tags' must be different whole numbers from 0; {_AGAIN}")
-    if max(tags, default=0) >= num_tags:
-        raise RowError(f"tag {max(tags)} (0-based): the model has {num_tags}; these are another model's rewards")
-    n_N, truncated_N = (_spread(row, name, tags, num_tags, (int,)) for name in ("n", "truncated"))
-    sum_N = _spread(row, "sum", tags, num_tags, (int, float))
+    if max(row.tags, default=0) >= num_tags:
+        raise RowError(f"tag {max(row.tags)} (0-based): the model has {num_tags}; these are another model's rewards")
+    n_N = _spread("n", row.n, row.tags, num_tags)
+    truncated_N = _spread("truncated", row.truncated, row.tags, num_tags)
+    sum_N = _spread("sum", row.sum, row.tags, num_tags)
     if (sum_N > n_N).any() or (truncated_N > n_N).any():
         raise RowError(f"'sum' and 'truncated' cannot be greater than 'n'; {_AGAIN}")
     missing = np.flatnonzero(n_N == 0)
@@ -137,16 +211,11 @@ def _parse_counts(row: dict[str, object], line: int, num_tags: int) -> RewardRow
     return RewardRow(n_N, sum_N, truncated_N, line)
 
 
-def _spread(row: dict[str, object], name: str, tags: list[int], num_tags: int, kinds: tuple[type, ...]) -> np.ndarray:
-    """float64 [N] from a field with a number for each of `tags`; 0 elsewhere. Raises RowError."""
-    values = row.get(name)
-    if (
-        not isinstance(values, list)
-        or len(values) != len(tags)
-        or not all(type(v) in kinds and 0 <= v < 2**53 for v in values)
-    ):
-        kind = "whole numbers" if kinds == (int,) else "numbers"
-        raise RowError(f"{name!r} must be {len(tags)} {kind} from 0, one a tag; {_AGAIN}")
+def _spread(name: str, values: Sequence[float], tags: list[int], num_tags: int) -> np.ndarray:
+    """float64 [N] from a number for each of `tags`; 0 elsewhere. Raises RowError."""
+    if len(values) != len(tags) or not all(value < _MOST for value in values):
+        kind = "numbers" if name == "sum" else "whole numbers"
+        raise RowError(f"{name!r} must be {len(tags)} {kind} from 0, one per tag; {_AGAIN}")
     spread = np.zeros(num_tags)
     spread[tags] = values
     return spread

@@ -11,19 +11,19 @@ be read but not gone on with.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
 import os
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+from msgspec import Meta, Struct
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.jsonl import REPAIR, Count, Name, RowError, convert_row, must_be, parse_object, to_object
 
 RolloutKey = tuple[str, "int | None", int]
 """(question's id, tag slot, sample number)."""
@@ -31,61 +31,74 @@ RolloutKey = tuple[str, "int | None", int]
 OWN_MODES = ("own", "own-greedy")
 """Sampling modes in which the model chooses its tag."""
 MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
+_OPTIONAL = ("prompt", "judged")
 _START = b'{"id": '
 """Every line written here starts so; a torn one is cut off only if it does too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
+Tag = Annotated[Count | None, Meta(description="a whole number from 0, or null")]
+Mark = Annotated[
+    Annotated[str, Meta(pattern="^[0-9a-f]{16}$")] | None, Meta(description="16 hexadecimal digits, or null")
+]
+
+
+class Sample(Struct, frozen=True, kw_only=True):
     """What R.jsonl and S.jsonl both say of one generated sample."""
 
-    id: str
-    tag: int | None
+    id: Name
+    tag: Tag
     """0-based; None where the model was free to choose and wrote no tag."""
-    sample: int
+    sample: Count
     """0-based within (id, tag slot)."""
-    finish_reason: str
+    finish_reason: Annotated[Literal["stop", "length"], Meta(description="stop or length")]
     """`stop`, or `length` where the sample ran into its token limit."""
-    seed: int
-    sampling: Mapping[str, object]
+    seed: Annotated[int, Meta(description="a whole number")]
+    sampling: Annotated[Mapping[str, object], Meta(description=f"an object with mode {'|'.join(MODES)}")]
     """`mode` (one of MODES), temperature, top_p, max_new_tokens and whatever else shaped the samples."""
-    model: str
+    model: Name
     """Fingerprint."""
-    tokenizer: str
+    tokenizer: Name
     """Fingerprint."""
 
     @property
+    def mode(self) -> str:
+        """Who chose the tag: one of MODES."""
+        return str(self.sampling["mode"])
+
+    @property
     def key(self) -> RolloutKey:
-        return self.id, (None if self.sampling["mode"] in OWN_MODES else self.tag), self.sample
+        """The sample's place."""
+        return self.id, (None if self.mode in OWN_MODES else self.tag), self.sample
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollout(Sample):
+class Rollout(Sample, frozen=True, kw_only=True):
     """One line of R.jsonl."""
 
-    text: str
-    token_ids: tuple[int, ...]
-    prompt: str | None = None
+    text: Annotated[str, Meta(description="a string")]
+    token_ids: Annotated[tuple[Count, ...], Meta(description="a list of whole numbers from 0")]
+    prompt: Mark = None
     """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredRollout(Sample):
+class ScoredRollout(Sample, frozen=True, kw_only=True):
     """One line of S.jsonl."""
 
-    correct: bool
-    answer: str | None
+    correct: Annotated[bool, Meta(description="true or false")]
+    answer: Annotated[str | None, Meta(description="a string or null")]
     """What the verifier extracted; None if it found no answer."""
-    verdict: str
+    verdict: Name
     """`correct`, `wrong`, `no answer`, `timeout`, ..."""
-    verifier: str
+    verifier: Name
     """exact, math, choice or code."""
-    num_tokens: int
-    truncated: bool
+    num_tokens: Count
+    truncated: Annotated[bool, Meta(description="true or false")]
     """The sample ended at its token limit."""
-    judged: str | None = None
+    judged: Mark = None
     """`mark` of all that the verdict depends on: text, gold answer, verifier, its settings; None in files of earlier
     versions."""
+
+
+Record = TypeVar("Record", bound=Sample)
 
 
 def mark(value: object) -> str:
@@ -98,7 +111,7 @@ def score_rollout(
 ) -> ScoredRollout:
     """The scored line of `rollout`: its own fields without text, tokens and prompt, and what the verifier said."""
     return ScoredRollout(
-        **{field.name: getattr(rollout, field.name) for field in dataclasses.fields(Sample)},
+        **{field: getattr(rollout, field) for field in Sample.__struct_fields__},
         correct=correct,
         answer=answer,
         verdict=verdict,
@@ -124,7 +137,8 @@ def read_finished_scored(path: str | Path) -> tuple[list[tuple[int, ScoredRollou
 
     Raises OSError; UserError `file:line: ...` for the first wrong line.
     """
-    checks, rows, whole = _FileChecks(Path(path), ScoredRollout), [], 0
+    checks, whole = _FileChecks(Path(path), ScoredRollout), 0
+    rows: list[tuple[int, ScoredRollout]] = []
     with Path(path).open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
@@ -148,7 +162,7 @@ def to_line(record: Sample) -> str:
 
     A mark that is None is left out, as in the file it was read from.
     """
-    row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    row = to_object(record)
     row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
     return json.dumps(row, allow_nan=False) + "\n"
 
@@ -263,8 +277,8 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot write the rollouts: {error.strerror or error}; start again to resume")
 
 
-def _read(path: Path, record: type[Sample]) -> Iterator[Sample]:
-    checks = _FileChecks(path, record)
+def _read(path: Path, kind: type[Record]) -> Iterator[Record]:
+    checks = _FileChecks(path, kind)
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -276,20 +290,20 @@ def _read(path: Path, record: type[Sample]) -> Iterator[Sample]:
         raise UserError(f"{path}:1: the file is empty; expected one JSON object a line")
 
 
-class _FileChecks:
+class _FileChecks(Generic[Record]):
     """Turns lines into records and sees to what must hold over the whole file."""
 
-    def __init__(self, path: Path, record: type[Sample], expected: dict[str, object] | None = None) -> None:
+    def __init__(self, path: Path, kind: type[Record], expected: dict[str, object] | None = None) -> None:
         """`expected`: the origin the samples must have, where it is known beforehand."""
-        self._path, self._record, self._expected = path, record, expected
+        self._path, self._kind, self._expected = path, kind, expected
         self._first: dict[str, object] | None = None
         self.lines: dict[RolloutKey, int] = {}
         """Each sample's line."""
 
-    def parse(self, number: int, raw: bytes) -> Sample:
+    def parse(self, number: int, raw: bytes) -> Record:
         """The record of line `number` (1-based). Raises UserError."""
         where = f"{self._path}:{number}"
-        record = _record(where, raw, self._record)
+        record = _record(where, raw, self._kind)
         origin = sample_origin(record)
         if self._expected is not None and origin != self._expected:
             found = differences(origin, self._expected)
@@ -321,52 +335,18 @@ def differences(before: dict[str, object], now: dict[str, object]) -> str:
     return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(now.get(key))}" for key in keys)
 
 
-def _record(where: str, raw: bytes, record: type[Sample]) -> Sample:
+def _record(where: str, raw: bytes, kind: type[Record]) -> Record:
     """The record of one line, `where` = file:line; fields it does not know are left out. Raises UserError."""
     try:
-        row = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        advice = "repair or remove the line" if raw.endswith(b"\n") else "its writer was stopped: resume it"
-        raise UserError(f"{where}: not valid JSON; {advice}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object; repair or remove the line")
-    names = [field.name for field in dataclasses.fields(record)]
-    for name in names:
-        holds, expected = _CHECKS[name]
-        if name not in row:
-            if name in _OPTIONAL:
-                row[name] = None
-                continue
-            raise UserError(f"{where}: {name!r} is missing, it must be {expected}; repair or remove the line")
-        if not holds(row[name]):
-            found = textwrap.shorten(json.dumps(row[name]), 40)
-            raise UserError(f"{where}: {name!r} must be {expected}, not {found}; repair or remove the line")
-    if "token_ids" in names:
-        row["token_ids"] = tuple(row["token_ids"])
-    return record(**{name: row[name] for name in names})
-
-
-def _is_mark(value: object) -> bool:
-    return value is None or isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-_NAME = (lambda v: isinstance(v, str) and bool(v), "a string that is not empty")
-_FLAG = (lambda v: isinstance(v, bool), "true or false")
-_OPTIONAL = ("prompt", "judged")
-_CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
-    **dict.fromkeys(("id", "model", "tokenizer", "verdict", "verifier"), _NAME),
-    **dict.fromkeys(("correct", "truncated"), _FLAG),
-    **dict.fromkeys(("sample", "num_tokens"), (_is_count, "a whole number from 0")),
-    "tag": (lambda v: v is None or _is_count(v), "a whole number from 0, or null"),
-    "text": (lambda v: isinstance(v, str), "a string"),
-    "token_ids": (lambda v: isinstance(v, list) and all(map(_is_count, v)), "a list of whole numbers from 0"),
-    "finish_reason": (lambda v: v in ("stop", "length"), "stop or length"),
-    "seed": (lambda v: type(v) is int, "a whole number"),
-    "sampling": (lambda v: isinstance(v, dict) and v.get("mode") in MODES, f"an object with mode {'|'.join(MODES)}"),
-    **dict.fromkeys(_OPTIONAL, (_is_mark, "16 hexadecimal digits, or null")),
-    "answer": (lambda v: v is None or isinstance(v, str), "a string or null"),
-}
+        row = parse_object(raw)
+    except RowError as error:
+        if raw.endswith(b"\n"):
+            raise UserError(f"{where}: {error}; {REPAIR}") from error
+        raise UserError(f"{where}: not valid JSON; its writer was stopped: resume it") from error
+    try:
+        record = convert_row(row, kind)
+        if record.sampling.get("mode") not in MODES:
+            raise RowError(must_be("sampling", record.sampling, kind))
+    except RowError as error:
+        raise UserError(f"{where}: {error}; {REPAIR}") from error
+    return record

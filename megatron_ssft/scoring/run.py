@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.rollouts import (
     Rollout,
     RolloutKey,
@@ -170,7 +167,7 @@ def _check_rollouts(
 ) -> dict[RolloutKey, Expected]:
     """Every rollout's key -> what its scored line must say, in the order of the file. Raises UserError."""
     keys: dict[RolloutKey, Expected] = {}
-    names = [field.name for field in dataclasses.fields(Sample)]
+    names = Sample.__struct_fields__
     sampling = None
     for rollout in read_rollouts(path):
         if rollout.id not in questions:
@@ -244,44 +241,3 @@ def _misfit(row: ScoredRollout, verifier: str, expected: Expected | None) -> str
             f"{name}: scored with another text, gold answer or tests, --answer-after, --timeout or --memory-mb than now"
         )
     return None
-
-
-def reward_rows(scored: Sequence[ScoredRollout]) -> list[dict[str, object]]:
-    """Per question, in the order of the file, counts for each tag in use: samples n, correct ones, truncated ones.
-
-    Rows are {"id", "tags" [N], "n" [N], "sum" [N], "truncated" [N], "verifier", "model"}. Samples without a tag are
-    left out; a question that has no others has no row.
-    """
-    tags = sorted({row.tag for row in scored if row.tag is not None})
-    by_question: dict[str, dict[int, list[ScoredRollout]]] = defaultdict(lambda: defaultdict(list))
-    for row in scored:
-        if row.tag is not None:
-            by_question[row.id][row.tag].append(row)
-    return [
-        {
-            "id": name,
-            "tags": tags,
-            "n": [len(of_tag[tag]) for tag in tags],
-            "sum": [sum(row.correct for row in of_tag[tag]) for tag in tags],
-            "truncated": [sum(row.truncated for row in of_tag[tag]) for tag in tags],
-            "verifier": scored[0].verifier,
-            "model": scored[0].model,
-        }
-        for name, of_tag in by_question.items()
-    ]
-
-
-def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, scores: Path) -> None:
-    """Write `reward_rows` as JSON lines, whole or not at all. Raises UserError.
-
-    Each also says where the counted `rollouts` and `scores` stand, seen from the folder of `path`.
-    """
-    folder = path.parent.resolve()
-    files = {
-        name: os.path.relpath(file.resolve(), folder) for name, file in (("rollouts", rollouts), ("scores", scores))
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, "".join(json.dumps(row | files) + "\n" for row in reward_rows(scored)))
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the rewards: {error.strerror}; give another --rewards") from error

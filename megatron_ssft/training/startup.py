@@ -10,10 +10,11 @@ from pathlib import Path
 from megatron_ssft.config import GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
 from megatron_ssft.config.flags import ANY_RUN, Program, read_config_file
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, read_forking_tokens
+from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.hf.assets import find_tokenizer
 from megatron_ssft.hf.families import model_values
+from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
 
 _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""

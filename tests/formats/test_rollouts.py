@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -105,7 +104,7 @@ def test_wrong_fields_are_named_with_their_line(tmp_path, change, reason):
     assert message.startswith(f"{path}:3: ") and reason in message
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Rollout) if f.name != "prompt"])
+@pytest.mark.parametrize("field", [name for name in Rollout.__struct_fields__ if name != "prompt"])
 def test_missing_fields_are_named(tmp_path, field):
     row = json.loads(to_line(rollout()))
     del row[field]

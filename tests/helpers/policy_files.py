@@ -10,8 +10,8 @@ from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.data.questions import read_questions
+from megatron_ssft.formats.rewards import write_rewards
 from megatron_ssft.formats.rollouts import Rollout, mark, score_rollout, to_line
-from megatron_ssft.scoring.run import write_rewards
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.training.policy.inputs import read_inputs
 from megatron_ssft.training.setup import build_vocabulary

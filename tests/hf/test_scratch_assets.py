@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from megatron_ssft.config import ModelConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.forking_tokens import read_forking_tokens
 from megatron_ssft.hf.assets import write_assets
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.fingerprints import model_fingerprint, tokenizer_fingerprint
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, hf_config, write_scratch_assets
+from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
 from megatron_ssft.tokenizers.tokenizer import CharTokenizer, HuggingFaceTokenizer, build_tokenizer
 from megatron_ssft.training import conversion
@@ -225,13 +225,13 @@ def test_an_export_says_what_its_tags_are(tmp_path, format):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda d: d.pop("format"), '"format" must be "special" or "text", not None'),
-        (lambda d: d.update(strings=[]), '"strings" must be a list of texts'),
-        (lambda d: d.update(strings="<think1>"), '"strings" must be a list of texts'),
+        (lambda d: d.pop("format"), '\'format\' is missing, it must be "special" or "text"'),
+        (lambda d: d.update(strings=[]), "'strings' must be a list of texts"),
+        (lambda d: d.update(strings="<think1>"), "'strings' must be a list of texts"),
         (lambda d: d["strings"].pop(), '"strings" has 5 entries and "ids" 6'),
-        (lambda d: d.update(ids=[257, 258]), '"ids" must be a list of lists'),
-        (lambda d: d["ids"].__setitem__(0, []), '"ids" must be a list of lists'),
-        (lambda d: d["ids"].__setitem__(0, [True]), '"ids" must be a list of lists'),
+        (lambda d: d.update(ids=[257, 258]), "'ids' must be a list of lists"),
+        (lambda d: d["ids"].__setitem__(0, []), "'ids' must be a list of lists"),
+        (lambda d: d["ids"].__setitem__(0, [True]), "'ids' must be a list of lists"),
         (lambda d: d["ids"].__setitem__(0, [60, 61]), "exactly one id"),
         (lambda d: d["ids"].__setitem__(0, [258]), "two tags are the same"),
         (lambda d: d["ids"].reverse(), r"the tag '<think1>' has ids \[262\] there and \[257\] in the folder's"),

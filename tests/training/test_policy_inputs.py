@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from collections import Counter
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -130,7 +131,7 @@ def test_no_more_completions_are_kept_than_the_run_uses(tmp_path, changes, expec
 
 
 def test_token_ids_of_other_completions_are_never_held(tmp_path):
-    files = write_files(tmp_path, change=lambda r: dataclasses.replace(r, token_ids=tuple(range(250)) * 80))
+    files = write_files(tmp_path, change=lambda r: msgspec.structs.replace(r, token_ids=tuple(range(250)) * 80))
     tracemalloc.start()
     inputs = read(files, seq_length=30000, anchor_completions=1, rescore_interval=0)
     _, peak = tracemalloc.get_traced_memory()
@@ -166,7 +167,7 @@ def test_truncation_and_equal_rewards_are_noted(tmp_path):
 
 def test_empty_completions_are_left_out_and_counted(tmp_path):
     def empty(rollout):
-        return dataclasses.replace(rollout, token_ids=()) if rollout.id == "q2" and rollout.tag == 1 else rollout
+        return msgspec.structs.replace(rollout, token_ids=()) if rollout.id == "q2" and rollout.tag == 1 else rollout
 
     inputs = read(write_files(tmp_path, change=empty))
     assert len(inputs.completions) == 34 and "2 completions without tokens are left out" in inputs.notes
@@ -308,7 +309,7 @@ def test_fingerprint_changes_with_the_tag_of_a_completion(tmp_path):
     for tag in range(2):
 
         def only(rollout, tag=tag):
-            return dataclasses.replace(rollout, token_ids=(65,)) if rollout.tag == tag else None
+            return msgspec.structs.replace(rollout, token_ids=(65,)) if rollout.tag == tag else None
 
         files = write_files(tmp_path / str(tag), change=only)
         rewards = str(write_files(tmp_path / "all").rewards)
@@ -349,7 +350,7 @@ def refusal(files, **changes):
 
 def changed(field, value, tag=1):
     """A change of q3's completions under one tag."""
-    return lambda r: dataclasses.replace(r, **{field: value}) if r.id == "q3" and r.tag == tag else r
+    return lambda r: msgspec.structs.replace(r, **{field: value}) if r.id == "q3" and r.tag == tag else r
 
 
 BAD_ROLLOUTS = {
@@ -438,7 +439,9 @@ def test_rollouts_that_are_gone_or_not_named(tmp_path):
 
 def test_scores_that_are_gone_incomplete_or_of_others(tmp_path):
     files = write_files(tmp_path / "a")
-    other = write_files(tmp_path / "b", change=lambda r: dataclasses.replace(r, sampling={"mode": "each", "seed": 2}))
+    other = write_files(
+        tmp_path / "b", change=lambda r: msgspec.structs.replace(r, sampling={"mode": "each", "seed": 2})
+    )
     line = refusal(files, objective="grpo", scores=str(other.scores))
     assert line.startswith(f"{other.scores}: not the scores of {files.rollouts}") and "temperature" in line
     edit_lines(files.scores, lambda row: None if row["id"] == "q1" and row["tag"] else row)
