@@ -23,7 +23,7 @@ class Settings:
     """Seconds."""
     memory_mb: int = 1024
     walls: str | None = None
-    """Code: what isolation.choose found, or None to run programs without walls."""
+    """Code: what mechanism.choose found, or None to run programs without walls."""
     processor: int = 0
     """Code: the processor to use."""
 
