@@ -1,7 +1,7 @@
-"""All of it on one CUDA GPU, in under eight minutes: kernels, cost pass, layouts, matching overhead, MFU.
+"""Run all measurements on one CUDA GPU, in under eight minutes: kernels, cost pass, layouts, matching overhead, MFU.
 
 python benchmarks/gpu.py                                # Qwen2.5-1.5B's shape, random weights, bf16
-python benchmarks/gpu.py --shape qwen2.5-7b --layers 14 # whole it takes 18 bytes a parameter, 137 GB, and activations
+python benchmarks/gpu.py --shape qwen2.5-7b --layers 14 # whole it takes 18 bytes per parameter, 137 GB, and activations
 python benchmarks/gpu.py --rehearse                     # a toy, on any machine: does the code run?
 
 TransformerEngine and flash-attn are compared where they are installed; neither is needed.
@@ -35,12 +35,12 @@ LAST_START = 360
 
 
 def available_backends(trainer: Trainer) -> dict[str, AttentionBackend]:
-    """Every kernel that works here, with a line for those that do not."""
+    """Find every kernel that works here, and print a line for those that do not."""
     model = trainer.config.model
-    found = {}
+    backends = {}
     for name in (*VARLEN_KERNELS, "sdpa"):
         try:
-            found[name] = choose_backend(
+            backends[name] = choose_backend(
                 name,
                 model.num_attention_heads,
                 model.num_query_groups,
@@ -50,11 +50,11 @@ def available_backends(trainer: Trainer) -> dict[str, AttentionBackend]:
             )
         except UserError as error:
             print(error)
-    return found
+    return backends
 
 
 def kernels(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Attention alone, forward and backward, on a training stream and on a stream of the cost pass."""
+    """Time attention alone, forward and backward, on a training stream and on a stream of the cost pass."""
     model, tags = trainer.config.model, trainer.vocabulary.tags
     device, backends = trainer.topology.device, available_backends(trainer)
     rng = np.random.default_rng(0)
@@ -71,6 +71,7 @@ def kernels(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object
             batch, plan.ranks[0][0], tags, max_completion_tokens=cut, train_forking_token=False,
             loss_normalization="token", pad_to_multiple=1,
         )  # fmt: skip
+        assert stream.segments is not None, "a packed layout has segments"
         length = stream.tokens.size
         heads = (model.num_attention_heads, model.num_query_groups, model.num_query_groups)
         dtype = next(iter(backends.values())).dtype
@@ -98,11 +99,12 @@ def kernels(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object
 
 
 def _forward_and_backward(attend: Attend, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(attend(*inputs, None).float().sum(), inputs)
+    query, key, value = inputs
+    return torch.autograd.grad(attend(query, key, value, None).float().sum(), inputs)
 
 
 def utilisation(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Whole optimizer steps on traces of several lengths: tokens a second and model FLOPs utilisation."""
+    """Time whole optimizer steps on traces of several lengths: tokens per second and model FLOPs utilisation."""
     peak = job_peak_flops(trainer.config, trainer.topology)
     rows = []
     for mean in (args.trace_tokens // 4, args.trace_tokens, 4 * args.trace_tokens):
@@ -182,7 +184,7 @@ def main() -> None:
     write("Attention kernels, forward and backward", "kernels", lambda: kernels(trainer, args))
     prompts, cut = (256 // scale, 1024 // scale), args.matching_tokens[-1]
     write(
-        "Cost pass, 6 tags x 4 traces a question",
+        "Cost pass, 6 tags x 4 traces per question",
         "cost_pass",
         lambda: [layouts.cost_pass(trainer, prompt, cut, args) for prompt in prompts],
     )

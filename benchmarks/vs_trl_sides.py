@@ -67,7 +67,7 @@ def train_trl(spec: dict) -> dict[str, object]:
     rows = [row for step in spec["steps"] for microbatch in step for row in microbatch]
     places = iter(range(len(rows)))
     batches = [[next(places) for _ in range(size)] for step in sizes for size in step]
-    steps: list[dict[str, object]] = []
+    steps: list[dict[str, float]] = []
 
     class Side(SFTTrainer):
         """The data in the given order instead of a shuffled one; keeps the loss of a step."""

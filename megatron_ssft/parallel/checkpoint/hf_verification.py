@@ -69,7 +69,7 @@ def verify_logits(
     Raises:
         UserError: the largest difference is above MAX_DIFFERENCE.
     """
-    layers = min(int(n) for n in gather_json(_layers_that_fit(config), topology))
+    layers = min(gather_json(_layers_that_fit(config), topology))
     # TransformerEngine may compute float32 products in TF32.
     model = dataclasses.replace(config.model, num_layers=layers, transformer_impl="local")
     parallel = dataclasses.replace(config.parallel, bf16=False, use_distributed_optimizer=False)
@@ -79,8 +79,13 @@ def verify_logits(
     else:
         load_hf_weights(engine, folder, only_some_layers=True)
     ours = engine.logits(ids)
-    found = on_first_rank(lambda: _compare(folder, layers, ids, ours, new_rows), topology)
-    report = LogitReport(*found, tokens=len(ids), layers=layers, of_layers=config.model.num_layers)
+
+    def compare() -> list[float]:
+        assert ours is not None, "the first rank has the logits"
+        return _compare(folder, layers, ids, ours, new_rows)
+
+    largest, mean, agreement = on_first_rank(compare, topology)
+    report = LogitReport(largest, mean, agreement, len(ids), layers, config.model.num_layers)
     if not report.max_difference <= MAX_DIFFERENCE:
         raise UserError(f"{folder}: not the same model as the Megatron weights: {report}")
     return report
@@ -102,9 +107,8 @@ def _layers_that_fit(config: RunConfig) -> int:
     return max(fitting, multiple)
 
 
-def _compare(
-    folder: Path, layers: int, ids: list[int], ours: torch.Tensor, new_rows: tuple[int, ...]
-) -> tuple[float, float, float]:
+def _compare(folder: Path, layers: int, ids: list[int], ours: torch.Tensor, new_rows: tuple[int, ...]) -> list[float]:
+    """[largest difference, mean difference, share of positions with the same most likely token]"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -120,4 +124,4 @@ def _compare(
     theirs, ours = theirs[:, shared], ours[:, shared]
     difference = (theirs - ours).abs()
     same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean()
-    return float(difference.max()), float(difference.mean()), float(same)
+    return [float(difference.max()), float(difference.mean()), float(same)]
