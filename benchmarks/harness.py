@@ -18,9 +18,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
+from megatron_ssft.objectives.set_matching import cost_matrices
+from megatron_ssft.objectives.ssft import SSFT
+from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology, initialize_topology
-from megatron_ssft.records import QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.records import Microbatch, ModelInput, PlannedBatch, QuestionBatch, QuestionVisit, TokenizedSet
 from megatron_ssft.training.startup import complete_values
 from megatron_ssft.training.trainer import Trainer
 
@@ -54,9 +58,29 @@ def start_trainer(values: dict[str, object], data: str | None = None) -> Trainer
         defaults = {"train_iters": 1, "seed": 1, "data_path": [data], "data_cache_path": folder}
         if "load" not in values:
             defaults["tokenizer_type"] = "CharTokenizer"
-        config = build_config(complete_values(defaults | values))
-        topology: Topology = initialize_topology(config)
+        config = build_config(complete_values(defaults | values), SSFTConfig)
+        topology: Topology = initialize_topology(config.run)
         return Trainer(config, topology)
+
+
+def objective_of(trainer: Trainer) -> SSFT:
+    """The trainer's objective, which is SSFT here."""
+    assert isinstance(trainer.objective, SSFT)
+    return trainer.objective
+
+
+def matching_costs(trainer: Trainer, planned: PlannedBatch) -> list[np.ndarray]:
+    """The cost matrices of a planned cost pass."""
+    return cost_matrices(planned, trainer.engine.score(planned).nll_sums())
+
+
+def mean_loss(planned: PlannedBatch, denominator: float) -> LossTerm:
+    """The training loss of planned sequences, divided by `denominator`."""
+
+    def prepare(microbatch: Microbatch, model_input: ModelInput) -> Prepared:
+        return model_input, (model_input.weights / np.float32(denominator),)
+
+    return LossTerm(planned, prepare, weighted_nll)
 
 
 def made_up_batch(

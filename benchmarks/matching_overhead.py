@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
 import numpy as np
-from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
+from harness import SHAPES, interleaved, made_up_batch, objective_of, peak_memory, ratio, report, start_trainer
 
-import megatron_ssft.parallel.engine as engine_module
-from megatron_ssft.layouts.padded import loss_denominator
+import megatron_ssft.parallel.scores as scores_module
 from megatron_ssft.objectives.set_matching import Matched, SetMatching
 from megatron_ssft.records import QuestionBatch, StepMetrics
 from megatron_ssft.training.trainer import Trainer
@@ -62,22 +61,19 @@ class Side:
 
 def step(trainer: Trainer, side: Side, batch: QuestionBatch) -> None:
     """Train as Trainer.train_step does, on a given batch."""
-    gather = engine_module.sum_over_ranks = Stopwatch(engine_module.sum_over_ranks)
+    gather = scores_module.sum_over_ranks = Stopwatch(scores_module.sum_over_ranks)
     matched = side.matching.match(trainer.context(), batch)
-    engine_module.sum_over_ranks = gather.function
-    plan = trainer.planner.train(batch, matched.assignments)
-    tags = trainer.vocabulary.tags
-    denominator = loss_denominator(
-        batch, matched.assignments, tags, train_forking_token=False, loss_normalization="token"
-    )
-    metrics = trainer.engine.train(batch, plan, denominator, lr=1e-6)
-    side.steps.append((matched, metrics, gather.seconds, trainer.matching.accountant.training(plan)))
+    scores_module.sum_over_ranks = gather.function
+    objective = objective_of(trainer)
+    planned = objective.plan(trainer.context(), batch, matched.assignments)
+    metrics = trainer.engine.train([objective.set_loss(planned, matched.assignments)], lr=1e-6)
+    side.steps.append((matched, metrics, gather.seconds, trainer.accountant.training(planned.plan)))
 
 
 def batches(trainer: Trainer, args: argparse.Namespace) -> list[QuestionBatch]:
     """Make one batch per round, the warm-up included."""
     if args.data is not None:
-        return [trainer.next_batch() for _ in range(args.rounds + 1)]
+        return [objective_of(trainer).sets.next_batch() for _ in range(args.rounds + 1)]
     rng = np.random.default_rng(0)
     made = []
     for _ in range(args.rounds + 1):
@@ -89,12 +85,11 @@ def batches(trainer: Trainer, args: argparse.Namespace) -> list[QuestionBatch]:
 
 def run(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
     """Measure one row per mode."""
-    config = trainer.config
+    config = objective_of(trainer).config
     sides = {}
     for mode in MODES:
         changed = dataclasses.replace(config, matching=dataclasses.replace(config.matching, matching=mode))
-        tags = trainer.vocabulary.tags.num_tags
-        sides[mode] = Side(SetMatching(changed, trainer.topology, trainer.engine, trainer.planner, tags))
+        sides[mode] = Side(SetMatching(changed, trainer.vocabulary.tags))
     made = batches(trainer, args)
     number = dict.fromkeys(MODES, -1)
 

@@ -106,6 +106,7 @@ class Bench:
     """The data of every step, and the processes."""
 
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
+        from megatron_ssft.config import SSFTConfig
         from megatron_ssft.config.flags import build_config
         from megatron_ssft.data.cache import SetDataset
         from megatron_ssft.objectives.sets import build_queue, prepare_data
@@ -117,9 +118,9 @@ class Bench:
         self.steps = arguments.warm_up + arguments.timed
         self._write_data()
         self.start = self._model_with_tags()
-        config = build_config(complete_values(self._values(ROWS["ours-single"])))
-        vocabulary = build_vocabulary(config)
-        dataset = SetDataset.open(prepare_data(config, vocabulary)["train"])
+        config = build_config(complete_values(self._values(ROWS["ours-single"])), SSFTConfig)
+        vocabulary = build_vocabulary(config.run)
+        dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
         queue = build_queue(config, dataset)
         self.tags = vocabulary.tags
         self.batches = []

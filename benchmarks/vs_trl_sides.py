@@ -30,18 +30,21 @@ class Clock:
 
 def train_ours(spec: dict) -> dict[str, object]:
     """`Trainer.train_step` over the first steps of the run that `values` configure."""
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import build_config
+    from megatron_ssft.objectives.ssft import SetDecision
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
     from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 
-    config = build_config(complete_values(spec["values"]))
-    topology = initialize_topology(config)
+    config = build_config(complete_values(spec["values"]), SSFTConfig)
+    topology = initialize_topology(config.run)
     trainer = Trainer(config, topology)
     steps = []
     clock = Clock()
-    for _ in range(config.training.train_iters):
+    for _ in range(trainer.train_iters):
         decision, row = trainer.train_step()
+        assert isinstance(decision, SetDecision)
         batch, assignments = decision.batch, decision.assignments
         seen = {"ids": [s.id for s in batch.sets], "tags": [list(a.tags) for a in assignments]}
         steps.append(row | seen | clock())

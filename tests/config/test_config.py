@@ -7,19 +7,18 @@ import json
 import os
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.fields import field_docstrings
-from megatron_ssft.config.flags import build_parser, parse_arguments, to_yaml
+from megatron_ssft.config.flags import build_config, build_parser, flat, parse_arguments, sections_of, to_yaml
 from tests.helpers.config_flags import BASE, argv, from_file, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = typing.get_type_hints(Config)
+SECTIONS = sections_of(SSFTConfig)
 FIELDS = [(section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
 
 # -- what wins -------------------------------------------------------------------------------------------------------
@@ -27,25 +26,30 @@ FIELDS = [(section, field) for section, cls in SECTIONS.items() for field in dat
 
 def test_flag_beats_file_and_file_beats_default(tmp_path):
     text = yaml.safe_dump({name.replace("-", "_"): value for name, value in BASE.items()})
-    assert from_file(tmp_path, text).training.lr == 1e-5
-    assert from_file(tmp_path, text + "lr: 0.25\n").training.lr == 0.25
-    assert from_file(tmp_path, text + "lr: 0.25\n", "--lr", "0.5").training.lr == 0.5
+    assert from_file(tmp_path, text).run.training.lr == 1e-5
+    assert from_file(tmp_path, text + "lr: 0.25\n").run.training.lr == 0.25
+    assert from_file(tmp_path, text + "lr: 0.25\n", "--lr", "0.5").run.training.lr == 0.5
 
 
 def test_flag_at_its_default_value_still_beats_the_file(tmp_path):
     text = yaml.safe_dump(BASE) + "swiglu: false\nseed: 7\nforking-token-lr-mult: 30\n"
     config = from_file(tmp_path, text, "--swiglu", "--seed", "1234", "--forking-token-lr-mult", "1.0")
-    assert (config.model.swiglu, config.training.seed, config.forking.forking_token_lr_mult) == (True, 1234, 1.0)
-    assert from_file(tmp_path, text, "--no-add-bias-linear").model.swiglu is False
+    assert (config.run.model.swiglu, config.run.training.seed, config.run.forking.forking_token_lr_mult) == (
+        True,
+        1234,
+        1.0,
+    )
+    assert from_file(tmp_path, text, "--no-add-bias-linear").run.model.swiglu is False
 
 
 @pytest.mark.parametrize("stored", ["train_iters", "train_epochs"])
 @pytest.mark.parametrize("given", ["train_iters", "train_epochs"])
 def test_length_on_the_command_line_replaces_the_file_s(tmp_path, stored, given):
     text = yaml.safe_dump({name: value for name, value in BASE.items() if name != "train-iters"}) + f"{stored}: 11\n"
-    training = from_file(tmp_path, text, "--" + given.replace("_", "-"), "3").training
-    assert getattr(training, given) == 3
-    assert (training.train_iters is None) != (training.train_epochs is None)
+    config = from_file(tmp_path, text, "--" + given.replace("_", "-"), "3")
+    length = {"train_iters": config.run.training.train_iters, "train_epochs": config.batches.train_epochs}
+    assert length[given] == 3
+    assert sorted(length.values(), key=str) == [3, None]
 
 
 def test_file_may_spell_keys_with_dashes_and_one_path_as_a_scalar(tmp_path):
@@ -108,22 +112,22 @@ OTHER_VALUES = {
 """Legal together. Fields that are not named get their default + 1, and booleans their opposite."""
 
 
-def other_value(field, config):
+def other_value(field, value):
     if field.name in OTHER_VALUES:
         return OTHER_VALUES[field.name]
-    value = getattr(config, field.name)
     if isinstance(value, bool):
         return not value
     return f"{field.name}.x" if value is None and "str" in str(field.type) else (value or 0) + 1
 
 
 def unusual_config():
-    default = parse()
-    parts = {}
-    for section, cls in SECTIONS.items():
-        part = getattr(default, section)
-        parts[section] = cls(**{f.name: other_value(f, part) for f in dataclasses.fields(cls)})
-    return Config(**parts)
+    default = values_of(parse())
+    return build_config({f.name: other_value(f, default[f.name]) for _, f in FIELDS}, SSFTConfig)
+
+
+def values_of(config):
+    """Field name -> value, over all sections."""
+    return {name: value for section in flat(config).values() for name, value in section.items()}
 
 
 def configs():
@@ -145,28 +149,28 @@ def test_yaml_round_trip(tmp_path, which):
 
 
 def test_round_trip_tries_another_value_of_every_field():
-    default, *others = [config.flat() for config in configs()]
+    default, *others = [values_of(config) for config in configs()]
     assert [name for name in default if all(other[name] == default[name] for other in others)] == []
 
 
 def test_round_trip_of_the_file_a_run_leaves(tmp_path):
     """Resolved values (here the head size) stand in the file, and reading it twice changes nothing."""
     once = from_file(tmp_path, to_yaml(parse(hidden_size=96, num_attention_heads=3)))
-    assert once.model.kv_channels == 32
+    assert once.run.model.kv_channels == 32
     assert to_yaml(from_file(tmp_path, to_yaml(once))) == to_yaml(once)
 
 
 @pytest.mark.parametrize("spelling", ["1e-3", "'1e-3'", "1.0e-3", "0.001", "1E-03"])
 def test_float_spellings(tmp_path, spelling):
-    assert from_file(tmp_path, yaml.safe_dump(BASE) + f"lr: {spelling}\n").training.lr == 1e-3
+    assert from_file(tmp_path, yaml.safe_dump(BASE) + f"lr: {spelling}\n").run.training.lr == 1e-3
 
 
 def test_file_values_get_the_type_of_their_field(tmp_path):
     text = yaml.safe_dump(BASE) + "clip_grad: 2\nseed: 7.0\nwandb_project: 2025\nmax_traces: null\n"
     config = from_file(tmp_path, text)
-    assert (config.training.clip_grad, type(config.training.clip_grad)) == (2.0, float)
-    assert (config.training.seed, type(config.training.seed)) == (7, int)
-    assert config.logging.wandb_project == "2025"
+    assert (config.run.training.clip_grad, type(config.run.training.clip_grad)) == (2.0, float)
+    assert (config.run.training.seed, type(config.run.training.seed)) == (7, int)
+    assert config.run.logging.wandb_project == "2025"
     assert config.data.max_traces is None
 
 
@@ -176,7 +180,7 @@ def test_file_values_get_the_type_of_their_field(tmp_path):
 def test_field_names_are_unique():
     names = [field.name for _, field in FIELDS]
     assert sorted(names) == sorted(set(names))
-    assert list(parse().flat()) == names
+    assert list(values_of(parse())) == names
 
 
 def test_every_field_is_documented_and_help_shows_it():
@@ -234,4 +238,5 @@ def test_dry_run_shows_steps_tags_and_plan_and_leaves_nothing(tmp_path):
     plan = next(line for line in consequences.splitlines() if line.startswith("first step: "))
     assert "8 traces, 2 microbatches on the first rank, 0 PAD sequences (at least 0)" in plan
     (tmp_path / "printed.yaml").write_text(settings)
-    assert parse_arguments("", ["--config", str(tmp_path / "printed.yaml")])[0] == parse_arguments("", flags)[0]
+    from_printed = parse_arguments("", SSFTConfig, ["--config", str(tmp_path / "printed.yaml")])[0]
+    assert from_printed == parse_arguments("", SSFTConfig, flags)[0]

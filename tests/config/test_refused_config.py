@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import read_config_file
 from tests.helpers.config_flags import from_file, parse, refusal
 
@@ -141,7 +141,7 @@ LEGAL = [
 
 @pytest.mark.parametrize("changes", LEGAL, ids=_name)
 def test_neighbours_of_the_refused_pass(changes):
-    assert isinstance(parse(**changes), Config)
+    assert isinstance(parse(**changes), SSFTConfig)
 
 
 @pytest.mark.parametrize("text", ["lr: fast", "seed: 1.5", "train_iters: [1]", "hidden_size: true", "seed: .inf"])

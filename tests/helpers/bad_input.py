@@ -121,13 +121,14 @@ def train_poisoned(words):
 
 def save_poisoned(words, folder):
     """Train a step, break a weight, and save it as if nothing had happened."""
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import parse_arguments
     from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
     from megatron_ssft.parallel.topology import initialize_topology
     from megatron_ssft.training.trainer import Trainer
 
-    config, _ = parse_arguments("", words)
-    trainer = Trainer(config, initialize_topology(config))
+    config, _ = parse_arguments("", SSFTConfig, words)
+    trainer = Trainer(config, initialize_topology(config.run))
     trainer.train_step()
     poison(trainer)
     save_checkpoint(trainer.engine, Path(folder), trainer.iteration, trainer.state())

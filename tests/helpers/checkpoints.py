@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
@@ -32,13 +33,13 @@ def state_of(trainer):
         "rows": [row.detach().float().numpy().copy() for row in rows],
         "shards": weight_shards(trainer.engine),
         "iteration": trainer.iteration,
-        "queue": trainer.queue.state_dict(),
+        "queue": trainer.objective.sets.queue.state_dict(),
     }
 
 
 def build(values):
-    config = build_config(values)
-    return Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    return Trainer(config, initialize_topology(config.run))
 
 
 def train_and_save(values, run, *iterations):
@@ -57,7 +58,7 @@ def load(values, save_to=None, steps=0):
     result = state_of(trainer)
     if save_to is not None:
         save_checkpoint(trainer.engine, Path(save_to), trainer.iteration, trainer.state())
-    losses = [trainer.train_step()[2]["loss"] for _ in range(steps)]
+    losses = [trainer.train_step()[1]["loss"] for _ in range(steps)]
     return result | {"losses": losses}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.errors import UserError
 
@@ -30,14 +31,14 @@ def argv(base=BASE, **changes):
 
 
 def parse(*words, **changes):
-    return parse_arguments("", [*argv(**changes), *words])[0]
+    return parse_arguments("", SSFTConfig, [*argv(**changes), *words])[0]
 
 
 def from_file(tmp_path, text, *words):
     """The configuration of a file alone, plus flags."""
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
-    return parse_arguments("", ["--config", str(path), *words])[0]
+    return parse_arguments("", SSFTConfig, ["--config", str(path), *words])[0]
 
 
 def refusal(call):

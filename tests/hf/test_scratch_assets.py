@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ssft.config import ModelConfig
+from megatron_ssft.config import ModelConfig, SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.assets import write_assets
@@ -52,13 +52,13 @@ INEXPRESSIBLE = {
 
 def configuration(**values):
     values = {"data_path": ["-"], "train_iters": 1, "tokenizer_type": "CharTokenizer", "seq_length": 96} | values
-    return build_config(DEMO | values)
+    return build_config(DEMO | values, SSFTConfig)
 
 
 def scratch(folder, tags=6, format="special", **values):
     """The files of a run from random weights and, for tags, its export without weights."""
     config = configuration(**values)
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer = build_tokenizer(config.run.tokenizer.tokenizer_type, config.run.tokenizer.tokenizer_model)
     forking = build_forking_tokens(tokenizer, tags, format, None)
     size = vocab_size_with_tags(tokenizer, forking)
     write_scratch_assets(config, tokenizer, size, folder / "hf")
@@ -341,8 +341,8 @@ def train(values):
     from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 
-    config = build_config(complete_values(values))
-    Trainer(config, initialize_topology(config)).run(StopSignal())
+    config = build_config(complete_values(values), SSFTConfig)
+    Trainer(config, initialize_topology(config.run)).run(StopSignal())
     destroy_topology()
 
 
@@ -441,7 +441,7 @@ def test_files_of_an_earlier_start_do_not_stay(tmp_path):
     from megatron_ssft.training.resume import keep_assets
 
     def keep(**values):
-        keep_assets(build_config(run_values(tmp_path, **values)))
+        keep_assets(build_config(run_values(tmp_path, **values), SSFTConfig))
         path = tmp_path / "run" / "hf" / "config.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -463,8 +463,8 @@ def test_a_tokenizer_that_the_family_reads_otherwise_is_refused_for_an_export(tm
     from megatron_ssft.training.resume import keep_assets
 
     values = run_values(tmp_path, add_qkv_bias=True)
-    keep_assets(build_config(values))
+    keep_assets(build_config(values, SSFTConfig))
     if AutoTokenizer.from_pretrained(tmp_path / "run" / "hf").backend_tokenizer.normalizer is None:
         pytest.skip("this version of transformers reads the folder as it stands")
     with pytest.raises(UserError, match="^--export-hf-at-save: transformers reads the tokenizer of a qwen2 model"):
-        keep_assets(build_config(values | {"export_hf_at_save": True}))
+        keep_assets(build_config(values | {"export_hf_at_save": True}, SSFTConfig))

@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.objectives.objective import Decision, Objective
 from megatron_ssft.objectives.sets import TrainingSets
@@ -48,9 +49,9 @@ class ShorterFirst(Objective[Decision]):
 
 def train_and_tell(values):
     """Rows of the log and weight shards. Runs on every rank."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config), ShorterFirst)
-    rows = [trainer.train_step()[1] for _ in range(config.training.train_iters)]
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run), ShorterFirst)
+    rows = [trainer.train_step()[1] for _ in range(config.run.training.train_iters)]
     shards = weight_shards(trainer.engine)
     destroy_topology()
     return {"rows": rows, "shards": shards}

@@ -140,7 +140,7 @@ def tamper(folder, target, fault):
             weight.copy_(weight.roll(len(weight) // 2, 0))
         elif fault == "embedding untied":
             chunk.embedding.word_embeddings.weight[7] += 1.0
-    save_checkpoint(engine, Path(target), 0, conversion.weights_state(config, vocabulary))
+    save_checkpoint(engine, Path(target), 0, conversion.weights_state(config.run, vocabulary))
     conversion._write_config(Path(target), config)
     destroy_topology()
 
@@ -254,14 +254,15 @@ def test_a_moved_run_still_exports(models, tmp_path):
 
 def train(values):
     """Losses and gaps of a run by the trainer's own entry."""
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import build_config
     from megatron_ssft.parallel.topology import initialize_topology
     from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 
-    config = build_config(complete_values(values))
-    trainer = Trainer(config, initialize_topology(config))
-    rows = [trainer.train_step()[1] for _ in range(config.training.train_iters)]
+    config = build_config(complete_values(values), SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
+    rows = [trainer.train_step()[1] for _ in range(config.run.training.train_iters)]
     return [(row["loss"], row["matching_gap"]) for row in rows]
 
 
