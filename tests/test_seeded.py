@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from megatron_ssft.training.policy import draws
+from megatron_ssft.objectives.policy import draws
 
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.datasets.held_out import is_held_out

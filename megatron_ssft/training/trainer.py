@@ -12,8 +12,8 @@ from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
 from megatron_ssft.hf.folder import is_hf_folder
-from megatron_ssft.objectives import objective_of
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
+from megatron_ssft.objectives.registry import objective_of
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine

@@ -19,7 +19,7 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.training_runs import BASE, assemble, make_rows, weight_shards, write_rows
 
 
-class ShorterFirst(Objective[Decision]):
+class ShorterFirst(Objective[SSFTConfig, Decision]):
     """Every trace under the tag of its rank by length; long traces weigh less. Reports the mean NLL by itself."""
 
     def __init__(self, config, vocabulary, topology):

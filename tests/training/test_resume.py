@@ -159,8 +159,8 @@ def final_state(values, steps_until, overrides):
     resumed = Trainer(build_config(values | {"load": str(run)} | overrides, SSFTConfig), trainer.topology)
     steps, visits = resumed.train_iters - resumed.iteration, []
     for _ in range(steps):
-        visits += [visit.index for visit in resumed.next_batch().visits]
-    return resumed.iteration, steps, visits, resumed.queue.next_batch()
+        visits += [visit.index for visit in resumed.objective.sets.next_batch().visits]
+    return resumed.iteration, steps, visits, resumed.objective.sets.queue.next_batch()
 
 
 @pytest.mark.parametrize("size", [6, 12, 24])
