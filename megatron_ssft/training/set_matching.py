@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.records import Assignment, QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
+from megatron_ssft.seeded import text_digest, whole_number
 from megatron_ssft.training.planning import Planner
 
 Decide = Callable[[QuestionBatch, "Matched"], "list[tuple[int, ...] | None]"]
@@ -63,8 +63,8 @@ class SetMatching:
         every = self.config.regret_interval
         if every == 0:
             return False
-        digest = hashlib.blake2b(f"{self.matcher.seed}/{iteration // every}".encode(), digest_size=8).digest()
-        return iteration % every == int.from_bytes(digest, "big") % every
+        digest = text_digest(self.matcher.seed, iteration // every, algorithm="blake2b", size=8)
+        return iteration % every == whole_number(digest, bits=64) % every
 
     def optimal(self, batch: QuestionBatch) -> list[Assignment]:
         """By the exact costs where the mode asks for costs at all: what an evaluation uses."""
