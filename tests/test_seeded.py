@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from megatron_ssft.objectives.policy import draws
 
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.datasets.held_out import is_held_out
 from megatron_ssft.evaluation.metrics import question_halves
 from megatron_ssft.generation.requests import sample_seed
 from megatron_ssft.matching.collapse import CollapseWatch
+from megatron_ssft.objectives.policy import draws
 from megatron_ssft.seeded import (
     generator,
     json_digest,

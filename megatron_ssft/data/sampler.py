@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import QuestionVisit
+from megatron_ssft.seeded import permutation, raw_generator, two_words
 
 
 def epoch_permutation(num_questions: int, seed: int, epoch: int) -> np.ndarray:
@@ -22,8 +23,7 @@ def epoch_permutation(num_questions: int, seed: int, epoch: int) -> np.ndarray:
     It sorts the raw output of a counter-based generator keyed by (seed, epoch): NumPy promises the raw streams, but
     not its own shuffle, to be the same in every release, and a resumed run must find the same order.
     """
-    draws = np.random.Philox(key=(seed % 2**64) | (epoch % 2**64) << 64)
-    return np.argsort(draws.random_raw(num_questions), kind="stable").astype(np.int64)
+    return permutation(raw_generator(two_words(seed, epoch)), num_questions)
 
 
 def fill_batch(trace_counts: Sequence[int], capacity: int) -> list[int]:

@@ -7,7 +7,6 @@ code is in code_benchmarks.py. Field names are those of the public releases, in 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from megatron_ssft.datasets.code_benchmarks import humaneval_row, livecodebench_
 from megatron_ssft.datasets.tables import Progress, Row, check_row, folded, parsed_rows, question_key
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, write_objects
+from megatron_ssft.seeded import text_digest
 
 MATH_PROMPT = r"""Solve this problem step by step. Write the answer, nothing else, in \boxed{{}} at the very end.
 
@@ -132,7 +132,7 @@ def _gpqa_row(row: Row, options: BenchmarkOptions) -> Row:
     if right in choices[1:]:
         raise RowError("the correct answer is one of the incorrect ones too")
     name = _id(row, "gpqa", question, "record id")
-    choices.sort(key=lambda choice: hashlib.sha256(f"{options.seed}\n{name}\n{choice}".encode()).digest())
+    choices.sort(key=lambda choice: text_digest(options.seed, name, choice, joined_by="\n"))
     listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(_LETTERS, choices))
     extra = {"subject": "high-level domain", "subdomain": "subdomain", "difficulty": "writer's difficulty estimate"}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows,
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import publish_file, sync_file
 from megatron_ssft.formats.jsonl import WrongRows
+from megatron_ssft.seeded import text_digest, whole_number
 
 FILES = ("train.jsonl", "heldout.jsonl")
 
@@ -64,8 +64,7 @@ def split_set(
 
 def is_held_out(name: str, share: float, seed: int) -> bool:
     """Whether the question with the id `name` is among the `share` that is held out."""
-    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return whole_number(text_digest(seed, name, joined_by="\n"), bits=64) < share * 2**64
 
 
 def _first_ids(paths: list[Path], progress: Progress | None) -> tuple[dict[str, str], int]:

@@ -8,7 +8,6 @@ on how they are spread over files, and its questions come in the order of that h
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import tempfile
@@ -22,6 +21,7 @@ from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions, PoolRow,
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key, total_bytes
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows, write_objects
+from megatron_ssft.seeded import json_digest
 
 DUPLICATE = "the same as another one"
 INCORRECT = "incorrect"
@@ -216,7 +216,7 @@ def choose_traces(traces: Sequence[Row], name: str, options: PoolOptions, left_o
     """
 
     def rank(*parts: object) -> bytes:
-        return hashlib.sha256(json.dumps([options.seed, name, *parts]).encode("ascii")).digest()
+        return json_digest(options.seed, name, *parts)
 
     sources: dict[object, list[Row]] = {}
     for trace in sorted(traces, key=lambda t: rank("trace", t["text"], t.get("answer"))):

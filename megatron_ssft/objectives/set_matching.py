@@ -6,7 +6,6 @@ question's traces (equations 3-4).
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from megatron_ssft.matching.approximation import AssignmentStore, assignment_reg
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
 from megatron_ssft.objectives.objective import StepContext
 from megatron_ssft.records import Assignment, ForkingTokens, PlannedBatch, QuestionBatch
+from megatron_ssft.seeded import text_digest, whole_number
 
 Decide = Callable[[StepContext, QuestionBatch, "Matched"], "Sequence[tuple[int, ...] | None]"]
 
@@ -61,8 +61,8 @@ class SetMatching:
         every = self.config.regret_interval
         if every == 0:
             return False
-        digest = hashlib.blake2b(f"{self.matcher.seed}/{iteration // every}".encode(), digest_size=8).digest()
-        return iteration % every == int.from_bytes(digest, "big") % every
+        digest = text_digest(self.matcher.seed, iteration // every, algorithm="blake2b", size=8)
+        return iteration % every == whole_number(digest, bits=64) % every
 
     def optimal(self, step: StepContext, batch: QuestionBatch) -> list[Assignment]:
         """By the exact costs where the mode asks for costs at all: what an evaluation uses. Collective."""

@@ -7,7 +7,6 @@ number of data-parallel ranks never change where training starts.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron_ssft.config import RunConfig, StartConfig
 from megatron_ssft.parallel.model.gpt import SetGPTModel
+from megatron_ssft.seeded import text_digest, whole_number
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 
@@ -62,8 +62,7 @@ def _draw(entry: ShardedTensor, std: float, seed: int) -> None:
 
 def named_generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator that is a pure function of its arguments."""
-    digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(whole_number(text_digest(seed, *names), bits=63, byteorder="little"))
 
 
 @torch.no_grad()
