@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +17,7 @@ from megatron_ssft.datasets.pools import PoolOptions, build_pool
 from megatron_ssft.datasets.tables import question_key
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.errors import UserError
-
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_teachers.jsonl"
+from tests.helpers.teacher_sets import TEACHER_SETS
 
 
 def save(path, *rows):
@@ -422,17 +420,17 @@ def test_demo_data_and_its_report(tmp_path):
     assert titles == ["Pool", "Traces a question", "Sources"]
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="the multi-teacher data is not here")
-def test_real_multi_teacher_data(tmp_path):
-    source = {r["id"]: r for r in map(json.loads, REAL.read_text(encoding="utf-8").split("\n")[:-1])}
-    rows, report = build_from([REAL], tmp_path / "all.jsonl")
+@pytest.mark.parametrize("path", TEACHER_SETS)
+def test_multi_teacher_data(tmp_path, path):
+    source = {r["id"]: r for r in map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])}
+    rows, report = build_from([path], tmp_path / "all.jsonl")
     assert len(rows) == len(source) and report.rows == len(source)
     for row in rows:
         given = source[row["id"]]
         assert {**row, "traces": 0} == {**given, "traces": 0}
         assert {t["text"] for t in row["traces"]} == {t["text"] for t in given["traces"]}
     rows, report = build_from(
-        [REAL], tmp_path / "some.jsonl", traces=4, per_source=1, keep_incorrect=False, min_traces=2
+        [path], tmp_path / "some.jsonl", traces=4, per_source=1, keep_incorrect=False, min_traces=2
     )
     for row in rows:
         right = [t for t in source[row["id"]]["traces"] if t["correct"]]
