@@ -1,4 +1,4 @@
-"""Peak host memory of loading from and exporting to a Hugging Face folder, a line a rank.
+"""Peak host memory of loading from and exporting to a Hugging Face folder, one line per rank.
 
 python benchmarks/hf_memory.py --make-model DIR         # a random Llama of 1.1B parameters in bf16, 2.2 GB
 python benchmarks/hf_memory.py HF_DIR OUTPUT_DIR

@@ -146,7 +146,7 @@ class Bench:
         return self._run(spec | {"arguments": settings, "steps": steps})
 
     def references(self, visits: dict[str, list[dict]]) -> dict[str, float]:
-        """By row, what the loss of the first step must be: transformers on the same ids, under the same tags."""
+        """Compute each row's loss of the first step with transformers, on the same ids under the same tags."""
         first = {}
         for name, (visit, *_) in visits.items():
             tags_of = visit["steps"][0].get("tags")
@@ -176,7 +176,7 @@ class Bench:
         }
 
     def _write_data(self) -> None:
-        """The questions of this run, all with the same number of traces: a step is full with any of them."""
+        """The questions of this run, all with the same number of traces: any of them fill a step."""
         a = self.arguments
         rows = choose_questions(a.data.read_text(encoding="utf-8").splitlines(), self.steps * a.questions, a.traces)
         (self.work / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -243,8 +243,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE", help="for our rows")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--questions", type=int, default=2, help="a step")
-    parser.add_argument("--traces", type=int, default=4, help="a question")
+    parser.add_argument("--questions", type=int, default=2, help="per step")
+    parser.add_argument("--traces", type=int, default=4, help="per question")
     parser.add_argument("--num-forking-tokens", type=int, default=6)
     parser.add_argument("--matching-tokens", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-5)
@@ -280,14 +280,14 @@ def main() -> None:
     tokens, scored = (statistics.mean(c[i] for c in bench.counts) for i in range(2))
     console.print(make_table(results, TOLERANCE[arguments.dtype]), highlight=False)
     console.print(
-        f"{arguments.questions} questions x {arguments.traces} traces a step, {tokens:.0f} tokens on average, "
+        f"{arguments.questions} questions x {arguments.traces} traces per step, {tokens:.0f} tokens on average, "
         f"{scored:.0f} of them with loss; {arguments.dtype}, {arguments.threads} threads, "
         f"{arguments.rounds} x {arguments.timed} steps timed",
         highlight=False,
     )
     if arguments.json is not None:
-        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        everything = {"arguments": given, "counts": bench.counts, "rows": results}
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        everything = {"arguments": settings, "counts": bench.counts, "rows": results}
         arguments.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
 

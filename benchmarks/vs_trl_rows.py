@@ -29,7 +29,7 @@ Rows = list[Tokens]
 
 
 class Settings(TypedDict, total=False):
-    """What a way of training sets; everything else keeps its default."""
+    """Settings of one way of training; everything else keeps its default."""
 
     # Keys of our configuration
     matching: str
@@ -50,7 +50,7 @@ class Row:
     about: str
     settings: Settings = field(default_factory=Settings)
     sort: bool = False
-    """TRL: a step's sequences by length, so that its microbatches have little padding."""
+    """TRL: sort the sequences of a step by length, so that its microbatches have little padding."""
     streams: int | None = None
     """TRL with packing: this many packed rows per step, of nearly equal length; None: rows of max_length."""
     head: str = "all"
@@ -97,15 +97,15 @@ The number counts sequences per microbatch, or packed rows per step.
 
 def choose_questions(lines: Sequence[str], questions: int, traces: int) -> list[dict]:
     """Take the first `questions` questions that have `traces` different traces, cut to those. Raises UserError."""
-    chosen: list[dict] = []
+    rows: list[dict] = []
     for line in lines:
         row = json.loads(line)
         different = list({trace["text"]: trace for trace in row["traces"]}.values())
-        if len(different) >= traces and len(chosen) < questions:
-            chosen.append(row | {"traces": different[:traces]})
-    if len(chosen) < questions:
-        raise UserError(f"--data has {len(chosen)} questions of {traces} traces, {questions} are needed")
-    return chosen
+        if len(different) >= traces and len(rows) < questions:
+            rows.append(row | {"traces": different[:traces]})
+    if len(rows) < questions:
+        raise UserError(f"--data has {len(rows)} questions of {traces} traces, {questions} are needed")
+    return rows
 
 
 def sequences_of(sets: Sequence[TokenizedSet], tags_of: Sequence[Sequence[int]], tags: ForkingTokens) -> Rows:
@@ -114,8 +114,8 @@ def sequences_of(sets: Sequence[TokenizedSet], tags_of: Sequence[Sequence[int]],
     `tags_of[q][j]` is the 0-based tag of trace j of question q.
     """
     sequences: Rows = []
-    for tokenized, chosen in zip(sets, tags_of, strict=True):
-        for completion, tag in zip(tokenized.completion_ids, chosen, strict=True):
+    for tokenized, own_tags in zip(sets, tags_of, strict=True):
+        for completion, tag in zip(tokenized.completion_ids, own_tags, strict=True):
             start = [*tokenized.prompt_ids.tolist(), *tags.ids[tag]]
             ids = completion.tolist()
             sequences.append({"input_ids": start + ids, "labels": [IGNORED] * len(start) + ids})

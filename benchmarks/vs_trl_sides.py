@@ -2,7 +2,7 @@
 
     python benchmarks/vs_trl_sides.py SPEC.json RESULT.json
 
-One process a side, because our CPU backend patches torch for the whole process.
+One process per side, because our CPU backend patches torch for the whole process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Clock:
 
 
 def train_ours(spec: dict) -> dict[str, object]:
-    """`Trainer.train_step` over the first steps of the run that `values` configure."""
+    """Train with `Trainer.train_step` over the first steps of the run that `values` configure."""
     from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import build_config
     from megatron_ssft.objectives.ssft import SetDecision
@@ -53,7 +53,7 @@ def train_ours(spec: dict) -> dict[str, object]:
 
 
 def train_trl(spec: dict) -> dict[str, object]:
-    """SFTTrainer's own loop over the given microbatches; a step lasts from the end of the one before it.
+    """Train in SFTTrainer's own loop over the given microbatches; a step lasts from the end of the one before it.
 
     So it includes collation, clipping and the optimizer.
     """

@@ -1,4 +1,4 @@
-"""Process groups and this rank's place in the tensor x pipeline x data grid."""
+"""Process groups, and this rank's place in the parallel layout (TP x PP x CP x DP)."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Topology:
 
     @property
     def reports_loss(self) -> bool:
-        """One rank for each share of the loss: last stage, first of its tensor-parallel group."""
+        """True for one rank per share of the loss: last stage, first of its tensor-parallel group."""
         return self.is_last_stage and self.tp_rank == 0
 
 
 def launch_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's variables, SLURM's, or a single process.
 
-    Under SLURM (`srun`, one task a GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
+    Under SLURM (`srun`, one task per GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
     """
     env = os.environ
     if "RANK" in env:
@@ -70,16 +70,16 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
 
 
 def _choose_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU where there is none. Raises UserError where there is one that does not work."""
+    """Choose this rank's GPU, or the CPU where there is none. Raises UserError where a GPU does not work."""
     if torch.cuda.is_available():
         visible = torch.cuda.device_count()
         if visible > 1 and local_rank >= visible:
-            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process a GPU")
+            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process per GPU")
         device = torch.device("cuda", local_rank if visible > 1 else 0)  # SLURM may show each task its own GPU only
         torch.cuda.set_device(device)
         return device
-    promised = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
-    if torch.backends.cuda.is_built() and promised:
+    has_gpus = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
+    if torch.backends.cuda.is_built() and has_gpus:
         raise UserError("this machine has GPUs, but CUDA does not work: check driver, container and torch build")
     install_cpu_backend()
     return torch.device("cpu")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.conversions import export_run, import_hf, verify
 from tests.helpers.distributed import run_ranks
 from tests.helpers.hf_models import smollm2
 from tests.helpers.paths import ROOT, SHARED
 from tests.helpers.teacher_rows import teacher_rows
-from tests.parallel.test_hf_checkpoint import export_run, import_hf, verify
 
 pytestmark = pytest.mark.slow
 TP3 = {"tensor_model_parallel_size": 3}

@@ -1,7 +1,7 @@
 """Proof that a Hugging Face folder and Megatron weights are the same model: every tensor, and the logits.
 
 Two checks that fail for different reasons. *Tensors*: every slice a rank holds equals, bit for bit, what the folder
-holds. *Logits*: transformers and the engine, both in float32, agree on sample text at the layout in use; that
+holds. *Logits*: transformers and the engine, both in float32, agree on sample text at the parallel layout in use; that
 proves names, interleaving, norms, rotary angles. A model too large for the host is cut to its first layers for
 the logits, and the report says so.
 """
@@ -30,7 +30,7 @@ MAX_DIFFERENCE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class LogitReport:
-    """What a comparison of logits found."""
+    """Result of a comparison of logits."""
 
     max_difference: float
     mean_difference: float
@@ -78,11 +78,11 @@ def verify_logits(
         load(engine)
     else:
         load_hf_weights(engine, folder, only_some_layers=True)
-    ours = engine.logits(ids)
+    logits = engine.logits(ids)
 
     def compare() -> list[float]:
-        assert ours is not None, "the first rank has the logits"
-        return _compare(folder, layers, ids, ours, new_rows)
+        assert logits is not None, "the first rank has the logits"
+        return _compare(folder, layers, ids, logits, new_rows)
 
     largest, mean, agreement = on_first_rank(compare, topology)
     report = LogitReport(largest, mean, agreement, len(ids), layers, config.model.num_layers)
@@ -92,7 +92,7 @@ def verify_logits(
 
 
 def _layers_that_fit(config: RunConfig) -> int:
-    """Layers whose float32 copy takes half of the free memory: whole on the host, this rank's shard on a GPU."""
+    """Count layers whose float32 copy takes half of the free memory: whole on the host, this rank's shard on a GPU."""
     model, parallel = config.model, config.parallel
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in hf_tensors(model).items()}
     per_layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
@@ -107,7 +107,7 @@ def _layers_that_fit(config: RunConfig) -> int:
     return max(fitting, multiple)
 
 
-def _compare(folder: Path, layers: int, ids: list[int], ours: torch.Tensor, new_rows: tuple[int, ...]) -> list[float]:
+def _compare(folder: Path, layers: int, ids: list[int], logits: torch.Tensor, new_rows: tuple[int, ...]) -> list[float]:
     """[largest difference, mean difference, share of positions with the same most likely token]"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,9 +119,9 @@ def _compare(folder: Path, layers: int, ids: list[int], ours: torch.Tensor, new_
         folder, config=hf_config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     with torch.no_grad():
-        theirs = model(torch.tensor([ids])).logits[0].float()
-    shared = [i for i in range(min(theirs.size(1), ours.size(1))) if i not in new_rows]
-    theirs, ours = theirs[:, shared], ours[:, shared]
-    difference = (theirs - ours).abs()
-    same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean()
+        reference = model(torch.tensor([ids])).logits[0].float()
+    shared_rows = [i for i in range(min(reference.size(1), logits.size(1))) if i not in new_rows]
+    reference, logits = reference[:, shared_rows], logits[:, shared_rows]
+    difference = (reference - logits).abs()
+    same = (reference.argmax(-1) == logits.argmax(-1)).float().mean()
     return [float(difference.max()), float(difference.mean()), float(same)]

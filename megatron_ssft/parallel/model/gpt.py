@@ -28,14 +28,14 @@ from megatron_ssft.parallel.model.norm import Norm
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     """`vocab_size` rounded up to --make-vocab-size-divisible-by and to the tensor-parallel size.
 
-    For divisors that the tensor-parallel size divides, the result is the same at every layout.
+    For divisors that the tensor-parallel size divides, the result is the same at every parallel layout.
     """
     multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Our configuration in megatron-core's terms; fusions that need CUDA extensions are off with the local layers."""
+    """Translate our configuration into megatron-core's terms; fusions that need CUDA extensions are off."""
     model, parallel = config.model, config.parallel
     use_te = model.transformer_impl == "transformer_engine"
     on_cuda = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         qk_layernorm=model.qk_layernorm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        perform_initialization=False,  # initialization.py does it, the same at every layout
+        perform_initialization=False,  # initialization.py does it, alike at every parallel layout
         use_cpu_initialization=not on_cuda,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -86,7 +86,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def layer_spec(config: RunConfig, core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers this pipeline stage builds, with the implementation --transformer-impl names."""
+    """Specify the layers this pipeline stage builds, with the implementation --transformer-impl names."""
     if config.model.transformer_impl == "transformer_engine":
         spec, final_norm = _transformer_engine_spec(config)
     else:
@@ -182,7 +182,7 @@ class SetGPTModel(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
-        """Megatron's, with the tag rows on a last stage of their own declared a copy of the first stage's."""
+        """Shard the state as Megatron does; the last stage's own tag rows are declared a copy of the first's."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.forking_rows is not None and not self.pre_process:
             entry = state[f"{prefix}forking_rows.weight"]
@@ -190,7 +190,7 @@ class SetGPTModel(GPTModel):
         return state
 
     def vocab_tables(self) -> list[Tensor]:
-        """This rank's shards of the vocabulary tables: input embedding, output head, or the one tied table."""
+        """List this rank's shards of the vocabulary tables: input embedding, output head, or the one tied table."""
         tables = [self.embedding.word_embeddings.weight] if self.pre_process else []
         if self.post_process and self.output_layer.weight is not None:
             tables.append(self.output_layer.weight)
@@ -240,30 +240,30 @@ class SetGPTModel(GPTModel):
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
     def _answer(self, hidden: Tensor, scored: Tensor, targets: Tensor | None, top_k: int | None) -> Tensor:
-        """What the last stage answers, from hidden states [s (or s / tp), b, h]."""
+        """Answer as the last stage does, from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=tp_group
             )
-            chosen = hidden.flatten(0, 1).index_select(0, scored)
+            selected = hidden.flatten(0, 1).index_select(0, scored)
         else:
             # Selected first: less to reduce in the backward, and what is reduced there is contiguous. megatron-core
             # all-reduces a copy of a strided gradient, and drops it.
-            chosen = hidden.flatten(0, 1).index_select(0, scored)
-            chosen = tensor_parallel.copy_to_tensor_model_parallel_region(chosen, group=tp_group)
+            selected = hidden.flatten(0, 1).index_select(0, scored)
+            selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected, group=tp_group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
         if targets is None:
-            return self.head.logits(chosen, weight, rows)
+            return self.head.logits(selected, weight, rows)
         if top_k is not None:
-            return self.head.top(chosen, weight, targets, rows, top_k)
-        return self.head.nll(chosen, weight, targets, rows)
+            return self.head.top(selected, weight, targets, rows, top_k)
+        return self.head.nll(selected, weight, targets, rows)
 
 
 def build_model_chunks(config: RunConfig, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:
-    """This rank's model chunks: one, or as many as the virtual pipeline asks for. Weights are not initialised."""
+    """Build this rank's model chunks: one, or as many as the virtual pipeline asks for. Weights are not initialised."""
     core = transformer_config(config)
     stages: list[int | None] = (
         [None] if config.virtual_pipeline_size is None else list(range(config.virtual_pipeline_size))

@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on the layout.
+"""Initial weights that do not depend on the parallel layout.
 
 Every parameter is drawn by its global name: the generator is seeded by (seed, name, layer), draws the whole tensor on
 the CPU, and each rank keeps the slice its sharded checkpoint entry describes. So TP, PP, virtual pipeline and the
@@ -39,7 +39,7 @@ def initialize_weights(chunks: list[SetGPTModel], config: RunConfig) -> None:
 
 
 def sharded_tensors(state: dict[str, object]) -> list[ShardedTensor]:
-    """All tensor entries; factories (gate and up of SwiGLU) give theirs, which are views of the parameter."""
+    """List all tensor entries; factories (gate and up of SwiGLU) give theirs, which are views of the parameter."""
     entries = []
     for value in state.values():
         if isinstance(value, ShardedTensorFactory):
