@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.train_state import QueueState
 from megatron_ssft.records import QuestionVisit
 from megatron_ssft.seeded import permutation, raw_generator, two_words
 
@@ -59,18 +59,6 @@ def fill_batch(trace_counts: Sequence[int], capacity: int) -> list[int]:
             if missing == 0:
                 break
     return taken
-
-
-class QueueState(TypedDict):
-    """Where a QuestionQueue stands, as JSON values."""
-
-    num_questions: int
-    seed: int
-    epoch: int
-    cursor: int
-    """Place in the epoch's permutation of the next question to enter the window."""
-    waiting: list[list[int]]
-    """[index, epoch] of the visits in the window, in stream order."""
 
 
 class QuestionQueue:
