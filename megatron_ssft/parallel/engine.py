@@ -36,7 +36,7 @@ from megatron_ssft.records import (
     SequenceSpec,
     StepMetrics,
 )
-from megatron_ssft.scheduling.cost_streams import distinct_traces
+from megatron_ssft.scheduling.sequences import distinct_traces
 
 Cut = Callable[[Microbatch], ModelInput]
 """Cuts a microbatch from the data."""

@@ -1,22 +1,23 @@
-"""The plans of a step, for the layout the configuration asks for."""
+"""The planner of a job: the plans of a step, for the layout and the budgets that the configuration asks for."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from megatron_ssft.config import Config
 from megatron_ssft.records import Assignment, ForkingTokens, MicrobatchPlan, QuestionBatch
-from megatron_ssft.scheduling.cost_rows import plan_cost_microbatches
 from megatron_ssft.scheduling.cost_streams import plan_cost_streams
-from megatron_ssft.scheduling.train_rows import plan_train_microbatches
+from megatron_ssft.scheduling.limits import RowLimits, StreamLayout, StreamLimits
+from megatron_ssft.scheduling.rows import plan_cost_rows, plan_train_rows
 from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.work import WorkModel
 
-MICROBATCHES_A_STAGE = 4
+MICROBATCHES_PER_STAGE = 4
 """The cost pass is cut into this many microbatches for every pipeline stage, so that stages seldom wait: a bubble of
 (p - 1) / (4 p + p - 1), under a fifth."""
 SMALLEST_STREAM = 1024
-"""But not into streams with fewer tokens than this: small matrix products are slow, and prompts are repeated."""
+"""The cost pass is not cut into smaller streams: small matrix products are slow, and prompts are repeated."""
 
 
 class Planner:
@@ -28,73 +29,47 @@ class Planner:
             vocab_size: vocabulary entries in use.
             num_ranks: R, data-parallel ranks.
         """
-        self.config = config
         self.tags = tags
         self.num_ranks = num_ranks
         self.flops = WorkModel.for_model(config.model, vocab_size)
         """FLOPs of a forward pass, for accounting."""
         self.work = WorkModel.for_model(config.model, vocab_size, config.parallel.attention_efficiency)
         """What plans are balanced by."""
-        stages = config.parallel.pipeline_model_parallel_size
-        self.interleaved = config.virtual_pipeline_size is not None
-        self.group_size = stages if self.interleaved else 1
-        """The interleaved schedule takes microbatches in groups of the pipeline size, the same number on all ranks."""
-        self.min_microbatches = MICROBATCHES_A_STAGE * stages if stages > 1 else 1
+        training, stages = config.training, config.parallel.pipeline_model_parallel_size
+        interleaved = config.virtual_pipeline_size is not None
+        # The interleaved schedule takes microbatches in groups of the pipeline size, the same number on all ranks.
+        group_size = stages if interleaved else 1
+        self.min_microbatches = MICROBATCHES_PER_STAGE * stages if stages > 1 else 1
+        self.rows: RowLimits | None = None
+        """Limits in the padded layout; None: token streams."""
+        if training.sequence_layout == "padded":
+            self.rows = RowLimits(num_ranks, training.micro_batch_size, config.cost_tokens_per_microbatch, group_size)
+        self.train_streams = StreamLimits(
+            num_ranks,
+            config.train_tokens_per_microbatch,
+            group_size,
+            equal_counts=interleaved,
+            layout=StreamLayout(training.share_prompt, one_question=training.sequence_layout == "concatenated"),
+        )
+        self.cost_streams = dataclasses.replace(self.train_streams, max_tokens=config.cost_tokens_per_microbatch)
 
     def costs(self, batch: QuestionBatch, matching_tokens: int) -> MicrobatchPlan:
-        """Every pair (tag, trace) once, traces cut to their first `matching_tokens` tokens."""
-        if self.config.training.sequence_layout == "padded":
-            return plan_cost_microbatches(
-                batch,
-                self.tags,
-                matching_tokens=matching_tokens,
-                num_ranks=self.num_ranks,
-                tokens_per_microbatch=self.config.cost_tokens_per_microbatch,
-                group_size=self.group_size,
-                work=self.work,
-            )
-        plan = self._cost_streams(batch, matching_tokens, min_microbatches=1)
+        """The plan of the cost pass: every pair (tag, trace) once, traces cut to their first `matching_tokens` tokens.
+
+        In streams it has enough microbatches to keep a pipeline filled, if they do not get too small.
+        """
+        if self.rows is not None:
+            return plan_cost_rows(batch, matching_tokens, self.tags, self.rows, self.work)
+        plan = plan_cost_streams(batch, matching_tokens, self.tags, self.cost_streams, self.work)
         affordable = plan.size.tokens // (self.num_ranks * SMALLEST_STREAM)
-        wanted = min(self.min_microbatches, affordable)
-        if wanted > min(map(len, plan.ranks)):
-            plan = self._cost_streams(batch, matching_tokens, wanted)
+        microbatches = min(self.min_microbatches, affordable)
+        if microbatches > min(map(len, plan.ranks)):
+            limits = dataclasses.replace(self.cost_streams, min_microbatches=microbatches)
+            plan = plan_cost_streams(batch, matching_tokens, self.tags, limits, self.work)
         return plan
 
-    def _cost_streams(self, batch: QuestionBatch, matching_tokens: int, min_microbatches: int) -> MicrobatchPlan:
-        return plan_cost_streams(
-            batch,
-            self.tags,
-            matching_tokens=matching_tokens,
-            num_ranks=self.num_ranks,
-            max_tokens=self.config.cost_tokens_per_microbatch,
-            group_size=self.group_size,
-            min_microbatches=min_microbatches,
-            work=self.work,
-            share_prompt=self.config.training.share_prompt,
-            one_question=self.config.training.sequence_layout == "concatenated",
-        )
-
     def train(self, batch: QuestionBatch, assignments: Sequence[Assignment]) -> MicrobatchPlan:
-        """Which trace under which tag, on which rank, in which microbatch."""
-        if self.config.training.sequence_layout == "padded":
-            return plan_train_microbatches(
-                batch,
-                assignments,
-                self.tags,
-                num_ranks=self.num_ranks,
-                micro_batch_size=self.config.training.micro_batch_size,
-                group_size=self.group_size,
-                work=self.work,
-            )
-        return plan_train_streams(
-            batch,
-            assignments,
-            self.tags,
-            num_ranks=self.num_ranks,
-            max_tokens=self.config.train_tokens_per_microbatch,
-            group_size=self.group_size,
-            equal_counts=self.interleaved,
-            work=self.work,
-            share_prompt=self.config.training.share_prompt,
-            one_question=self.config.training.sequence_layout == "concatenated",
-        )
+        """The plan of a training step: which trace under which tag, on which rank, in which microbatch."""
+        if self.rows is not None:
+            return plan_train_rows(batch, assignments, self.tags, self.rows, self.work)
+        return plan_train_streams(batch, assignments, self.tags, self.train_streams, self.work)

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ssft.records import ForkingTokens, QuestionBatch, SequenceSpec
+from megatron_ssft.scheduling.balance import UNITS
 from megatron_ssft.scheduling.work import WorkModel
 
 OPEN_PARTS = 32
 """Parts or streams of a question into which the next of its items may go: the latest, so that planning stays linear."""
-UNITS = 1 << 40
-"""Integer units in the work of all sequences, each alone: sums of integers are the same on every machine."""
 
 
 @dataclass(frozen=True)
 class StreamNodes:
-    """The three nodes of each of S sequences; work in integer units, all arrays int64 [S].
+    """The three nodes of each of S sequences; work in integer units, `UNITS` for all of them; arrays int64 [S].
 
     Without sharing, prompt and tag belong to the sequence's own node.
     """
@@ -105,7 +104,8 @@ class ItemNodes:
         """Work of a stream of these items."""
         if len(items) == 1:
             return self.alone_work[items[0]]
-        total, seen = 0, set()
+        total = 0
+        seen: set[tuple[int, int]] = set()
         for item in items:
             question = self.question[item]
             total += self.own_work[item]
