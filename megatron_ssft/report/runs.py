@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.matching.coverage import count_configurations, make_configuration
+from megatron_ssft.matching.coverage import count_configurations, make_configuration, source_labels
 
 METRICS_FILE = "metrics.jsonl"
 ASSIGNMENTS_FILE = "assignments.jsonl"
@@ -62,7 +62,7 @@ class Visit:
     @property
     def labels(self) -> tuple[str, ...]:
         """Source of each trace; `trace j` (from 1) stands in where it is unknown."""
-        return tuple(f"trace {j}" if s is None else s for j, s in enumerate(self.sources, start=1))
+        return source_labels(self.sources)
 
 
 @dataclass(frozen=True)

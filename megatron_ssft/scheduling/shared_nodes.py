@@ -1,4 +1,4 @@
-"""What the sequences of a stream have in common, in numbers: tokens and work of prompts, tags and the rest.
+"""Shared nodes: tokens and work of the prompts and tags that sequences of a token stream have in common.
 
 A stream holds the prompt of a question once and each of its tags once, so the size of a stream is the sum over the
 distinct nodes in it and what a sequence adds depends on what stands there already. Planners move sequences about by
@@ -77,8 +77,21 @@ def stream_nodes(
     own_work = flops(tagged, length) + work.scored * scored
     total = math.fsum((prompt_work + tag_work + own_work).tolist())
     scale = UNITS / total if total > 0 else 1.0
-    in_units = [np.rint(part * scale).astype(np.int64) for part in (prompt_work, tag_work, own_work)]
-    return StreamNodes(question, tag, prompt, tagged - prompt, length - tagged, *in_units, flops_per_unit=1 / scale)
+
+    def in_units(part: np.ndarray) -> np.ndarray:
+        return np.rint(part * scale).astype(np.int64)
+
+    return StreamNodes(
+        question,
+        tag,
+        prompt_tokens=prompt,
+        tag_tokens=tagged - prompt,
+        own_tokens=length - tagged,
+        prompt_work=in_units(prompt_work),
+        tag_work=in_units(tag_work),
+        own_work=in_units(own_work),
+        flops_per_unit=1 / scale,
+    )
 
 
 @dataclass(frozen=True)
