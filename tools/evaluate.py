@@ -4,7 +4,7 @@
     python tools/evaluate.py S.jsonl --output DIR --protocol published --pass-tag 0
     python tools/evaluate.py S.jsonl --output DIR --group-by subject --data Q.jsonl --answers math
 
-Writes DIR/evaluation.json (all figures; megatron_ssft/evaluation/figures.py lists its keys) and DIR/tables.md, and
+Writes DIR/evaluation.json (all figures; megatron_ssft/formats/evaluation.py lists its keys) and DIR/tables.md, and
 prints the tables. Tags are 0-based here and in files; tables write <think1> for tag 0.
 """
 

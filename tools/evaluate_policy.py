@@ -6,7 +6,7 @@
     ... --grpo S_grpo.jsonl --grpo-before S_mixed.jsonl
 
 S files are made by tools/score.py, all of the same held-out questions. Writes DIR/policy_evaluation.json
-(megatron_ssft/evaluation/policy_evaluation.py lists its keys) and prints tables. Tags are 0-based in files; tables
+(megatron_ssft/formats/policy_evaluation.py lists its keys) and prints tables. Tags are 0-based in files; tables
 write <think1> for tag 0.
 """
 

@@ -65,7 +65,7 @@ def resume_rollouts(
     sampling: Mapping[str, object],
     prompts: Mapping[str, str] | None = None,
 ) -> set[RolloutKey]:
-    """What a rollout file already holds, after cutting off a last line that was never finished.
+    """Read what a rollout file already holds, after cutting off a last line that was never finished.
 
     `prompts`: the `prompt` that the lines of each question must have, by id; questions it does not name are not
     compared. An absent or empty file gives the empty set. Raises UserError, and leaves the file as it is, where a line
@@ -105,8 +105,8 @@ def _scan(
     return set(checks.lines), whole, b""
 
 
-def _other_prompt(found: str | None) -> str:
-    if found is None:
+def _other_prompt(prompt: str | None) -> str:
+    if prompt is None:
         return "the line has no 'prompt', so whether the question is still the same cannot be told"
     return "the question's prompt is not the one this sample was made from"
 

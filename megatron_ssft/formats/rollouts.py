@@ -1,4 +1,4 @@
-"""Rollouts on disk: one JSON object a line, appended while they are made, resumed after a kill.
+"""Rollouts on disk: one JSON object per line. rollout_writer.py appends them and resumes after a kill.
 
 A file holds the samples of one model with one tokenizer under one set of sampling settings; whatever mixes them is
 refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
@@ -39,7 +39,7 @@ Mark = Annotated[
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """What R.jsonl and S.jsonl both say of one generated sample."""
+    """The fields that R.jsonl and S.jsonl share: one generated sample."""
 
     id: Name
     tag: Tag
@@ -192,12 +192,12 @@ class FileChecks(Generic[Record]):
         record = _record(where, raw, self._kind)
         origin = sample_origin(record)
         if self._expected is not None and origin != self._expected:
-            found = differences(origin, self._expected)
-            raise UserError(f"{where}: made by another run, {found} now; give another --output")
+            unlike = differences(origin, self._expected)
+            raise UserError(f"{where}: made by another run, {unlike} now; give another --output")
         self._first = self._first or origin
         if origin != self._first:
-            found = differences(self._first, origin)
-            raise UserError(f"{where}: not of one run, {found} here; keep one model and one setting in a file")
+            unlike = differences(self._first, origin)
+            raise UserError(f"{where}: not of one run, {unlike} here; keep one model and one setting in a file")
         if record.key in self.lines:
             name = f"id {record.id!r}, tag {record.tag}, sample {record.sample}"
             raise UserError(f"{where}: {name} is already on line {self.lines[record.key]}; remove one of them")
@@ -206,19 +206,19 @@ class FileChecks(Generic[Record]):
 
 
 def sample_origin(sample: Sample) -> dict[str, object]:
-    """What `sample` must share with all samples of its file."""
+    """The fields that `sample` must share with all samples of its file."""
     return origin_of(sample.model, sample.tokenizer, sample.sampling)
 
 
 def origin_of(model: str, tokenizer: str, sampling: Mapping[str, object]) -> dict[str, object]:
-    """What all samples of a file share, from its parts."""
+    """The fields that all samples of a file share, from their parts."""
     return {"model": model, "tokenizer": tokenizer, **sampling}
 
 
-def differences(before: dict[str, object], now: dict[str, object]) -> str:
+def differences(before: dict[str, object], after: dict[str, object]) -> str:
     """`temperature 0.7 before and 1.0`, for all that differs."""
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(now.get(key))}" for key in keys)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(after.get(key))}" for key in keys)
 
 
 def _record(where: str, raw: bytes, kind: type[Record]) -> Record:

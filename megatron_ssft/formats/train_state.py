@@ -29,7 +29,7 @@ class TagState(Struct, frozen=True, kw_only=True):
 
 
 class WeightsState(Struct, frozen=True, kw_only=True):
-    """What a checkpoint of weights alone says of itself."""
+    """The state of a checkpoint of weights alone; other states extend it."""
 
     format: int
     iteration: Count
@@ -61,7 +61,7 @@ class ReusedAssignments(Struct, frozen=True, kw_only=True):
 
 
 class CollapseWatchState(Struct, frozen=True, kw_only=True):
-    """What the watch for a collapse of the matching has seen."""
+    """Memory of the watch for a collapse of the matching."""
 
     steps: Count
     window: list[list[list[list[int | str | None]]]]
