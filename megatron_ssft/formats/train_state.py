@@ -30,7 +30,7 @@ class TagState(Struct, frozen=True, kw_only=True):
 
 
 class WeightsState(Struct, frozen=True, kw_only=True):
-    """What a checkpoint of weights alone says of itself."""
+    """The state of a checkpoint of weights alone; other states extend it."""
 
     format: int
     iteration: Count
@@ -63,7 +63,7 @@ class ReusedAssignments(TypedDict):
 
 
 class CollapseWatchState(TypedDict):
-    """What the watch for a collapse of the matching has seen."""
+    """Memory of the watch for a collapse of the matching."""
 
     steps: int
     window: list[list[list[list[int | str | None]]]]

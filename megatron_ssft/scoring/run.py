@@ -10,10 +10,10 @@ from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows
+from megatron_ssft.formats.rollout_writer import RolloutWriter
 from megatron_ssft.formats.rollouts import (
     Rollout,
     RolloutKey,
-    RolloutWriter,
     Sample,
     ScoredRollout,
     differences,
