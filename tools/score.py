@@ -45,7 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=["tag"],
         help="rows of the table: fields of scores or questions",
     )
-    parser.add_argument("--unsafe-code", action="store_true", help="run programs without walls; only what you trust")
+    parser.add_argument(
+        "--unsafe-code", action="store_true", help="run programs without a sandbox; only what you trust"
+    )
     return parser.parse_args(argv)
 
 
@@ -60,10 +62,12 @@ def main() -> None:
 
     from megatron_ssft.scoring import run as scoring
     from megatron_ssft.scoring import tables as score_tables
+    from megatron_ssft.scoring.questions import read_questions
     from megatron_ssft.scoring.verifiers.common import Settings
 
-    questions = scoring.read_questions(arguments.data)
-    walls = scoring.choose_walls(arguments.data, arguments.unsafe_code) if arguments.verifier == "code" else None
+    questions = read_questions(arguments.data)
+    in_sandbox = arguments.verifier == "code"
+    mechanism = scoring.choose_mechanism(arguments.data, arguments.unsafe_code) if in_sandbox else None
     console = Console()
     scored = scoring.score_file(
         arguments.rollouts,
@@ -71,7 +75,7 @@ def main() -> None:
         arguments.data,
         arguments.output,
         verifier=arguments.verifier,
-        settings=Settings(arguments.answer_after, arguments.timeout, arguments.memory_mb, walls),
+        settings=Settings(arguments.answer_after, arguments.timeout, arguments.memory_mb, mechanism),
         workers=arguments.workers or len(os.sched_getaffinity(0)),
         progress=functools.partial(score_tables.shown, console),
     )

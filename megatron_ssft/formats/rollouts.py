@@ -184,7 +184,7 @@ class RolloutWriter:
             raise _cannot_write(self._path, error) from error
         _lock(self._file.fileno(), self._path)
 
-    def write(self, rollouts: Iterable[Rollout]) -> None:
+    def write(self, rollouts: Iterable[Sample]) -> None:
         """Append `rollouts`. Raises UserError if the disk refuses."""
         data = memoryview("".join(map(to_line, rollouts)).encode("ascii"))
         try:

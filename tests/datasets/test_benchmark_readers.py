@@ -16,7 +16,7 @@ import pytest
 from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, read_benchmark, write_benchmark
 from megatron_ssft.datasets.string_pickle import decode_payload, read_string_pickle
 from megatron_ssft.errors import UserError
-from megatron_ssft.scoring.run import read_questions
+from megatron_ssft.scoring.questions import read_questions
 from megatron_ssft.scoring.verifiers import choice, code, exact, mathematics
 from megatron_ssft.scoring.verifiers.common import Settings
 

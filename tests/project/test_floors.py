@@ -35,7 +35,7 @@ HEAVY = ("megatron", "torch.distributed")
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 MAY_UNPICKLE = "megatron_ssft.parallel.checkpoint.pickle_scan"
 MAY_EXECUTE = "megatron_ssft.scoring.sandbox.inside"
-"""Runs generated programs, behind walls of its own; nothing else may run text as code."""
+"""Runs generated programs, in the sandbox; nothing else may run text as code."""
 
 
 # -- the checker -----------------------------------------------------------------------------------------------------
