@@ -50,8 +50,8 @@ def choose() -> Mechanism:
                 return mechanism
             reasons.append(f"{mechanism}: {reason}")
     raise UserError(
-        f"--verifier code: this machine cannot put programs into a sandbox ({'; '.join(reasons)}); score on another machine, "
-        "or give --unsafe-code if you trust every program"
+        f"--verifier code: this machine cannot put programs into a sandbox ({'; '.join(reasons)}); score on another "
+        "machine, or give --unsafe-code if you trust every program"
     )
 
 
