@@ -13,7 +13,7 @@ from megatron_ssft.data.examples import read_examples
 from megatron_ssft.datasets.held_out import is_held_out, split_set
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.errors import UserError
-from megatron_ssft.scoring.run import read_questions
+from megatron_ssft.scoring.questions import read_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 
