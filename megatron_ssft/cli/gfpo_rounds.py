@@ -37,7 +37,7 @@ MEASURING, TRAINING = "measuring rewards", "training"
 
 @dataclass(frozen=True, kw_only=True)
 class GfpoRoundsFlags:
-    """Where the loop starts and works, and what its stages are given."""
+    """Start and folder of the loop, and arguments of its stages."""
 
     load: Annotated[Path, Flag(metavar="RUN")]
     """Run to start from, and the reference."""

@@ -47,7 +47,7 @@ def day(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class InputFlags:
-    """What all actions take."""
+    """Flags that all actions share."""
 
     inputs: Annotated[tuple[Path, ...], Flag(metavar="IN", positional=True)]
     """Local files of a data set."""

@@ -22,7 +22,7 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Program(Generic[C]):
-    """What a program is configured by."""
+    """Configuration class of a program, with what it leaves out and sets otherwise."""
 
     config: type[C]
     without: frozenset[str] = frozenset()
