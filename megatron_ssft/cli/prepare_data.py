@@ -60,7 +60,7 @@ class BenchmarkFlags(InputFlags):
     """The questions of an evaluation set in the wording that published figures were measured with."""
 
     format: Annotated[str, Flag(choices=tuple(BENCHMARKS))]
-    """Which evaluation set it is."""
+    """Name of the evaluation set."""
     output: Annotated[Path, Flag(metavar="Q.jsonl")]
     """Questions."""
     since: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
@@ -82,7 +82,7 @@ class PoolFlags(InputFlags):
     output: Annotated[Path, Flag(metavar="SET.jsonl")]
     """Training set."""
     format: Annotated[str | None, Flag(choices=tuple(FORMATS))] = None
-    """Which data set it is; default: told by the first row of a file."""
+    """Name of the data set; default: told by the first row of a file."""
     traces: Annotated[int | None, Flag(metavar="M")] = None
     """At most M traces per question, distinct sources first."""
     per_source: Annotated[int | None, Flag(metavar="K")] = None
