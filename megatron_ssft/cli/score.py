@@ -34,7 +34,7 @@ class ScoreFlags:
     data: Annotated[Path, Flag(metavar="Q.jsonl")]
     """Questions with gold answers."""
     verifier: Literal["exact", "math", "choice", "code"]
-    """How an answer is judged; see above."""
+    """Rule that judges the answers; see above."""
     output: Annotated[Path, Flag(metavar="S.jsonl")]
     """Scored rollouts, appended."""
     rewards: Annotated[Path | None, Flag(metavar="FILE")] = None
