@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import megatron_ssft
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def _files(new: bool = True) -> list[str]:
