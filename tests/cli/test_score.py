@@ -17,8 +17,7 @@ from megatron_ssft.scoring.questions import LocatedQuestion
 from megatron_ssft.scoring.resume import Marks
 from megatron_ssft.scoring.sandbox import mechanisms
 from megatron_ssft.scoring.verifiers.common import Settings
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
 from megatron_ssft.evaluation.policy_inputs import load_inputs
+from tests.helpers.paths import ROOT
 from tests.helpers.policy_evaluations import (
     AFTER,
     BEFORE,
@@ -32,7 +32,6 @@ from tests.helpers.policy_evaluations import (
     write_lines,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = {"mode": "each", "temperature": 1.0, "seed": 1}
 REFUSED = {
     "a question is missing": ({"own": began("own", {q: OWN[q] for q in "abc"})}, "own.jsonl: .*missing, such as 'd'"),

@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,8 +29,8 @@ from megatron_ssft.scheduling.pad_bound import fewest_streams
 from megatron_ssft.scheduling.search_streams import fit_into
 from megatron_ssft.scheduling.sequences import train_sequences
 from megatron_ssft.scheduling.shared_nodes import ItemNodes, Part, question_parts, stream_nodes
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = WorkModel(token=1.0, pair=4e-5, scored=0.2)
 LARGE = WorkModel.for_model(
     ModelConfig(

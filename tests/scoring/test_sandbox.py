@@ -21,8 +21,8 @@ from megatron_ssft.scoring.sandbox.programs import Limits, run_program
 from megatron_ssft.scoring.verifiers import code
 from megatron_ssft.scoring.verifiers.common import Judgement, Settings, UnusableQuestion
 from tests.helpers.hostile_programs import CHEATS, CONTAINED, HONEST, HONEST_FUNCTIONS, RIGHT, TESTS
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = {mechanism: mechanisms.probe(mechanism) for mechanism in mechanisms.MECHANISMS}
 IS_REFUSED = r"landlock_create_ruleset|unshare|uid_map|setgroups|mount |chroot|PR_SET_SECCOMP|system call table"
 """The machine refuses the restrictions; any other problem is a gap in them."""
