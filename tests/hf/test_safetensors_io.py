@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ssft.hf.safetensors_io import INDEX, SINGLE, HFWeights
-from tests.helpers.safetensors_folders import ROOT, SHAPES, SHARDS, refusal, tensors, write_folder, write_index
+from tests.helpers.paths import ROOT
+from tests.helpers.safetensors_folders import SHAPES, SHARDS, refusal, tensors, write_folder, write_index
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
