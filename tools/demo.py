@@ -23,12 +23,12 @@ from types import FrameType
 from rich.console import Console
 
 from megatron_ssft.demo.data import write_demo_data
+from megatron_ssft.demo.evaluation import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.demo.policy import check_policy, policy_table
-from megatron_ssft.demo.result import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.demo.training import check_training, summarize, training_table
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.policy_runs import load_policy_evaluation
-from megatron_ssft.report.runs import load_run
+from megatron_ssft.report.read.policy_runs import load_policy_evaluation
+from megatron_ssft.report.read.runs import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 MATCHINGS = ("optimal", "random", "single")

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.group_by is None) != (args.data is None):
         raise UserError("--group-by and --data go together; give both or neither")
     from megatron_ssft.evaluation.scored_runs import read_groups
-    from megatron_ssft.report.report import write_report
+    from megatron_ssft.report.page.report import write_report
 
     groups = None if args.data is None else read_groups(args.data, args.group_by)
     page, *pictures = write_report(args.runs, args.output, args.eval, args.png_dir, args.policy_eval, groups)

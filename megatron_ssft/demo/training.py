@@ -8,7 +8,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from megatron_ssft.report.runs import (
+from megatron_ssft.report.read.runs import (
     Run,
     distinct_configurations,
     final_mean,

@@ -27,7 +27,7 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Run, load_run
+from megatron_ssft.report.read.runs import Run, load_run
 
 MAX_FINGERPRINTED = 8 << 30
 """Bytes of exported weights that are read to tell whose samples they are."""

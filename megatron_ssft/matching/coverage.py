@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from megatron_ssft.report.runs import Visit
+    from megatron_ssft.report.read.runs import Visit
 
 Edge = tuple[int, str]
 """(tag, source)"""

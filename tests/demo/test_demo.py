@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from megatron_ssft.demo.data import make_demo_sets, writing_style
+from megatron_ssft.demo.evaluation import Evaluated, check_evaluation, evaluation_table, tag_style_bits
 from megatron_ssft.demo.policy import check_policy, policy_table
-from megatron_ssft.demo.result import Evaluated, check_evaluation, evaluation_table, tag_style_bits
 from megatron_ssft.demo.training import Summary, check_training, summarize
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.runs import load_run
+from megatron_ssft.report.read.runs import load_run
 from tests.report.test_report import _fake_run
 
 ROOT = Path(__file__).resolve().parents[2]

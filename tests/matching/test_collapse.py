@@ -21,7 +21,7 @@ from megatron_ssft.matching.collapse import (
 )
 from megatron_ssft.matching.margins import matching_gaps, relative_margins
 from megatron_ssft.records import Assignment
-from megatron_ssft.report.runs import mutual_information_bits
+from megatron_ssft.report.read.runs import mutual_information_bits
 
 # -- gaps --------------------------------------------------------------------------------------------------------
 

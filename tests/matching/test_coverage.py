@@ -18,7 +18,7 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Visit, configuration_counts, whole_epochs
+from megatron_ssft.report.read.runs import Visit, configuration_counts, whole_epochs
 
 
 def visit(epoch, tags, sources, iteration=1):

@@ -212,7 +212,10 @@ UPWARD = [
     ("megatron_ssft/parallel/engine.py", "from megatron_ssft.training.trainer import Trainer"),
     ("megatron_ssft/training/trainer.py", "import pretrain_ssft"),
     ("megatron_ssft/training/trainer.py", "from tools.demo import main"),
-    ("megatron_ssft/report/runs.py", "import importlib\nimportlib.import_module('megatron_ssft.training.trainer')"),
+    (
+        "megatron_ssft/report/read/runs.py",
+        "import importlib\nimportlib.import_module('megatron_ssft.training.trainer')",
+    ),
     ("megatron_ssft/data/cache.py", "import megatron_ssft\nmegatron_ssft.parallel.engine.Engine"),
 ]
 

@@ -18,11 +18,11 @@ from megatron_ssft.evaluation.figures import Options, evaluate
 from megatron_ssft.evaluation.scored_runs import load_runs
 from megatron_ssft.formats.rollouts import ScoredRollout, write_scored
 from megatron_ssft.records import Assignment
-from megatron_ssft.report import figures_evaluation, figures_matching, figures_tags, figures_training, style
-from megatron_ssft.report.evaluation_record import load_evaluation
 from megatron_ssft.report.exhibits import clean, join, number, short_names, slugs, thin
-from megatron_ssft.report.line_charts import Chart, draw_curves
-from megatron_ssft.report.run_facts import configuration_shares, load_facts
+from megatron_ssft.report.figures import evaluation, matching, style, tags, training
+from megatron_ssft.report.figures.line_charts import Chart, draw_curves
+from megatron_ssft.report.read.evaluation_record import load_evaluation
+from megatron_ssft.report.read.run_facts import configuration_shares, load_facts
 
 # -- made-up data, also for test_report_html.py ----------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def test_matching_costs_are_those_of_the_definition(tmp_path):
         assert (facts.costs.random[4:] > least).all()
         assert facts.costs.random[8:].mean() == pytest.approx(mean[2], rel=0.1)
     assert optimal.costs.chosen.tolist() == optimal.costs.optimal.tolist()
-    shown = figures_matching.dynamics_section([optimal, random_], ["optimal", "random"])
+    shown = matching.dynamics_section([optimal, random_], ["optimal", "random"])
     one = exhibit_of(shown, "matching_costs_optimal")
     assert "optimal 4 and 4, " in one.text and "mean 4 and 17.3" in one.text and "13.3 nats below the mean" in one.text
     assert list(one.tables[0].header) == ["training step", "optimal", "random", "mean"]
@@ -226,7 +226,7 @@ def test_tags_and_sources(tmp_path):
     make_run(tmp_path / "optimal", questions=60)
     (facts,) = load_facts([tmp_path / "optimal"])
     assert facts.epochs == [0, 1, 2] and facts.num_tags == 6 and not facts.is_single
-    section = figures_tags.tags_section([facts])
+    section = tags.tags_section([facts])
     graph = exhibit_of(section, "learned_matchings_optimal")
     assert "4 edges between 6 tags and 4 sources" in graph.text
     assert "g* is <think1>: tied with <think2>" in graph.text and "<think3> pairs (100% of its 60)" in graph.text
@@ -256,7 +256,7 @@ def test_many_tags_and_sources_are_cut_in_the_picture_and_said(tmp_path):
     names = [f"source {k:02d} with a long name" for k in range(40)]
     make_run(tmp_path / "big", sources=names, tags=64, questions=4, epochs=2, per_step=4)
     (facts,) = load_facts([tmp_path / "big"])
-    section = figures_tags.tags_section([facts])
+    section = tags.tags_section([facts])
     graph = exhibit_of(section, "learned_matchings_big")
     assert "room for the 16 of 64 tags and 16 of 40 sources" in graph.text and len(graph.tables[0].rows) == 64
     assert len(exhibit_of(section, "tag_sources_big").tables[0].rows) == 40
@@ -264,11 +264,11 @@ def test_many_tags_and_sources_are_cut_in_the_picture_and_said(tmp_path):
 
 def test_a_constant_balance_is_told_and_another_one_drawn(tmp_path):
     flat, uneven = make_run(tmp_path / "flat"), make_run(tmp_path / "uneven", pad_sequences=[1, 2], pad_lower_bound=[1])
-    section = figures_training.cost_section(load_facts([flat]), ["flat"])
+    section = training.cost_section(load_facts([flat]), ["flat"])
     assert [e.key for e in section.exhibits] == ["tokens_per_second", "matching_time"]
     assert "200 throughout" in section.exhibits[0].text and "20.0% throughout" in section.exhibits[1].text
     assert any("PAD sequences: 0 in every step of flat" in text for text in section.remarks)
-    section = figures_training.cost_section(load_facts([uneven]), ["uneven"])
+    section = training.cost_section(load_facts([uneven]), ["uneven"])
     assert "uneven 18, at least 12 needed" in exhibit_of(section, "pads").text
 
 
@@ -278,15 +278,13 @@ def test_optional_columns_of_the_log(tmp_path):
         exact_matching_seconds=[0.4], matching_margin=[0.1], mfu=[0.3, 0.4], eval_loss=[None, 2.0],
     )  # fmt: skip
     facts = load_facts([tmp_path / "run"])
-    section = figures_matching.dynamics_section(facts, ["run"])
+    section = matching.dynamics_section(facts, ["run"])
     assert "0.500 throughout" in exhibit_of(section, "tag_source_information").text
     assert "run: 2 at step 1, 1 at step 12" in exhibit_of(section, "unmatched_tags").text
     assert "run took 0.1 s a step where the exact matching takes 0.4 s" in exhibit_of(section, "matching_regret").text
     assert exhibit_of(section, "matching_margin")
-    assert exhibit_of(figures_training.cost_section(facts, ["run"]), "mfu")
-    assert (
-        "2 throughout, steps 2 to 12" in exhibit_of(figures_training.training_section(facts, ["run"]), "eval_loss").text
-    )
+    assert exhibit_of(training.cost_section(facts, ["run"]), "mfu")
+    assert "2 throughout, steps 2 to 12" in exhibit_of(training.training_section(facts, ["run"]), "eval_loss").text
 
 
 def test_runs_look_alike_in_every_picture():
@@ -305,9 +303,9 @@ def test_the_users_own_matplotlib_settings_change_nothing(tmp_path, monkeypatch)
 
     make_run(tmp_path / "run")
     facts = load_facts([tmp_path / "run"])
-    before = figures_training.training_section(facts, ["run"])
+    before = training.training_section(facts, ["run"])
     with matplotlib.rc_context({"font.size": 30, "text.usetex": True, "axes.facecolor": "red"}):
-        after = figures_training.training_section(facts, ["run"])
+        after = training.training_section(facts, ["run"])
         assert matplotlib.rcParams["font.size"] == 30
     assert after == before
 
@@ -317,7 +315,7 @@ def test_the_users_own_matplotlib_settings_change_nothing(tmp_path, monkeypatch)
 
 def test_known_accuracies_come_out(tmp_path):
     record = load_evaluation(make_evaluation(tmp_path, {"a": [0.25, 0.75], "b": [0.5]}))
-    section = figures_evaluation.evaluation_section(record, ["a", "b"])
+    section = evaluation.evaluation_section(record, ["a", "b"])
     assert [row[1:] for row in exhibit_of(section, "tag_accuracy").tables[0].rows] == [
         ["0.250 ±0.069", "0.500 ±0.080"],
         ["0.750 ±0.069", "-"],
@@ -333,7 +331,7 @@ def test_known_accuracies_come_out(tmp_path):
         "best tag's pass@1",
         "cons@2",
         "pass@2",
-        figures_evaluation.BEST_PER_QUESTION,
+        evaluation.BEST_PER_QUESTION,
     ]
     passed = exhibit_of(section, "pass_at_k")
     # all samples of a tag are alike, so more than one a tag adds nothing
@@ -346,24 +344,22 @@ def test_known_accuracies_come_out(tmp_path):
 
 def test_votes_are_compared_at_the_same_k(tmp_path):
     record = load_evaluation(make_evaluation(tmp_path, {"six": [0.5] * 6, "one": [0.5]}, ks=(1, 2, 4, 6)))
-    assert figures_evaluation.common_k(record["runs"]) == 6
-    figures = dict(figures_evaluation.votes_of(record["runs"][1], 6))
+    assert evaluation.common_k(record["runs"]) == 6
+    figures = dict(evaluation.votes_of(record["runs"][1], 6))
     assert figures["cons@6"] is None and figures["pass@1"]["value"] == 0.5  # four samples only
-    assert (
-        exhibit_of(figures_evaluation.evaluation_section(record, ["six", "one"]), "votes").tables[0].rows[2][2] == "-"
-    )
+    assert exhibit_of(evaluation.evaluation_section(record, ["six", "one"]), "votes").tables[0].rows[2][2] == "-"
 
 
 def test_a_k_beyond_the_samples_is_told(tmp_path):
     record = load_evaluation(make_evaluation(tmp_path, {"a": [0.5], "b": [0.5]}, ks=(100,)))
-    section = figures_evaluation.evaluation_section(record, ["a", "b"])
+    section = evaluation.evaluation_section(record, ["a", "b"])
     assert "pass_at_k" not in [e.key for e in section.exhibits]
     assert any("as many samples as the least k" in text for text in section.remarks)
 
 
 def test_groups_and_rules_stand_in_the_tables(tmp_path):
     record = load_evaluation(make_evaluation(tmp_path, {"a": [0.2, 0.8], "b": [0.8, 0.2]}, group=True))
-    section = figures_evaluation.evaluation_section(record, ["a", "b"])
+    section = evaluation.evaluation_section(record, ["a", "b"])
     assert [t.title for t in section.tables] == [
         "Runs",
         "Runs",
@@ -377,7 +373,7 @@ def test_groups_and_rules_stand_in_the_tables(tmp_path):
 
 def test_the_published_protocol_alone_draws_what_it_can(tmp_path):
     record = load_evaluation(make_evaluation(tmp_path, {"a": [0.2, 0.8]}, protocol="published"))
-    section = figures_evaluation.evaluation_section(record, ["a"])
+    section = evaluation.evaluation_section(record, ["a"])
     assert [e.key for e in section.exhibits] == ["tag_accuracy", "lengths_a", "agreement_a"]
     assert any("published only" in text for text in section.remarks)
 
@@ -387,7 +383,7 @@ def test_samples_without_a_tag_and_many_tags(tmp_path):
     text = path.read_text().replace('"tag": 29', '"tag": null')
     path.write_text(text)
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluate(load_runs([path]), Options())))
-    section = figures_evaluation.evaluation_section(load_evaluation(tmp_path), ["own"])
+    section = evaluation.evaluation_section(load_evaluation(tmp_path), ["own"])
     assert "first 24 of 30 tags" in exhibit_of(section, "tag_accuracy").text
     assert column(exhibit_of(section, "tag_accuracy").tables[0], 0)[-1] == "no tag"
     exhibit_of(section, "agreement_own")
@@ -397,7 +393,7 @@ def test_tags_the_model_chose_do_not_compare(tmp_path):
     path = make_scored(tmp_path / "own.jsonl", [0.2, 0.8], mode="own")
     record = evaluate(load_runs([path]), Options())
     (tmp_path / "evaluation.json").write_text(json.dumps(record))
-    votes = exhibit_of(figures_evaluation.evaluation_section(load_evaluation(tmp_path), ["own"]), "votes")
+    votes = exhibit_of(evaluation.evaluation_section(load_evaluation(tmp_path), ["own"]), "votes")
     assert dict(row[:2] for row in votes.tables[0].rows)["best tag's pass@1"] == "-"
     assert "they do not compare" in votes.text
     record["runs"][0]["published"]["pass_tag"] = 0  # an evaluation of before, whose pass@1 is of that tag alone
@@ -411,17 +407,17 @@ def test_the_best_tag_per_question_is_chosen_on_other_samples(tmp_path):
     (run,) = record["runs"]
     run["best_tag"]["other_samples"] = {"value": 0.125, "stderr": None, "questions": 40}
     label = "best tag per question, chosen on other samples"
-    assert dict(figures_evaluation.votes_of(run, 2))[label]["value"] == 0.125
-    votes = exhibit_of(figures_evaluation.evaluation_section(record, ["a"]), "votes")
+    assert dict(evaluation.votes_of(run, 2))[label]["value"] == 0.125
+    votes = exhibit_of(evaluation.evaluation_section(record, ["a"]), "votes")
     assert f"{label} 0.125" in votes.text and "oracle" not in (votes.text + votes.alt).lower()
     run["best_tag"]["other_samples"] = None
-    assert dict(figures_evaluation.votes_of(run, 2))[label] is None  # never the figure of the same samples
+    assert dict(evaluation.votes_of(run, 2))[label] is None  # never the figure of the same samples
 
 
 def test_incomplete_evaluations_are_remarked_on(tmp_path):
     record = load_evaluation(make_evaluation(tmp_path, {"a": [0.25, 0.75]}))
     record["runs"][0]["incomplete"] = ["q0"]
-    section = figures_evaluation.evaluation_section(record, ["a"])
+    section = evaluation.evaluation_section(record, ["a"])
     assert "incomplete: 1 question lacks samples under some tag; pooled figures are biased" in section.remarks
 
 
@@ -491,10 +487,10 @@ def test_a_run_without_steps_has_sentences_and_no_pictures(tmp_path):
     facts = load_facts([folder])
     assert facts[0].why_no_choice == "no question was visited" and facts[0].costs is None
     for section in (
-        figures_training.training_section(facts, ["empty"]),
-        figures_matching.dynamics_section(facts, ["empty"]),
-        figures_tags.tags_section(facts),
-        figures_training.cost_section(facts, ["empty"]),
+        training.training_section(facts, ["empty"]),
+        matching.dynamics_section(facts, ["empty"]),
+        tags.tags_section(facts),
+        training.cost_section(facts, ["empty"]),
     ):
         assert section.exhibits == [] and section.remarks
 

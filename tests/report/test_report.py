@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.report.runs import (
+from megatron_ssft.report.read.runs import (
     configuration,
     configuration_counts,
     distinct_configurations,

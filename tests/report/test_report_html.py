@@ -15,8 +15,8 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.report.exhibits import Exhibit, Picture, Section, TableData
-from megatron_ssft.report.html import LARGEST_SVG, page
-from megatron_ssft.report.report import write_report
+from megatron_ssft.report.page.html import LARGEST_SVG, page
+from megatron_ssft.report.page.report import write_report
 from tests.report.test_figures import make_evaluation, make_run
 
 ROOT = Path(__file__).resolve().parents[2]

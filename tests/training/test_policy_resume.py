@@ -25,7 +25,7 @@ from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
 from tests.helpers.distributed import RankFailure, run_ranks
 from tests.helpers.policy_runs import write_inputs, write_models
-from tests.helpers.run_processes import finish, ranks_of_program, start_program, wait_for_steps
+from tests.helpers.processes import finish, ranks_of_program, start_program, wait_for_steps
 from tests.helpers.training_runs import assemble, weight_shards
 
 start = functools.partial(start_program, "tools/train_gfpo.py")

@@ -25,9 +25,9 @@ from megatron_ssft.report.exhibits import (
     slugs,
     tag_name,
 )
-from megatron_ssft.report.line_charts import Chart, draw_curves, points_of
-from megatron_ssft.report.policy_runs import PolicyRun
-from megatron_ssft.report.style import OKABE_ITO, heat_map, house_style, new_figure, render
+from megatron_ssft.report.figures.line_charts import Chart, draw_curves, points_of
+from megatron_ssft.report.figures.style import OKABE_ITO, heat_map, house_style, new_figure, render
+from megatron_ssft.report.read.policy_runs import PolicyRun
 
 BEFORE_AFTER = (OKABE_ITO[4], OKABE_ITO[0])
 """Colours of what was before and after the training."""

@@ -20,10 +20,10 @@ from megatron_ssft.report.exhibits import (
     slugs,
     tag_name,
 )
-from megatron_ssft.report.figures_matching import NOT_MATCHED
-from megatron_ssft.report.run_facts import ConfigurationShares, RunFacts, configuration_shares
-from megatron_ssft.report.runs import mutual_information_bits, tag_source_counts
-from megatron_ssft.report.style import heat_map, house_style, new_figure, render, tag_color
+from megatron_ssft.report.figures.matching import NOT_MATCHED
+from megatron_ssft.report.figures.style import heat_map, house_style, new_figure, render, tag_color
+from megatron_ssft.report.read.run_facts import ConfigurationShares, RunFacts, configuration_shares
+from megatron_ssft.report.read.runs import mutual_information_bits, tag_source_counts
 
 MOST = 16
 """Tags or sources that a picture has room for; the table has all, up to MOST_ROWS."""

@@ -8,14 +8,14 @@ from pathlib import PurePath
 import numpy as np
 
 from megatron_ssft.evaluation.tables import OWN_PASS, counted, own_tags
-from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
-from megatron_ssft.report.figures_evaluation import BEST_TAG, common_k, votes_of
-from megatron_ssft.report.figures_policy import run_sentence
-from megatron_ssft.report.figures_policy_evaluation import evaluation_sentences
-from megatron_ssft.report.policy_runs import PolicyRun
-from megatron_ssft.report.run_facts import RunFacts
-from megatron_ssft.report.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
+from megatron_ssft.report.figures.evaluation import BEST_TAG, common_k, votes_of
+from megatron_ssft.report.figures.policy import run_sentence
+from megatron_ssft.report.figures.policy_evaluation import evaluation_sentences
+from megatron_ssft.report.read.evaluation_record import Record
+from megatron_ssft.report.read.policy_runs import PolicyRun
+from megatron_ssft.report.read.run_facts import RunFacts
+from megatron_ssft.report.read.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
 
 
 def summary_section(

@@ -9,9 +9,9 @@ import numpy as np
 from megatron_ssft.evaluation.policy_choices import STATES
 from megatron_ssft.evaluation.policy_tables import policy_tables, show
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, tag_name
-from megatron_ssft.report.figures_policy import BEFORE_AFTER
-from megatron_ssft.report.policy_runs import Record
-from megatron_ssft.report.style import INK, house_style, new_figure, render
+from megatron_ssft.report.figures.policy import BEFORE_AFTER
+from megatron_ssft.report.figures.style import INK, house_style, new_figure, render
+from megatron_ssft.report.read.policy_runs import Record
 
 _TOLD = ("own", "fixed", "uniform", "group", "other_samples", "oracle", "grpo")
 """Rows whose figures stand under the picture."""

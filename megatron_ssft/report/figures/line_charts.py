@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_ssft.report.exhibits import Exhibit, TableData, clean, number, percent, thin
-from megatron_ssft.report.runs import final_mean
-from megatron_ssft.report.style import (
+from megatron_ssft.report.figures.style import (
     LineStyle,
     house_style,
     legend,
@@ -21,6 +20,7 @@ from megatron_ssft.report.style import (
     new_figure,
     render,
 )
+from megatron_ssft.report.read.runs import final_mean
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values, float64; values that are not finite are no points."""

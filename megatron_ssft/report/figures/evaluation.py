@@ -9,10 +9,9 @@ import numpy as np
 
 from megatron_ssft.evaluation import tables as evaluation_tables
 from megatron_ssft.evaluation.tables import counted
-from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, slugs, tag_name
-from megatron_ssft.report.figures_answers import MOST_TAGS, draw_agreement, draw_lengths, room
-from megatron_ssft.report.style import (
+from megatron_ssft.report.figures.answers import MOST_TAGS, draw_agreement, draw_lengths, room
+from megatron_ssft.report.figures.style import (
     house_style,
     legend,
     line_label,
@@ -20,6 +19,7 @@ from megatron_ssft.report.style import (
     new_figure,
     render,
 )
+from megatron_ssft.report.read.evaluation_record import Record
 
 Figure = tuple[str, "Record | None"]
 BEST_TAG = "best tag's pass@1"

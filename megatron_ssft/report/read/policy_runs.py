@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.policy_inputs import Policy, PolicyRow, read_policy
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
-from megatron_ssft.report.runs import METRICS_FILE, Metrics, load_metrics, read_objects
+from megatron_ssft.report.read.runs import METRICS_FILE, Metrics, load_metrics, read_objects
 
 EVALUATION_FILE = "policy_evaluation.json"
 Record = dict[str, "object"]

@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, number, slugs, thin
-from megatron_ssft.report.figures_training import add_curves
-from megatron_ssft.report.line_charts import Chart, draw_curves
-from megatron_ssft.report.run_facts import MatchingCosts, RunFacts
-from megatron_ssft.report.runs import mutual_information_bits, tag_source_counts
-from megatron_ssft.report.style import DASHES, MARKERS, OKABE_ITO, house_style, legend, new_figure, render
+from megatron_ssft.report.figures.line_charts import Chart, draw_curves
+from megatron_ssft.report.figures.style import DASHES, MARKERS, OKABE_ITO, house_style, legend, new_figure, render
+from megatron_ssft.report.figures.training import add_curves
+from megatron_ssft.report.read.run_facts import MatchingCosts, RunFacts
+from megatron_ssft.report.read.runs import mutual_information_bits, tag_source_counts
 
 NOT_MATCHED = "all its traces were trained under one tag, so nothing was matched"
 

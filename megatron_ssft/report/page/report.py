@@ -7,24 +7,24 @@ from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.report.evaluation_record import Record, load_evaluation
 from megatron_ssft.report.exhibits import Section, clean, join
-from megatron_ssft.report.figures_evaluation import evaluation_section
-from megatron_ssft.report.figures_matching import dynamics_section
-from megatron_ssft.report.figures_policy import policy_section
-from megatron_ssft.report.figures_policy_evaluation import add_evaluation
-from megatron_ssft.report.figures_tags import tags_section
-from megatron_ssft.report.figures_training import cost_section, training_section
-from megatron_ssft.report.html import page
-from megatron_ssft.report.policy_runs import (
+from megatron_ssft.report.figures.evaluation import evaluation_section
+from megatron_ssft.report.figures.matching import dynamics_section
+from megatron_ssft.report.figures.policy import policy_section
+from megatron_ssft.report.figures.policy_evaluation import add_evaluation
+from megatron_ssft.report.figures.tags import tags_section
+from megatron_ssft.report.figures.training import cost_section, training_section
+from megatron_ssft.report.page.html import page
+from megatron_ssft.report.page.summary import summary_section
+from megatron_ssft.report.read.evaluation_record import Record, load_evaluation
+from megatron_ssft.report.read.policy_runs import (
     PolicyRun,
     groups_of,
     is_policy_run,
     load_policy_evaluation,
     load_policy_runs,
 )
-from megatron_ssft.report.run_facts import RunFacts, load_facts
-from megatron_ssft.report.summary import summary_section
+from megatron_ssft.report.read.run_facts import RunFacts, load_facts
 
 FOOTER = (
     "Tags are written <think1>, <think2>, ...; costs and losses are in nats. A matching, or configuration, is the set "

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from megatron_ssft.report.evaluation_record import Record
 from megatron_ssft.report.exhibits import Exhibit, TableData, clean, join, tag_name
-from megatron_ssft.report.style import INK, heat_map, house_style, new_figure, render, tag_color
+from megatron_ssft.report.figures.style import INK, heat_map, house_style, new_figure, render, tag_color
+from megatron_ssft.report.read.evaluation_record import Record
 
 MOST_TAGS = 24
 """Tags that a picture has room for."""

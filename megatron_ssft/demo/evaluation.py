@@ -15,7 +15,7 @@ from rich.table import Table
 from megatron_ssft.demo.data import writing_style
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollouts import read_rollouts
-from megatron_ssft.report.runs import mutual_information_bits
+from megatron_ssft.report.read.runs import mutual_information_bits
 
 VOTERS = 6
 """k of pass@k and cons@k: one vote a tag."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megatron_ssft.report.exhibits import Exhibit, Section, clean, join, number
-from megatron_ssft.report.line_charts import Chart, Curve, draw_curves, points_of
-from megatron_ssft.report.run_facts import RunFacts
+from megatron_ssft.report.figures.line_charts import Chart, Curve, draw_curves, points_of
+from megatron_ssft.report.read.run_facts import RunFacts
 
 Value = Callable[[RunFacts], np.ndarray]
 

@@ -25,7 +25,7 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
-from megatron_ssft.report.runs import Run, load_run
+from megatron_ssft.report.read.runs import Run, load_run
 
 MAX_SOLVED = 20_000
 """Cost matrices that are solved for a report; of more, evenly spaced ones."""

@@ -1,0 +1,1 @@
+"""The page that holds the pictures, and its summary."""

@@ -1,0 +1,1 @@
+"""What runs and evaluations left in their folders, read back as typed records."""
