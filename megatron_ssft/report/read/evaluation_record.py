@@ -1,4 +1,4 @@
-"""evaluation.json read back: checked once, so that no picture has to."""
+"""Read evaluation.json back: checked once, so that no picture has to."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
+
+import msgspec
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.evaluation.tables import own_tags
+from megatron_ssft.report.read.records import EvaluatedRun, EvaluationRecord, own_tags
 
 FILE = "evaluation.json"
-Record = dict[str, "object"]
 Check = Callable[[object, str], None]
 """Raises ValueError with the place of what is wrong."""
 
 
-def load_evaluation(folder: str | Path) -> Record:
+def load_evaluation(folder: str | Path) -> EvaluationRecord:
     """The record of `folder`, as evaluation/figures.py describes it. Raises UserError."""
     path = Path(folder) / FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        source = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot read the evaluation: {error.strerror}; give the --output folder of tools/evaluate.py"
@@ -28,18 +30,19 @@ def load_evaluation(folder: str | Path) -> Record:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); make it anew with tools/evaluate.py") from error
     try:
-        _RECORD(record, "the record")
-        for run in record["runs"]:
+        _RECORD(source, "the record")
+        record = msgspec.convert({**source, "source": source}, EvaluationRecord)
+        for run in record.runs:
             _check_sizes(run)
-            _check_entries(run, record["runs"][0])
-    except ValueError as error:
+            _check_entries(run, record.runs[0])
+    except (ValueError, msgspec.ValidationError) as error:
         raise UserError(
             f"{path}: damaged or of another version: {error}; make it anew with tools/evaluate.py"
         ) from error
     return record
 
 
-def _fail(place: str, expected: str) -> None:
+def _fail(place: str, expected: str) -> NoReturn:
     raise ValueError(f"{place} is not {expected}")
 
 
@@ -55,12 +58,12 @@ def _number(value: object, place: str) -> None:
 
 def _error(value: object, place: str) -> None:
     _number(value, place)
-    if value < 0:
+    if isinstance(value, int | float) and value < 0:
         _fail(place, "0 or more")
 
 
 def _count(value: object, place: str) -> None:
-    if type(value) is not int or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         _fail(place, "a count")
 
 
@@ -69,19 +72,19 @@ def _maybe(check: Check) -> Check:
 
 
 def _many(check: Check, least: int = 0) -> Check:
-    def listed(value: object, place: str) -> None:
+    def check_list(value: object, place: str) -> None:
         if not isinstance(value, list) or len(value) < least:
             _fail(place, f"a list of at least {least}" if least else "a list")
         for k, item in enumerate(value):
             check(item, f"{place}[{k}]")
 
-    return listed
+    return check_list
 
 
 def _fields(**checks: Check) -> Check:
-    """An object that has these keys; `at` in a name stands for @. Others are left alone."""
+    """An object that has these keys; `_at_` in a name stands for @. Other keys are left alone."""
 
-    def keyed(value: object, place: str) -> None:
+    def check_object(value: object, place: str) -> None:
         if not isinstance(value, Mapping):
             _fail(place, "an object")
         for key, check in checks.items():
@@ -90,7 +93,7 @@ def _fields(**checks: Check) -> Check:
                 raise ValueError(f"{place} has no {key!r}")
             check(value[key], f"{place}.{key}")
 
-    return keyed
+    return check_object
 
 
 def _range(value: object, place: str) -> None:
@@ -153,35 +156,36 @@ _RUN = _fields(
 _RECORD = _fields(answers=_text, runs=_many(_RUN, 1))
 
 
-def _check_sizes(run: Record) -> None:
+def _check_sizes(run: EvaluatedRun) -> None:
     """Lists that belong to the tags must be as long as those. Raises ValueError."""
-    num_tags, bins = len(run["tags"]), len(run["length_histogram"]["edges"]) - 1
-    square = [*run["agreement"].values()]
+    num_tags, bins = len(run.tags), len(run.length_histogram.edges) - 1
+    tables = (run.agreement.share, run.agreement.chance_corrected)
     sizes = {
-        "per_tag": [len(run["per_tag"])],
-        "length_histogram.counts": [len(run["length_histogram"]["counts"])],
-        "agreement": [len(table) for table in square] + [len(row) for table in square for row in table],
-        "groups": [len(entry["accuracy_N"]) for entry in run["groups"]["groups"]] if run["groups"] else [],
+        "per_tag": [len(run.per_tag)],
+        "length_histogram.counts": [len(run.length_histogram.counts)],
+        "agreement": [len(table) for table in tables] + [len(row) for table in tables for row in table],
+        "groups": [len(entry.accuracy_N) for entry in run.groups.groups] if run.groups else [],
     }
     for name, lengths in sizes.items():
         if any(length != num_tags for length in lengths):
-            raise ValueError(f"{name} of run {run['name']!r} does not have an entry for each of its {num_tags} tags")
-    if any(len(row) != bins for row in run["length_histogram"]["counts"]):
-        raise ValueError(f"length_histogram of run {run['name']!r} does not have a count for each bin")
+            raise ValueError(f"{name} of run {run.name!r} does not have an entry for each of its {num_tags} tags")
+    if any(len(row) != bins for row in run.length_histogram.counts):
+        raise ValueError(f"length_histogram of run {run.name!r} does not have a count for each bin")
 
 
-def _check_entries(run: Record, first: Record) -> None:
+def _check_entries(run: EvaluatedRun, first: EvaluatedRun) -> None:
     """Entries must be of the tags and of the k that they stand for, the same k in all runs. Raises ValueError."""
-    if [entry["tag"] for entry in run["per_tag"]] != run["tags"]:
-        raise ValueError(f"per_tag of run {run['name']!r} is not of its tags")
+    if [entry.tag for entry in run.per_tag] != run.tags:
+        raise ValueError(f"per_tag of run {run.name!r} is not of its tags")
     for rule in ("ours", "published"):
-        if (run[rule] is None) != (first[rule] is None):
+        if (getattr(run, rule) is None) != (getattr(first, rule) is None):
             raise ValueError(f"{rule!r} is there for some runs only")
-        if run[rule] and run[rule]["native_cons"] and run[rule]["native_votes"] is None:
-            raise ValueError(f"run {run['name']!r} has a native_cons without native_votes")
-    if run["published"] and own_tags(run) and run["published"]["pass_tag"] is not None:
-        raise ValueError(f"run {run['name']!r} has a pass_tag though the model chose its tags")
-    if run["ours"]:
-        ks = [[entry["k"] for entry in of["ours"][key]] for of in (run, first) for key in ("pass@k", "cons@k")]
-        if any(own != ks[0] for own in ks):
-            raise ValueError(f"pass@k and cons@k of run {run['name']!r} are not of the same k as others")
+    for figures in (run.ours, run.published):
+        if figures and figures.native_cons and figures.native_votes is None:
+            raise ValueError(f"run {run.name!r} has a native_cons without native_votes")
+    if run.published and own_tags(run) and run.published.pass_tag is not None:
+        raise ValueError(f"run {run.name!r} has a pass_tag though the model chose its tags")
+    if run.ours and first.ours:
+        expected = [entry.k for entry in first.ours.pass_at_k]
+        if any([entry.k for entry in entries] != expected for entries in (run.ours.pass_at_k, run.ours.cons_at_k)):
+            raise ValueError(f"pass@k and cons@k of run {run.name!r} are not of the same k as others")

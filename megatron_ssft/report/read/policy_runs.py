@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.policy_inputs import Policy, PolicyRow, read_policy
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
+from megatron_ssft.report.read.records import PolicyEvaluation
 from megatron_ssft.report.read.runs import METRICS_FILE, Metrics, load_metrics, read_objects
 
 EVALUATION_FILE = "policy_evaluation.json"
-Record = dict[str, "object"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,11 @@ def _finished(folder: Path) -> str | None:
 
 # -- policy_evaluation.json ------------------------------------------------------------------------------------------
 
-_ESTIMATE = {"value": float, "stderr": (float, None), "questions": int}
-_STATES = {"before": (_ESTIMATE, None), "after": (_ESTIMATE, None)}
-_SHAPE = {
+Shape = type[str] | type[int] | type[float] | tuple["Shape", None] | list["Shape"] | dict[str, "Shape"]
+"""{} an object with these keys, [] a list, (shape, None) something that may be null."""
+_ESTIMATE: dict[str, Shape] = {"value": float, "stderr": (float, None), "questions": int}
+_STATES: dict[str, Shape] = {"before": (_ESTIMATE, None), "after": (_ESTIMATE, None)}
+_SHAPE: dict[str, Shape] = {
     "questions": int,
     "tags": [int],
     "samples_per_tag": {"before": [int], "after": [int]},
@@ -116,63 +119,66 @@ _SHAPE = {
     ],
     "remarks": [str],
 }
-"""Of the parts that are shown: {} an object with these keys, [] a list, () alternatives."""
+"""The parts that are shown."""
 
 
-def load_policy_evaluation(folder: str | Path) -> Record:
+def load_policy_evaluation(folder: str | Path) -> PolicyEvaluation:
     """The record of `folder`, as evaluation/policy_evaluation.py describes it. Raises UserError."""
     path = Path(folder) / EVALUATION_FILE
     advice = "with tools/evaluate_policy.py"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        source = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror}; give the --output folder made {advice}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); make it anew {advice}") from error
-    wrong = _misfit(record, _SHAPE, "the record") or _incomplete(record)
-    if wrong:
-        raise UserError(f"{path}: damaged or of another version: {wrong}; make it anew {advice}")
-    return record
+    fault = _misfit(source, _SHAPE, "the record")
+    if fault is None:
+        record = msgspec.convert({**source, "source": source}, PolicyEvaluation)
+        fault = _incomplete(record)
+        if fault is None:
+            return record
+    raise UserError(f"{path}: damaged or of another version: {fault}; make it anew {advice}")
 
 
-def _misfit(value: object, shape: object, place: str) -> str | None:
+def _misfit(value: object, shape: Shape, place: str) -> str | None:
     """The first place where `value` is not of `shape`."""
     if isinstance(shape, tuple):
         return None if value is None else _misfit(value, shape[0], place)
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
             return f"{place} is not an object"
-        found = (f"{place} has no {k!r}" if k not in value else _misfit(value[k], s, k) for k, s in shape.items())
-        return next(filter(None, found), None)
+        faults = (f"{place} has no {k!r}" if k not in value else _misfit(value[k], s, k) for k, s in shape.items())
+        return next(filter(None, faults), None)
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{place} is not a list"
         return next(filter(None, (_misfit(item, shape[0], f"{place}[{k}]") for k, item in enumerate(value))), None)
-    wanted = {float: int | float, int: int, str: str}[shape]
-    fits = isinstance(value, wanted) and not isinstance(value, bool)
-    fits = fits and (shape is str or math.isfinite(value))
-    return None if fits else f"{place} is not {'text' if shape is str else 'a number'}"
+    if shape is str:
+        return None if isinstance(value, str) else f"{place} is not text"
+    allowed = int if shape is int else int | float
+    fits = isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+    return None if fits else f"{place} is not a number"
 
 
-def _incomplete(record: Record) -> str | None:
+def _incomplete(record: PolicyEvaluation) -> str | None:
     """What is of the right shape and does not fit together."""
-    if not record["rows"] or not record["tags"] or not all(map(_is_pair, record["samples_per_tag"].values())):
+    ranges = (record.samples_per_tag.before, record.samples_per_tag.after)
+    if not record.rows or not record.tags or any(len(least_most) != 2 for least_most in ranges):
         return "no rows, no tags, or no numbers of samples"
-    of = {(entry["source"], entry["state"]): entry["groups"] for entry in record["choices"]}
-    names = [[group["group"] for group in groups] for groups in of.values()]
-    if any(own != names[0] or own[:1] != [None] for own in names) or len(of) != len(record["choices"]):
+    names = [[group.group for group in entry.groups] for entry in record.choices]
+    different = {(entry.source, entry.state) for entry in record.choices}
+    if any(own != names[0] or own[:1] != [None] for own in names) or len(different) != len(record.choices):
         return "the choices are not all of the same groups"
-    if any(g["share"] is not None and len(g["share"]) != len(record["tags"]) for gs in of.values() for g in gs):
+    shares = [group.share for entry in record.choices for group in entry.groups if group.share is not None]
+    if any(len(share) != len(record.tags) for share in shares):
         return "the choices are not of the tags"
     return None
 
 
-def _is_pair(values: Sequence[int]) -> bool:
-    return len(values) == 2
-
-
-def groups_of(record: Record | None) -> dict[str, str] | None:
+def groups_of(record: PolicyEvaluation | None) -> dict[str, str] | None:
     """Question's id -> its group, where the evaluation knows groups."""
-    groups = record.get("groups") if record is not None else None
-    fits = isinstance(groups, Mapping) and all(isinstance(value, str) for value in groups.values())
-    return dict(groups) if fits else None
+    groups = record.source.get("groups") if record is not None else None
+    if not isinstance(groups, Mapping) or not all(isinstance(value, str) for value in groups.values()):
+        return None
+    return {str(id): str(group) for id, group in groups.items()}

@@ -1,4 +1,4 @@
-"""What a run's folder says besides its logs, and what its matchings settled on, computed once for all pictures."""
+"""Facts of a run for all pictures: its settings, and what its matchings settled on."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ MAX_SOLVED = 20_000
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run with everything that the report says of it."""
+    """Everything that the report says of one run."""
 
     run: Run
     folder: Path
     settings: dict[str, object]
     """config.yaml, empty where there is none; values as they stand there."""
     num_questions: int | None
-    """Of the data, as the newest checkpoint knows."""
+    """Size of the data, as the newest checkpoint knows it."""
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class RunFacts:
 
     @property
     def matching(self) -> str | None:
-        """`--matching`, where config.yaml says it."""
+        """Value of `--matching`, where config.yaml has it."""
         value = self.settings.get("matching")
         return value if isinstance(value, str) else None
 
@@ -65,7 +65,7 @@ class RunFacts:
 
     @cached_property
     def num_tags(self) -> int:
-        """As configured, or as many as are in use."""
+        """Number of tags: as configured, or as many as are in use."""
         configured = self.settings.get("num_forking_tokens")
         return max(configured if type(configured) is int else 0, self.run.num_tags)
 
@@ -75,7 +75,7 @@ class RunFacts:
 
     @cached_property
     def epochs(self) -> list[int]:
-        """Complete ones, ascending."""
+        """Complete epochs, ascending."""
         return complete_epochs(self.counts, self.num_questions)
 
     @property
@@ -112,17 +112,17 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class MatchingCosts:
-    """Total costs of a question's traces in nats, averaged over the questions of each step; float64 [steps]."""
+    """Matching costs by step, in nats per question (equations 3-4): means over the step's questions, float64 [steps]."""
 
     iteration: np.ndarray
     optimal: np.ndarray
-    """The least there is."""
+    """Cost of the optimal assignment."""
     chosen: np.ndarray
-    """Of the tags that were trained."""
+    """Cost of the tags that were trained."""
     random: np.ndarray
-    """Of one assignment a question, drawn uniformly."""
+    """Cost of one assignment per question, drawn uniformly."""
     mean: np.ndarray
-    """Over all assignments."""
+    """Mean over all assignments."""
 
 
 def load_facts(folders: Sequence[str | Path]) -> list[RunFacts]:
@@ -162,12 +162,11 @@ def _settings(folder: Path) -> dict[str, object]:
 
 def matching_costs(run: Run) -> MatchingCosts | None:
     """Costs by step, of the visits that have any. The random assignments are the same in every report."""
-    visits = [v for v in run.visits if v.cost_NM is not None and np.isfinite(v.cost_NM).all()]
-    visits = visits[:: -(-len(visits) // MAX_SOLVED)] if visits else []
+    costs = [(v, v.cost_NM) for v in run.visits if v.cost_NM is not None and np.isfinite(v.cost_NM).all()]
+    costs = costs[:: -(-len(costs) // MAX_SOLVED)] if costs else []
     draws = np.random.Philox(key=0)
     rows = []
-    for visit in visits:
-        cost = visit.cost_NM
+    for visit, cost in costs:
         drawn = np.argsort(draws.random_raw(len(cost)), kind="stable")
         if len(visit.tags) > len(cost):  # several traces under one tag: no matching
             continue

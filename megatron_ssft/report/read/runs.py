@@ -1,7 +1,7 @@
-"""Read a run's folder back: metrics.jsonl and assignments.jsonl as plain records, and the statistics of its matchings.
+"""Read a run's folder back: metrics.jsonl and assignments.jsonl as plain records, with statistics of the matchings.
 
-A *configuration* is the set of edges tag <-> source chosen for one visit of a question. Counts of configurations
-ignore scale, since some assignment is the cheapest however small its margin: read them beside the matching gap in nats.
+A *configuration* is the set of edges between tags and sources chosen for one visit of a question. Some assignment is
+the cheapest however small its margin, so counts of configurations ignore scale: read them beside the matching gap.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -129,41 +130,46 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             yield number, row
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _visit(where: str, row: dict[str, object]) -> Visit:
     """The record of one line, `where` = file:line. Raises UserError."""
 
-    def require(condition: bool, reason: str) -> None:
-        if not condition:
-            raise UserError(f"{where}: {reason}; repair or remove the line")
+    def refused(reason: str) -> UserError:
+        return UserError(f"{where}: {reason}; repair or remove the line")
 
-    for key in ("iteration", "epoch"):
-        require(_is_count(row.get(key)), f"`{key}` must be a number from 0")
-    require(isinstance(row.get("id"), str), "`id` must be a string")
+    iteration, epoch, id = row.get("iteration"), row.get("epoch"), row.get("id")
+    if not _is_count(iteration):
+        raise refused("`iteration` must be a number from 0")
+    if not _is_count(epoch):
+        raise refused("`epoch` must be a number from 0")
+    if not isinstance(id, str):
+        raise refused("`id` must be a string")
     tags, sources, cost = row.get("tags"), row.get("sources"), row.get("cost")
-    require(isinstance(tags, list) and len(tags) > 0 and all(map(_is_count, tags)), "`tags` must be a list of numbers")
+    if not isinstance(tags, list) or not tags or not all(map(_is_count, tags)):
+        raise refused("`tags` must be a list of numbers")
     sources = [None] * len(tags) if sources is None else sources
-    require(
-        isinstance(sources, list) and len(sources) == len(tags) and all(isinstance(s, str | None) for s in sources),
-        "`sources` must hold a name or null for each tag",
-    )
-    cost_NM = None
-    if cost is not None:
-        require(
-            isinstance(cost, list)
-            and len(cost) > max(tags)
-            and all(isinstance(r, list) and len(r) == len(tags) and all(map(_is_number, r)) for r in cost),
-            "`cost` must be a matrix, a row for each tag and a column for each trace",
-        )
-        cost_NM = np.array(cost, np.float64)
-    return Visit(row["iteration"], row["epoch"], row["id"], tuple(tags), tuple(sources), cost_NM)
+    if (
+        not isinstance(sources, list)
+        or len(sources) != len(tags)
+        or not all(isinstance(s, str | None) for s in sources)
+    ):
+        raise refused("`sources` must hold a name or null for each tag")
+    if cost is None:
+        return Visit(iteration, epoch, id, tuple(tags), tuple(sources))
+    if not isinstance(cost, list) or len(cost) <= max(tags) or not all(_is_row(r, len(tags)) for r in cost):
+        raise refused("`cost` must be a matrix, a row for each tag and a column for each trace")
+    return Visit(iteration, epoch, id, tuple(tags), tuple(sources), np.array(cost, np.float64))
+
+
+def _is_row(value: object, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(map(_is_number, value))
 
 
 def configuration(visit: Visit) -> Configuration:
@@ -215,21 +221,22 @@ def mutual_information_bits(counts: np.ndarray) -> float:
         return float("nan")
     joint = counts / total
     independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    seen = joint > 0
-    return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())
+    positive = joint > 0
+    return float((joint[positive] * np.log2(joint[positive] / independent[positive])).sum())
 
 
 def gap_by_iteration(metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations (int64) at which the matching gap was evaluated, and the gaps in nats (float64).
+    """Iterations (int64) at which the matching gap was evaluated, and the gaps in nats per question (float64).
 
-    The gap is the mean cost over all assignments minus that of the optimal one, averaged over the step's questions.
+    The matching gap is the mean cost over all assignments minus that of the optimal one (equations 3-4), averaged over
+    the step's questions.
     """
     gaps = metrics["matching_gap"]
-    known = np.isfinite(gaps)
-    return metrics["iteration"][known].astype(np.int64), gaps[known]
+    evaluated = np.isfinite(gaps)
+    return metrics["iteration"][evaluated].astype(np.int64), gaps[evaluated]
 
 
 def final_mean(values: np.ndarray, last: int = 16) -> float:
     """Mean of the last `last` finite values; NaN if there are none."""
-    known = values[np.isfinite(values)]
-    return float(known[-last:].mean()) if len(known) else float("nan")
+    finite = values[np.isfinite(values)]
+    return float(finite[-last:].mean()) if len(finite) else float("nan")
