@@ -1,9 +1,9 @@
-"""What the demo found and promises: figures of three evaluated runs, their table, and the bars they must meet."""
+"""The demo's evaluated runs: their figures, a table of them, and the bars they must meet."""
 
 from __future__ import annotations
 
 import collections
-import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from rich.table import Table
 from megatron_ssft.demo.data import writing_style
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollouts import read_rollouts
+from megatron_ssft.report.read.evaluation_record import FILE, load_evaluation
+from megatron_ssft.report.read.records import EvaluatedRun
 from megatron_ssft.report.read.runs import mutual_information_bits
 
 VOTERS = 6
-"""k of pass@k and cons@k: one vote a tag."""
+"""k of pass@k and cons@k: one vote per tag."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,14 @@ class Evaluated:
     name: str
     pass_1: float
     pass_6: float
-    """Six samples, one a tag where there are tags."""
+    """pass@6 of six samples, one per tag where there are tags."""
     cons_6: float
-    """Majority of the same six."""
+    """Majority vote of the same six samples."""
     bits: float | None
-    """Mutual information of tag and way of writing; None where all samples are under one tag."""
+    """Mutual information between tag and source, in bits; None where all samples are under one tag."""
     best_tag: float | None
     """Accuracy under the best tag of each operation, chosen on other questions than it is measured on."""
-    errors: dict[str, float]
+    errors: dict[str, float | None]
     """Standard errors over questions of pass_1, pass_6, cons_6."""
 
 
@@ -45,67 +47,79 @@ def read_evaluation(folder: Path, rollouts: dict[str, Path]) -> list[Evaluated]:
     Raises:
         UserError: a file is not there or damaged.
     """
-    path = folder / "evaluation.json"
-    try:
-        runs = {run["name"]: run for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
-        return [_figures(name, runs[name], file) for name, file in rollouts.items()]
-    except (OSError, ValueError, KeyError, StopIteration) as error:
-        raise UserError(f"{path}: not the evaluation of {', '.join(rollouts)} ({error!r})") from error
+    runs = {run.name: run for run in load_evaluation(folder).runs}
+    figures = [_figures(runs[name], file) if name in runs else None for name, file in rollouts.items()]
+    complete = [entry for entry in figures if entry is not None]
+    if len(complete) < len(figures):
+        raise UserError(f"{folder / FILE}: lacks pass@{VOTERS} or cons@{VOTERS} of {', '.join(rollouts)}; run it anew")
+    return complete
 
 
-def _figures(name: str, run: dict, rollouts: Path) -> Evaluated:
-    ours = run["ours"]
-    passes = next(row for row in ours["pass@k"] if row["k"] == VOTERS)
-    votes = next(row for row in ours["cons@k"] if row["k"] == VOTERS)
-    several = len(run["tags"]) > 1
-    pass_6, groups = passes["stratified"] if several else passes["pooled"], run["groups"]
-    estimates = {"pass_1": ours["pass@1"], "pass_6": pass_6, "cons_6": votes["sets"]}
+def _figures(run: EvaluatedRun, rollouts: Path) -> Evaluated | None:
+    """The figures of `run`; None where the evaluation lacks one of them."""
+    if run.ours is None:
+        return None
+    several = len(run.tags) > 1
+    passes = next((row for row in run.ours.pass_at_k if row.k == VOTERS), None)
+    votes = next((row for row in run.ours.cons_at_k if row.k == VOTERS), None)
+    if passes is None or votes is None:
+        return None
+    pass_1, pass_6, cons_6 = run.ours.pass_at_1, passes.stratified if several else passes.pooled, votes.sets
+    if pass_1 is None or pass_6 is None or cons_6 is None:
+        return None
     return Evaluated(
-        name=name,
-        bits=tag_style_bits((r.tag, r.text) for r in read_rollouts(rollouts)) if several else None,
-        best_tag=groups["best_held_out"] if several and groups else None,
-        errors={key: estimate["stderr"] for key, estimate in estimates.items()},
-        **{key: estimate["value"] for key, estimate in estimates.items()},
+        name=run.name,
+        pass_1=pass_1.value,
+        pass_6=pass_6.value,
+        cons_6=cons_6.value,
+        bits=tag_source_bits((r.tag, r.text) for r in read_rollouts(rollouts)) if several else None,
+        best_tag=run.groups.best_held_out if several and run.groups else None,
+        errors={"pass_1": pass_1.stderr, "pass_6": pass_6.stderr, "cons_6": cons_6.stderr},
     )
 
 
-def tag_style_bits(samples: Iterable[tuple[int, str]]) -> float:
-    """Mutual information in bits of (tag, text): between the tag and the teacher whose way the text is written in.
+def tag_source_bits(samples: Iterable[tuple[int | None, str]]) -> float:
+    """Mutual information in bits between the tag of a sample and its source: the teacher in whose style it is written.
 
-    What no teacher would have written counts as a way of its own.
+    A text in no teacher's style counts as a source of its own.
     """
     counts = collections.Counter((tag, writing_style(text) or "none") for tag, text in samples)
-    tags, styles = (sorted({edge[i] for edge in counts}) for i in (0, 1))
-    return mutual_information_bits(np.array([[counts[tag, style] for style in styles] for tag in tags]))
+    tags = sorted({tag for tag, _ in counts}, key=lambda tag: (tag is not None, tag))
+    sources = sorted({source for _, source in counts})
+    return mutual_information_bits(np.array([[counts[tag, source] for source in sources] for tag in tags]))
 
 
 def check_evaluation(optimal: Evaluated, random: Evaluated, mixed: Evaluated) -> list[tuple[bool, str]]:
-    """What the demo promises of them: (met, the promise with the measured value)."""
+    """The bars of the three runs: (met, the promise with the measured value). A figure that is missing meets no bar."""
     cons, passes, loss = (
         optimal.cons_6 - mixed.cons_6,
         optimal.pass_6 - mixed.pass_6,
         mixed.pass_1 - optimal.pass_1,
     )
+    bits = [math.nan if run.bits is None else run.bits for run in (optimal, random)]
+    best = [math.nan if run.best_tag is None else run.best_tag for run in (optimal, random)]
+    information = "mutual information between tag and source"
     return [
-        (optimal.bits >= 1.7, f"optimal: tag and way of writing share {optimal.bits:.2f} bits, at least 1.7"),
-        (random.bits <= 0.05, f"random: tag and way of writing share {random.bits:.3f} bits, at most .05"),
+        (bits[0] >= 1.7, f"optimal: {information} {bits[0]:.2f} bits, at least 1.7"),
+        (bits[1] <= 0.05, f"random: {information} {bits[1]:.3f} bits, at most .05"),
         (cons >= 0.08, f"cons@6 {cons:+.3f} against single, at least +.080"),
         (passes >= 0.05, f"pass@6 {passes:+.3f} against single, at least +.050"),
         (loss <= 0.07, f"pass@1 {-loss:+.3f} against single, not below -.070: no gain is expected there"),
-        (optimal.best_tag >= 0.80, f"optimal: best tag of each operation {optimal.best_tag:.3f}, at least .80"),
-        (random.best_tag <= 0.60, f"random: best tag of each operation {random.best_tag:.3f}, at most .60"),
+        (best[0] >= 0.80, f"optimal: best tag of each operation {best[0]:.3f}, at least .80"),
+        (best[1] <= 0.60, f"random: best tag of each operation {best[1]:.3f}, at most .60"),
     ]
 
 
 def evaluation_table(runs: list[Evaluated]) -> Table:
-    """A row a run, with standard errors over the questions."""
+    """A row per run, with standard errors over the questions."""
 
     def show(run: Evaluated, name: str) -> str:
-        return f"{getattr(run, name):.3f} ±{run.errors[name]:.3f}".replace("0.", ".")
+        error = run.errors[name]
+        return (f"{getattr(run, name):.3f}" + ("" if error is None else f" ±{error:.3f}")).replace("0.", ".")
 
     table = Table(title="Held-out questions, T = 0.7", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("matching", no_wrap=True)
-    for header in ("pass@1", "pass@6", "cons@6", "tag and\nstyle\n(bits)", "best tag\nof each\noperation"):
+    for header in ("pass@1", "pass@6", "cons@6", "tag-source\nmutual inf.\n(bits)", "best tag\nof each\noperation"):
         table.add_column(header, justify="right", no_wrap=True)
     for run in runs:
         bits = "-" if run.bits is None else f"{run.bits:.2f}"

@@ -9,39 +9,38 @@ from matplotlib.ticker import PercentFormatter
 
 from megatron_ssft.report.exhibits import Exhibit, TableData, clean, join, tag_name
 from megatron_ssft.report.figures.style import INK, heat_map, house_style, new_figure, render, tag_color
-from megatron_ssft.report.read.evaluation_record import Record
+from megatron_ssft.report.read.records import EvaluatedRun
 
 MOST_TAGS = 24
 """Tags that a picture has room for."""
 
 
 @house_style
-def draw_lengths(run: Record, key: str) -> Exhibit:
+def draw_lengths(run: EvaluatedRun, key: str) -> Exhibit:
     """Distribution of the samples' lengths, a row a tag, with the mean of each."""
-    entries, name = run["per_tag"][:MOST_TAGS], clean(run["name"])
-    edges = np.array(run["length_histogram"]["edges"], float)
+    entries, name = run.per_tag[:MOST_TAGS], clean(run.name)
+    edges = np.array(run.length_histogram.edges, float)
     figure, axes = new_figure(1.0 + 0.42 * len(entries))
-    for row, (entry, counts) in enumerate(zip(entries, run["length_histogram"]["counts"])):
+    for row, (entry, counts) in enumerate(zip(entries, run.length_histogram.counts)):
         share = np.array(counts, float) / max(1, max(counts))
         axes.stairs(row + 0.4 - 0.8 * share, edges, baseline=row + 0.4, fill=True, color=tag_color(row))
-        axes.plot([entry["tokens"]["mean"]] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=2)
-    axes.set_yticks(range(len(entries)), [tag_name(e["tag"]) for e in entries])
+        axes.plot([entry.tokens.mean] * 2, [row - 0.42, row + 0.42], color=INK, linewidth=2)
+    axes.set_yticks(range(len(entries)), [tag_name(e.tag) for e in entries])
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    used = np.flatnonzero(np.sum(run["length_histogram"]["counts"], axis=0))
+    used = np.flatnonzero(np.sum(run.length_histogram.counts, axis=0))
     axes.set_xlim(0, edges[used[-1] + 1] if len(used) else edges[-1])
     axes.set_xlabel("tokens of a sample")
     axes.grid(axis="y", visible=False)
-    ordered = sorted(run["per_tag"], key=lambda e: e["tokens"]["mean"])
+    ordered = sorted(run.per_tag, key=lambda e: e.tokens.mean)
     told = [
-        f"{tag_name(e['tag'])} {e['tokens']['mean']:,.1f}"
+        f"{tag_name(e.tag)} {e.tokens.mean:,.1f}"
         for e in (ordered if len(ordered) <= 8 else ordered[:: len(ordered) - 1])
     ]
-    cut = sum(e["truncated"] * e["samples"] for e in run["per_tag"]) / max(1, run["samples"])
+    cut = sum(e.truncated * e.samples for e in run.per_tag) / max(1, run.samples)
     text = f"Mean tokens, shortest first: {join(told)}. Upright lines are means; each row is scaled to its own fullest "
-    text += f"bin. {cut:.1%} of the samples ran into their token limit.{room(run['tags'])}"
+    text += f"bin. {cut:.1%} of the samples ran into their token limit.{room(run.tags)}"
     rows = [
-        [tag_name(e["tag"]), f"{e['tokens']['mean']:,.1f}", f"{e['tokens']['median']:,g}", f"{e['truncated']:.1%}"]
-        for e in run["per_tag"]
+        [tag_name(e.tag), f"{e.tokens.mean:,.1f}", f"{e.tokens.median:,g}", f"{e.truncated:.1%}"] for e in run.per_tag
     ]
     table = TableData(f"Tokens of a sample of {name}", ["tag", "mean", "median", "truncated"], rows)
     alt = f"Histograms of the samples' lengths by tag of {name}. Mean tokens: {join(told)}."
@@ -49,10 +48,10 @@ def draw_lengths(run: Record, key: str) -> Exhibit:
 
 
 @house_style
-def draw_agreement(run: Record, answers: str, key: str) -> Exhibit:
+def draw_agreement(run: EvaluatedRun, answers: str, key: str) -> Exhibit:
     """How often samples of two tags give the same answer: a heat map, with numbers where they fit."""
-    name, tags = clean(run["name"]), run["tags"]
-    share = np.array([[np.nan if v is None else v for v in row] for row in run["agreement"]["share"]], float)
+    name, tags = clean(run.name), run.tags
+    share = np.array([[np.nan if v is None else v for v in row] for row in run.agreement.share], float)
     texts = [["–" if np.isnan(v) else f"{v:.2f}" for v in row] for row in share] if len(tags) <= 8 else None
     figure, axes = new_figure(1.0 + min(3.4, 0.45 * len(tags)))
     mesh = heat_map(axes, share, texts=texts, highest=1.0)

@@ -11,6 +11,7 @@ from megatron_ssft.evaluation import tables as evaluation_tables
 from megatron_ssft.evaluation.tables import counted
 from megatron_ssft.report.exhibits import Exhibit, Section, TableData, clean, join, slugs, tag_name
 from megatron_ssft.report.figures.answers import MOST_TAGS, draw_agreement, draw_lengths, room
+from megatron_ssft.report.figures.estimates import show
 from megatron_ssft.report.figures.style import (
     house_style,
     legend,
@@ -19,20 +20,20 @@ from megatron_ssft.report.figures.style import (
     new_figure,
     render,
 )
-from megatron_ssft.report.read.evaluation_record import Record
+from megatron_ssft.report.read.records import Estimate, EvaluatedRun, EvaluationRecord, PassEntry, own_tags
 
-Figure = tuple[str, "Record | None"]
+Figure = tuple[str, Estimate | None]
 BEST_TAG = "best tag's pass@1"
 """Chosen on the samples that it is measured on."""
 BEST_PER_QUESTION = "best tag per question, chosen on other samples"
 
 
-def evaluation_section(record: Record, known: Sequence[str]) -> Section:
+def evaluation_section(record: EvaluationRecord, known: Sequence[str]) -> Section:
     """All pictures and tables of evaluation.json."""
-    runs: list[Record] = record["runs"]
+    runs = record.runs
     section = Section("evaluation", "Generated answers", _intro(runs))
-    if all(run["ours"] for run in runs):
-        some = [run for run in runs if any(map(best_pass, run["ours"]["pass@k"]))]
+    if all(run.ours for run in runs):
+        some = [run for run in runs if pass_points(run)]
         section.exhibits += [draw_pass(some, known)] if some else []
         section.exhibits.append(draw_votes(runs, known))
         if not some:
@@ -42,133 +43,139 @@ def evaluation_section(record: Record, known: Sequence[str]) -> Section:
             "pass@k and votes are not drawn: the evaluation was made with --protocol published only."
         )
     section.exhibits.append(draw_accuracy(runs, known))
-    slug = slugs([run["name"] for run in runs])
-    section.exhibits += [draw_lengths(run, f"lengths_{slug[run['name']]}") for run in runs]
+    slug = slugs([run.name for run in runs])
+    section.exhibits += [draw_lengths(run, f"lengths_{slug[run.name]}") for run in runs]
     for run in runs:
-        if len(run["tags"]) > 1:
-            section.exhibits.append(draw_agreement(run, record["answers"], f"agreement_{slug[run['name']]}"))
+        if len(run.tags) > 1:
+            section.exhibits.append(draw_agreement(run, record.answers, f"agreement_{slug[run.name]}"))
         else:
-            section.remarks.append(
-                f"Agreement between tags is not drawn for {clean(run['name'])}: it has one tag only."
-            )
+            section.remarks.append(f"Agreement between tags is not drawn for {clean(run.name)}: it has one tag only.")
     _add_tables(section, record)
-    section.remarks += [clean(line, 200) for line in evaluation_tables.warnings(record)]
-    if not any(run["groups"] for run in runs):
+    section.remarks += [clean(line, 200) for line in evaluation_tables.warnings(record.source)]
+    if not any(run.groups for run in runs):
         section.remarks.append(
             "There is no table of the best tag of each group of questions: the evaluation was made without --group-by."
         )
     return section
 
 
-def _add_tables(section: Section, record: Record) -> None:
+def _add_tables(section: Section, record: EvaluationRecord) -> None:
     """Those of tools/evaluate.py: runs compared and groups of questions in sight, the others folded up."""
-    fields = {run["groups"]["field"] for run in record["runs"] if run["groups"]}
-    for t in evaluation_tables.all_tables(record):
+    fields = {run.groups.field for run in record.runs if run.groups}
+    for t in evaluation_tables.all_tables(record.source):
         header, rows = [clean(cell) for cell in t.header], [[clean(cell) for cell in row] for row in t.rows]
-        in_sight = len(record["runs"]) == 1 or t.title == "Runs" or t.header[0] in fields
+        in_sight = len(record.runs) == 1 or t.title == "Runs" or t.header[0] in fields
         (section.tables if in_sight else section.folded).append(TableData(clean(t.title, 160), header, rows, t.rule))
 
 
-def _intro(runs: Sequence[Record]) -> str:
+def _intro(runs: Sequence[EvaluatedRun]) -> str:
     parts = []
     for run in runs:
-        sampling = run["sampling"]
+        sampling = run.sampling
         how = [f"{key.replace('_', ' ')} {clean(sampling[key])}" for key in ("temperature", "top_p") if key in sampling]
         how += [f"tags: {clean(sampling['mode'])}"] if "mode" in sampling else []
-        samples = f"{counted(run['samples'], 'sample')} of {counted(run['questions'], 'question')}"
+        samples = f"{counted(run.samples, 'sample')} of {counted(run.questions, 'question')}"
         parts.append(
-            f"{clean(run['name'])}: {samples} ({', '.join([*how, 'judged by ' + join(map(clean, run['verifiers']))])})."
+            f"{clean(run.name)}: {samples} ({', '.join([*how, 'judged by ' + join(map(clean, run.verifiers))])})."
         )
     return " ".join([*parts, "± is the standard error over questions."])
 
 
-def _show(estimate: Record | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate['value']:.3f}" + ("" if estimate["stderr"] is None else f" ±{estimate['stderr']:.3f}")
+def best_pass(entry: PassEntry) -> Estimate | None:
+    """pass@k by tag where tags were asked for, else that of the pooled samples: what the tables compare too."""
+    return entry.stratified or entry.pooled
 
 
-def best_pass(entry: Record) -> Record | None:
-    """pass@k by tag where tags were asked for, else of the pooled samples: what the tables compare too."""
-    return entry["stratified"] or entry["pooled"]
+def pass_points(run: EvaluatedRun) -> dict[int, Estimate]:
+    """k -> pass@k, for every k that the samples allow."""
+    pairs = [(entry.k, best_pass(entry)) for entry in run.ours.pass_at_k] if run.ours else []
+    return {k: estimate for k, estimate in pairs if estimate is not None}
+
+
+def most_accurate_tag(run: EvaluatedRun) -> Estimate | None:
+    """Accuracy of the most accurate tag; None where the model chose the tags, which then do not compare."""
+    return None if own_tags(run) else max((e.accuracy for e in run.per_tag), key=lambda accuracy: accuracy.value)
+
+
+def _rule(run: EvaluatedRun) -> str:
+    return clean(run.ours.rule, 200) if run.ours else ""
 
 
 @house_style
-def draw_pass(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
+def draw_pass(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
     """pass@k over k, with standard errors; every run must have a pass@k."""
     figure, axes = new_figure(3.2)
-    styles, parts, ks = line_styles([run["name"] for run in runs], known), [], set()
-    for run in runs:
-        points = [(entry["k"], best_pass(entry)) for entry in run["ours"]["pass@k"] if best_pass(entry)]
-        ks |= {k for k, _ in points}
-        style = styles[run["name"]]
+    styles, parts = line_styles([run.name for run in runs], known), []
+    points_of_run = {run.name: pass_points(run) for run in runs}
+    ks = sorted({k for points in points_of_run.values() for k in points})
+    for name, by_k in points_of_run.items():
+        points, style = list(by_k.items()), styles[name]
         axes.errorbar(
-            [k for k, _ in points], [e["value"] for _, e in points], [e["stderr"] or 0.0 for _, e in points],
-            color=style.color, linestyle=style.dash, marker=style.marker, capsize=3, label=line_label(run["name"]),
+            [k for k, _ in points], [e.value for _, e in points], [e.stderr or 0.0 for _, e in points],
+            color=style.color, linestyle=style.dash, marker=style.marker, capsize=3, label=line_label(name),
         )  # fmt: skip
         shown = [points[0], points[-1]] if len(points) > 1 else points
-        parts.append(f"{clean(run['name'])} " + join(f"{_show(e)} at k = {k}" for k, e in shown))
+        parts.append(f"{clean(name)} " + join(f"{show(e)} at k = {k}" for k, e in shown))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(ks), [str(k) for k in sorted(ks)])
+    axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("k (samples of a question)")
     axes.set_ylabel("pass@k")
-    legend(axes, [run["name"] for run in runs])
+    legend(axes, [run.name for run in runs])
     text = ".\n".join(parts) + ".\nSamples are spread over the tags as evenly as possible where tags were asked "
     text += "for; elsewhere they are drawn from all samples."
-    rows = [
-        [str(k), *(_show(next((best_pass(e) for e in r["ours"]["pass@k"] if e["k"] == k), None)) for r in runs)]
-        for k in sorted(ks)
-    ]
-    table = TableData("pass@k", ["k", *(clean(r["name"]) for r in runs)], rows, clean(runs[0]["ours"]["rule"], 200))
+    rows = [[str(k), *(show(points.get(k)) for points in points_of_run.values())] for k in ks]
+    table = TableData("pass@k", ["k", *map(clean, points_of_run)], rows, _rule(runs[0]))
     return Exhibit(
         "pass_at_k", "pass@k", render(figure), f"Line chart: pass@k over k. {'; '.join(parts)}.", text, (table,)
     )
 
 
-def common_k(runs: Sequence[Record]) -> int:
+def common_k(runs: Sequence[EvaluatedRun]) -> int:
     """The k that runs with `ours` are compared at: one sample a tag where any run has several tags."""
-    ks, tags = [entry["k"] for entry in runs[0]["ours"]["cons@k"]], max(len(run["tags"]) for run in runs)
-    return tags if tags > 1 and tags in ks else max(ks)
+    ks = [entry.k for entry in runs[0].ours.cons_at_k] if runs[0].ours else []
+    tags = max(len(run.tags) for run in runs)
+    return tags if tags > 1 and tags in ks else max(ks, default=0)
 
 
-def votes_of(run: Record, k: int) -> list[Figure]:
+def votes_of(run: EvaluatedRun, k: int) -> list[Figure]:
     """One sample, a vote, any of k, the best tag: names and estimates in the order of reading; `run` has `ours`."""
-    ours = run["ours"]
+    assert run.ours is not None
     return [
-        ("pass@1", ours["pass@1"]),
-        (BEST_TAG, evaluation_tables.best_tag(run)),
-        (f"cons@{k}", next((e["sets"] for e in ours["cons@k"] if e["k"] == k), None)),
-        (f"pass@{k}", next((best_pass(e) for e in ours["pass@k"] if e["k"] == k), None)),
-        (BEST_PER_QUESTION, run["best_tag"]["other_samples"]),
+        ("pass@1", run.ours.pass_at_1),
+        (BEST_TAG, most_accurate_tag(run)),
+        (f"cons@{k}", next((entry.sets for entry in run.ours.cons_at_k if entry.k == k), None)),
+        (f"pass@{k}", pass_points(run).get(k)),
+        (BEST_PER_QUESTION, run.best_tag.other_samples),
     ]
 
 
 @house_style
-def draw_votes(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
+def draw_votes(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
     """A dot a run for pass@1, vote, pass@k and the best tag."""
     k = common_k(runs)
-    figures = {run["name"]: dict(votes_of(run, k)) for run in runs}
+    figures = {run.name: dict(votes_of(run, k)) for run in runs}
     labels = list(next(iter(figures.values())))
     figure, axes = new_figure(1.3 + len(labels) * (0.2 + 0.14 * len(runs)))
-    styles = line_styles([run["name"] for run in runs], known)
+    styles = line_styles([run.name for run in runs], known)
     shift = np.linspace(-0.28, 0.28, len(runs)) if len(runs) > 1 else np.zeros(1)
     for run, offset in zip(runs, shift):
-        style, mine = styles[run["name"]], figures[run["name"]]
-        shown = [(y + offset, e) for y, e in enumerate(mine.values()) if e is not None]
+        style, estimates = styles[run.name], figures[run.name]
+        shown = [(y + offset, e) for y, e in enumerate(estimates.values()) if e is not None]
         axes.errorbar(
-            [e["value"] for _, e in shown], [y for y, _ in shown], xerr=[e["stderr"] or 0.0 for _, e in shown],
+            [e.value for _, e in shown], [y for y, _ in shown], xerr=[e.stderr or 0.0 for _, e in shown],
             color=style.color, linestyle="none", marker=style.marker, capsize=3, markersize=7,
-            label=line_label(run["name"]),
+            label=line_label(run.name),
         )  # fmt: skip
     axes.set_yticks(range(len(labels)), [textwrap.fill(label, 20) for label in labels])
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share of questions answered correctly")
-    legend(axes, [run["name"] for run in runs])
+    legend(axes, [run.name for run in runs])
     parts = [
-        f"{clean(name)}: {join(f'{label} {_show(e)}' for label, e in mine.items())}" for name, mine in figures.items()
+        f"{clean(name)}: {join(f'{label} {show(e)}' for label, e in estimates.items())}"
+        for name, estimates in figures.items()
     ]
     text = (
         ".\n".join(parts) + f".\nThe vote cons@{k} is over sets of {k} samples, spread over the tags where tags were "
@@ -177,32 +184,30 @@ def draw_votes(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
         "asked for. The best tag is chosen on the same samples; the best tag per question on every other sample, and "
     )
     text += "measured on the rest, where there are samples enough."
-    if any(map(evaluation_tables.own_tags, runs)):
+    if any(map(own_tags, runs)):
         text += " Where the model chose its tags, they do not compare: each was measured on other questions."
-    rows = [[label, *(_show(mine[label]) for mine in figures.values())] for label in labels]
-    table = TableData(
-        "One sample, votes, any of k", ["figure", *map(clean, figures)], rows, clean(runs[0]["ours"]["rule"], 200)
-    )
+    rows = [[label, *(show(estimates[label]) for estimates in figures.values())] for label in labels]
+    table = TableData("One sample, votes, any of k", ["figure", *map(clean, figures)], rows, _rule(runs[0]))
     alt = f"Dot plot of pass@1, vote, pass@k and the best tag. {'. '.join(parts)}."
     return Exhibit("votes", "One sample, a vote, any of k", render(figure), alt, text, (table,))
 
 
 @house_style
-def draw_accuracy(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
+def draw_accuracy(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
     """Accuracy of each tag, a marker a run, with standard errors."""
-    tags = sorted({tag for run in runs for tag in run["tags"]}, key=lambda tag: (tag is None, tag))
+    tags = sorted({tag for run in runs for tag in run.tags}, key=lambda tag: (tag is None, tag))
     place = {tag: k for k, tag in enumerate(tags)}
     figure, axes = new_figure(3.0)
-    styles = line_styles([run["name"] for run in runs], known)
+    styles = line_styles([run.name for run in runs], known)
     shift = np.linspace(-0.25, 0.25, len(runs)) if len(runs) > 1 else np.zeros(1)
     for run, offset in zip(runs, shift):
-        style = styles[run["name"]]
-        entries = [e for e in run["per_tag"] if place[e["tag"]] < MOST_TAGS]
+        style = styles[run.name]
+        entries = [e for e in run.per_tag if place[e.tag] < MOST_TAGS]
         axes.errorbar(
-            [place[e["tag"]] + offset for e in entries], [e["accuracy"]["value"] for e in entries],
-            [e["accuracy"]["stderr"] or 0.0 for e in entries],
+            [place[e.tag] + offset for e in entries], [e.accuracy.value for e in entries],
+            [e.accuracy.stderr or 0.0 for e in entries],
             color=style.color, linestyle="none", marker=style.marker, capsize=2.5, markersize=7,
-            label=line_label(run["name"]),
+            label=line_label(run.name),
         )  # fmt: skip
     shown = tags[:MOST_TAGS]
     axes.set_xticks(range(len(shown)), ["none" if tag is None else str(tag + 1) for tag in shown])
@@ -210,20 +215,20 @@ def draw_accuracy(runs: Sequence[Record], known: Sequence[str]) -> Exhibit:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("tag (number of its <think>)")
     axes.set_ylabel("accuracy")
-    legend(axes, [run["name"] for run in runs])
+    legend(axes, [run.name for run in runs])
     parts = [_extremes(run) for run in runs]
     text = "\n".join(parts) + room(tags)
-    accuracy = [{e["tag"]: e["accuracy"] for e in run["per_tag"]} for run in runs]
-    rows = [[tag_name(tag), *(_show(own.get(tag)) for own in accuracy)] for tag in tags]
-    table = TableData("Accuracy by tag", ["tag", *(clean(run["name"]) for run in runs)], rows)
+    accuracy = [{e.tag: e.accuracy for e in run.per_tag} for run in runs]
+    rows = [[tag_name(tag), *(show(by_tag.get(tag)) for by_tag in accuracy)] for tag in tags]
+    table = TableData("Accuracy by tag", ["tag", *(clean(run.name) for run in runs)], rows)
     alt = f"Dot plot: accuracy of each tag. {' '.join(parts)}"
     return Exhibit("tag_accuracy", "Accuracy by tag", render(figure), alt, text, (table,))
 
 
-def _extremes(run: Record) -> str:
-    entries = sorted(run["per_tag"], key=lambda e: -e["accuracy"]["value"])
+def _extremes(run: EvaluatedRun) -> str:
+    entries = sorted(run.per_tag, key=lambda e: -e.accuracy.value)
     first, last = entries[0], entries[-1]
-    best = f"{tag_name(first['tag'])} {_show(first['accuracy'])}"
+    best = f"{tag_name(first.tag)} {show(first.accuracy)}"
     if len(entries) == 1:
-        return f"{clean(run['name'])}: {best}, its only tag."
-    return f"{clean(run['name'])}: best {best}, worst {tag_name(last['tag'])} {_show(last['accuracy'])}."
+        return f"{clean(run.name)}: {best}, its only tag."
+    return f"{clean(run.name)}: best {best}, worst {tag_name(last.tag)} {show(last.accuracy)}."

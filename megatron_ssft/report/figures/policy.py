@@ -150,9 +150,10 @@ def _add_choices(section: Section, run: PolicyRun, groups: Mapping[str, str] | N
         return
     if len(snapshots) == 1:
         section.remarks.append(f"{name} has written its policy at step {snapshots[0][0]} alone; there is no after yet.")
-    known = {id for _, rows in snapshots for id in rows if groups is not None and id in groups}
+    group_of = groups or {}
+    known = {id for _, rows in snapshots for id in rows if id in group_of}
     if known:
-        tables = [_by_group({id: row for id, row in rows.items() if id in known}, groups) for _, rows in snapshots]
+        tables = [_by_group({id: row for id, row in rows.items() if id in known}, group_of) for _, rows in snapshots]
         for state, (step, _), table in zip(("before", "after"), snapshots, tables):
             section.exhibits.append(draw_groups(run, step, table, tables, f"policy_tags_{state}_{slug}"))
         missing = max(len(rows.keys() - known) for _, rows in snapshots)
@@ -261,9 +262,11 @@ def draw_entropies(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, P
     figure, axes = new_figure(2.8)
     for place, ((step, _), values) in enumerate(zip(snapshots, found)):
         counts = np.histogram(np.clip(values, 0, highest), edges)[0]
-        color, filled = BEFORE_AFTER[place], place == 0
-        look = {"fill": True, "color": color} if filled else {"color": color, "linewidth": 2.5}
-        axes.stairs(counts, edges, label=f"step {step:,}", **look)
+        label, color = f"step {step:,}", BEFORE_AFTER[place]
+        if place == 0:
+            axes.stairs(counts, edges, label=label, color=color, fill=True)
+        else:
+            axes.stairs(counts, edges, label=label, color=color, linewidth=2.5)
     axes.set_xlabel(f"entropy of a question's policy (nats; at most {highest:.2f})")
     axes.set_ylabel("questions")
     axes.set_xlim(0, highest)

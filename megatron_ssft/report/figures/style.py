@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -27,17 +27,21 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from megatron_ssft.report.exhibits import Picture, short_names
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 NAMED = ("optimal", "random", "single", "fixed")
 """Runs of these names always wear the same colour, whichever of them are drawn."""
 MARKERS = "osD^vP*X"
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (7, 2)))
+Dash = str | tuple[int, tuple[int, ...]]
+DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (7, 2)))
 INK, GRID, PAPER = "#1f2328", "#d1d9e0", "#fffffe"
 DARK = {INK: "#e6edf3", GRID: "#3d444d", PAPER: "#161b22"}
 WIDTH = 4.3
 MAP = "cividis"
 
-_RC = {
+_RC: dict[RcKeyType, object] = {
     "font.size": 10,
     "font.family": ["DejaVu Sans"],  # comes with matplotlib, so pictures are the same on every machine
     "axes.titlesize": 10,
@@ -66,7 +70,8 @@ _RC = {
     "svg.hashsalt": "megatron-ssft",
     "path.simplify": True,
 }
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def house_style(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -89,7 +94,7 @@ class LineStyle:
 
     color: str
     marker: str
-    dash: object
+    dash: Dash
 
 
 def line_styles(names: Sequence[str], known: Sequence[str] = ()) -> dict[str, LineStyle]:
@@ -181,13 +186,15 @@ def heat_map(
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0)
-    for (row, column), value in np.ndenumerate(values) if texts is not None else ():
-        color = INK if np.isnan(value) else _readable_on(mesh.to_rgba(value))
-        axes.text(column, row, texts[row][column], ha="center", va="center", color=color, fontsize=size)
+    for row, line in enumerate(texts or ()):
+        for column, text in enumerate(line):
+            value = values[row, column]
+            color = INK if np.isnan(value) else _readable_on(mesh.to_rgba(value))
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     return mesh
 
 
-def _readable_on(rgba: Sequence[float]) -> str:
+def _readable_on(rgba: np.ndarray) -> str:
     """Black or white, whichever has more contrast (relative luminance of WCAG 2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
     return "#000000" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "#ffffff"

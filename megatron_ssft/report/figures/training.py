@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from megatron_ssft.report.exhibits import Exhibit, Section, clean, join, number
+from megatron_ssft.report.exhibits import Section, clean, join, number
 from megatron_ssft.report.figures.line_charts import Chart, Curve, draw_curves, points_of
 from megatron_ssft.report.read.run_facts import RunFacts
 
@@ -36,15 +37,15 @@ def training_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
 def _add_learning_rate(section: Section, chart: Chart, runs: Sequence[RunFacts]) -> None:
     """Runs with one and the same schedule share a curve."""
     curves = _curves(runs, _column("lr"))
-    first = next(iter(curves.values()), None)
-    same = first is not None and all(np.array_equal(np.array(c), np.array(first)) for c in curves.values())
-    if same and len(curves) > 1:
-        name = next(iter(curves))
+    name, first = next(iter(curves.items()))
+    exhibit = None
+    if len(curves) > 1 and all(np.array_equal(np.array(c), np.array(first)) for c in curves.values()):
         exhibit = draw_curves(chart, {name: first})
-        text = f"The same schedule in {join(map(clean, curves))}.\n{exhibit.text}"
-        section.exhibits.append(Exhibit(**{**vars(exhibit), "text": text}))
-    else:
+    if exhibit is None:
         add_curves(section, chart, runs, _column("lr"), "the log has no value of it")
+    else:
+        text = f"The same schedule in {join(map(clean, curves))}.\n{exhibit.text}"
+        section.exhibits.append(replace(exhibit, text=text))
 
 
 def cost_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:

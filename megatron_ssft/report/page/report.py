@@ -16,7 +16,7 @@ from megatron_ssft.report.figures.tags import tags_section
 from megatron_ssft.report.figures.training import cost_section, training_section
 from megatron_ssft.report.page.html import page
 from megatron_ssft.report.page.summary import summary_section
-from megatron_ssft.report.read.evaluation_record import Record, load_evaluation
+from megatron_ssft.report.read.evaluation_record import load_evaluation
 from megatron_ssft.report.read.policy_runs import (
     PolicyRun,
     groups_of,
@@ -24,6 +24,7 @@ from megatron_ssft.report.read.policy_runs import (
     load_policy_evaluation,
     load_policy_runs,
 )
+from megatron_ssft.report.read.records import EvaluationRecord, PolicyEvaluation
 from megatron_ssft.report.read.run_facts import RunFacts, load_facts
 
 FOOTER = (
@@ -98,14 +99,14 @@ def _title(runs: Sequence[RunFacts], policies: Sequence[PolicyRun]) -> str:
 
 def build_sections(
     runs: Sequence[RunFacts],
-    record: Record | None,
+    record: EvaluationRecord | None,
     policies: Sequence[PolicyRun] = (),
-    policy_record: Record | None = None,
+    policy_record: PolicyEvaluation | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> list[Section]:
     """All parts of the page, in reading order. A run looks the same in all of them; `groups` as in `write_report`."""
     known = [facts.name for facts in runs]
-    known += [run["name"] for run in record["runs"] if run["name"] not in known] if record is not None else []
+    known += [run.name for run in record.runs if run.name not in known] if record is not None else []
     sections = [summary_section(runs, record, policies, policy_record)]
     if runs:
         sections += [

@@ -7,22 +7,22 @@ from pathlib import PurePath
 
 import numpy as np
 
-from megatron_ssft.evaluation.tables import OWN_PASS, counted, own_tags
+from megatron_ssft.evaluation.tables import OWN_PASS, counted
 from megatron_ssft.report.exhibits import Section, TableData, clean, join, number, tag_name
 from megatron_ssft.report.figures.evaluation import BEST_TAG, common_k, votes_of
 from megatron_ssft.report.figures.policy import run_sentence
 from megatron_ssft.report.figures.policy_evaluation import evaluation_sentences
-from megatron_ssft.report.read.evaluation_record import Record
 from megatron_ssft.report.read.policy_runs import PolicyRun
+from megatron_ssft.report.read.records import Estimate, EvaluatedRun, EvaluationRecord, PolicyEvaluation, own_tags
 from megatron_ssft.report.read.run_facts import RunFacts
 from megatron_ssft.report.read.runs import final_mean, gap_by_iteration, mutual_information_bits, tag_source_counts
 
 
 def summary_section(
     runs: Sequence[RunFacts],
-    record: Record | None,
+    record: EvaluationRecord | None,
     policies: Sequence[PolicyRun] = (),
-    policy_record: Record | None = None,
+    policy_record: PolicyEvaluation | None = None,
 ) -> Section:
     """Sentences on each run, and a table of what they were made with."""
     section = Section("summary", "Summary")
@@ -31,8 +31,8 @@ def summary_section(
     for facts in runs:
         section.remarks += [_run_sentence(facts), _choice(facts)]
     if record is not None:
-        k = common_k(record["runs"]) if record["runs"][0]["ours"] else 0
-        section.remarks += [_evaluation_sentence(run, k) for run in record["runs"]]
+        k = common_k(record.runs)
+        section.remarks += [_evaluation_sentence(run, k) for run in record.runs]
         section.remarks += _accuracy_of_choice(runs, record)
     section.remarks += map(run_sentence, policies)
     section.remarks += evaluation_sentences(policy_record) if policy_record is not None else []
@@ -69,40 +69,41 @@ def _choice(facts: RunFacts) -> str:
     return text
 
 
-def _evaluation_sentence(run: Record, k: int) -> str:
-    name = clean(run["name"])
-    if run["ours"]:
+def _evaluation_sentence(run: EvaluatedRun, k: int) -> str:
+    figures: list[tuple[str, Estimate | None]] = []
+    if run.ours:
         marked = {BEST_TAG: f"{BEST_TAG} (chosen on the same samples)"}
-        figures = [(marked.get(label, label), estimate) for label, estimate in votes_of(run, k) if estimate]
-    else:
-        labels = {
-            "pass@1": OWN_PASS if own_tags(run) else "pass@1",
-            "native_cons": "native cons",
-            "cons_grouped": "cons@32 grouped",
-        }
-        figures = [(label, run["published"][key]) for key, label in labels.items() if (run["published"] or {}).get(key)]
-    told = join(f"{label} {estimate['value']:.3f}" for label, estimate in figures)
-    return f"Answers of {name} to {counted(run['questions'], 'question')}: {told or 'too few samples for any figure'}."
+        figures = [(marked.get(label, label), estimate) for label, estimate in votes_of(run, k)]
+    elif run.published:
+        figures = [
+            (OWN_PASS if own_tags(run) else "pass@1", run.published.pass_at_1),
+            ("native cons", run.published.native_cons),
+            ("cons@32 grouped", run.published.cons_grouped),
+        ]
+    results = join(f"{label} {estimate.value:.3f}" for label, estimate in figures if estimate is not None)
+    questions = counted(run.questions, "question")
+    return f"Answers of {clean(run.name)} to {questions}: {results or 'too few samples for any figure'}."
 
 
-def _accuracy_of_choice(runs: Sequence[RunFacts], record: Record) -> list[str]:
+def _accuracy_of_choice(runs: Sequence[RunFacts], record: EvaluationRecord) -> list[str]:
     """How right g* is, where a training run and an evaluated one have the same name."""
-    told = []
-    evaluated = {run["name"]: run for run in record["runs"]}
+    sentences = []
+    evaluated = {run.name: run for run in record.runs}
     for facts in runs:
-        if facts.ranking and facts.name in evaluated:
-            entries = {e["tag"]: e["accuracy"] for e in evaluated[facts.name]["per_tag"]}
-            mine, best = entries.get(facts.ranking[0].tag), max(entries, key=lambda tag: entries[tag]["value"])
-            if mine is not None:
-                top = "the most accurate tag"
-                if best != facts.ranking[0].tag:
-                    top = f"the most accurate tag, {tag_name(best)}, has {entries[best]['value']:.3f}"
-                told.append(
-                    f"Accuracy of g* of {clean(facts.name)}, {tag_name(facts.ranking[0].tag)}: {mine['value']:.3f}; "
-                    + (top if best != facts.ranking[0].tag else f"it is {top}")
-                    + "."
-                )
-    return told
+        if not facts.ranking or facts.name not in evaluated:
+            continue
+        choice = facts.ranking[0].tag
+        accuracy = {entry.tag: entry.accuracy.value for entry in evaluated[facts.name].per_tag}
+        if choice not in accuracy:
+            continue
+        best = max(accuracy, key=lambda tag: accuracy[tag])
+        comparison = "it is the most accurate tag"
+        if best != choice:
+            comparison = f"the most accurate tag, {tag_name(best)}, has {accuracy[best]:.3f}"
+        sentences.append(
+            f"Accuracy of g* of {clean(facts.name)}, {tag_name(choice)}: {accuracy[choice]:.3f}; {comparison}."
+        )
+    return sentences
 
 
 def _facts_table(runs: Sequence[RunFacts]) -> TableData:

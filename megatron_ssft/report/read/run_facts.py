@@ -112,7 +112,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class MatchingCosts:
-    """Matching costs by step, in nats per question (equations 3-4): means over the step's questions, float64 [steps]."""
+    """Matching costs by step, in nats per question (equations 3-4); float64 [steps], means over questions."""
 
     iteration: np.ndarray
     optimal: np.ndarray
