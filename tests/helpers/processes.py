@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -52,7 +54,7 @@ def ranks_of_program(program, process, ranks):
     """Process ids of the ranks; torchrun starts each in a session of its own."""
     if ranks == 1:
         return [process.pid]
-    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    pids = [int(p) for p in text.split() if program.encode() in Path(f"/proc/{p}/cmdline").read_bytes()]
+    children = psutil.Process(process.pid).children()
+    pids = [child.pid for child in children if any(program in word for word in child.cmdline())]
     assert len(pids) == ranks
     return pids
