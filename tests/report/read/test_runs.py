@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,39 +23,30 @@ from megatron_ssft.report.read.runs import (
     tag_source_counts,
     whole_epochs,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _write(folder, metrics=(), visits=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("metrics.jsonl", metrics), ("assignments.jsonl", visits)):
-        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return folder
-
-
-def _visit(epoch, tags, sources, cost=None, iteration=0, id="q"):
-    return {"iteration": iteration, "epoch": epoch, "id": id, "tags": tags, "sources": sources, "cost": cost}
+from tests.helpers.report_data import (
+    visit_row,
+    write_run,
+)
 
 
 @pytest.fixture
 def small(tmp_path):
     """Two epochs of three visits and a begun third one; all numbers in the tests below are counted by hand."""
     visits = [
-        _visit(0, [0, 1], ["a", "b"], [[0.5, 2.0], [1.0, 1.0], [3.0, 3.0]]),
-        _visit(0, [1, 0], ["b", "a"]),  # the same edges, traces in another order
-        _visit(0, [1, 0], ["a", "b"]),
-        _visit(1, [0, 2], ["a", "b"]),
-        _visit(1, [0, 2], ["a", "b"]),
-        _visit(1, [2, 0], ["b", "a"]),
-        _visit(2, [1, 2], [None, "b"]),
+        visit_row(0, [0, 1], ["a", "b"], [[0.5, 2.0], [1.0, 1.0], [3.0, 3.0]]),
+        visit_row(0, [1, 0], ["b", "a"]),  # the same edges, traces in another order
+        visit_row(0, [1, 0], ["a", "b"]),
+        visit_row(1, [0, 2], ["a", "b"]),
+        visit_row(1, [0, 2], ["a", "b"]),
+        visit_row(1, [2, 0], ["b", "a"]),
+        visit_row(2, [1, 2], [None, "b"]),
     ]
     metrics = [
         {"iteration": 1, "loss": 2.0, "matching_gap": None, "seconds": 3, "note": "text"},
         {"iteration": 2, "loss": 1.0, "matching_gap": 0.5, "seconds": 1},
         {"iteration": 3, "matching_gap": 1.5, "seconds": 1, "new_key": 7},
     ]
-    return _write(tmp_path / "run", metrics, visits)
+    return write_run(tmp_path / "run", metrics, visits)
 
 
 def test_metrics_by_columns(small):
@@ -119,7 +109,7 @@ def test_a_torn_last_line_is_ignored_with_a_note(small, caplog):
     assert len(load_metrics(small)) == 4
 
 
-GOOD_VISIT = _visit(0, [0, 1], ["a", "b"], [[0.0, 1.0], [1.0, 0.0]])
+GOOD_VISIT = visit_row(0, [0, 1], ["a", "b"], [[0.0, 1.0], [1.0, 0.0]])
 
 
 @pytest.mark.parametrize(
@@ -160,24 +150,3 @@ def test_bad_lines_are_named(tmp_path, file, line):
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl: cannot read the run"):
         load_run(tmp_path)
-
-
-TEACHERS = ["left", "right", "pairs", "verbose", "guess", "code"]
-
-
-def _fake_run(folder, kind, epochs=3, questions=60):
-    """A run as a trainer would leave it: tag = teacher from the second epoch on, random, or one tag for all."""
-    rng = np.random.default_rng(0)
-    visits, metrics = [], []
-    for epoch in range(epochs):
-        for q in range(questions):
-            teachers = rng.permutation(6)[:4]
-            settled = kind == "optimal" and epoch > 0
-            tags = [0] * 4 if kind == "single" else (teachers if settled else rng.permutation(6)[:4])
-            sources = [TEACHERS[t] for t in teachers]
-            visits.append(_visit(epoch, [int(t) for t in tags], sources, iteration=epoch * 20 + q // 3 + 1))
-    for i in range(1, 20 * epochs + 1):
-        gap = {"optimal": 1e-2 * 1.2**i, "random": 0.01 if i % 8 == 0 else None, "single": None}[kind]
-        row = {"iteration": i, "loss": 2 / i, "matching_gap": gap, "seconds": 0.5, "matching_seconds": 0.1}
-        metrics.append(row)
-    return _write(folder / kind, metrics, visits)

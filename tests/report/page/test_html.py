@@ -1,65 +1,24 @@
-"""tools/report.py: one page that needs nothing else, is safe whatever the names in the data, and always the same."""
+"""The page needs nothing else, is safe whatever the names in the data, and is always the same."""
 
 from __future__ import annotations
 
-import base64
-import importlib.util
 import json
-import subprocess
-import sys
-from html.parser import HTMLParser
-from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-from megatron_ssft.errors import UserError
-from megatron_ssft.report.exhibits import Exhibit, Picture, Section, TableData
+from megatron_ssft.report.exhibits import (
+    Exhibit,
+    Picture,
+    Section,
+    TableData,
+)
 from megatron_ssft.report.page.html import LARGEST_SVG, page
 from megatron_ssft.report.page.report import write_report
-from tests.report.test_figures import make_evaluation, make_run
-
-ROOT = Path(__file__).resolve().parents[2]
-VOID = {"meta", "img", "br", "hr", "link", "input"}
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "$\\frac{1}{0$ \\undefined",
-    "a&b;</style></td>'\"`",
-    "\x00\x1b[31m\u202eevil\ud800\u2028",
-    "=HYPERLINK(http://example.com)" + "x" * 5000,
-]
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects what is on the page."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.text, self.open, self.tags, self.said = text, [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs), tuple(self.open)))
-        assert len(attrs) == len(dict(attrs))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.said.append(data)
-
-    def all(self, name):
-        return [attrs for tag, attrs, _ in self.tags if tag == name]
-
-    @property
-    def words(self):
-        return " ".join(" ".join(self.said).split())
+from tests.helpers.pages import HOSTILE, Page, check_safe, pictures
+from tests.helpers.report_data import (
+    make_evaluation,
+    make_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +29,6 @@ def three(tmp_path_factory):
     evaluation = make_evaluation(folder / "eval", {"optimal": [0.2, 0.7], "single": [0.5]}, group=True)
     files = write_report(runs, folder / "page.html", evaluation)
     return folder, runs, evaluation, files, Page(files[0].read_text(encoding="utf-8"))
-
-
-def check_safe(page):
-    """Nothing that runs or is loaded from anywhere."""
-    names = {tag for tag, _, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "svg", "video", "audio", "input"}
-    for tag, attrs, _ in page.tags:
-        assert not any(name.startswith("on") for name in attrs), (tag, attrs)
-        assert "style" not in attrs and set(attrs) & {"srcset", "action", "background"} == set()
-        assert attrs.get("href", "#").startswith("#")
-        if "src" in attrs:
-            assert attrs["src"].startswith(("data:image/svg+xml;base64,", "data:image/png;base64,"))
-    (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "script-src" not in policy
-    style = page.text[page.text.index("<style>") : page.text.index("</style>")]
-    assert "url(" not in style and "@import" not in style
-
-
-def pictures(page):
-    """The XML of every SVG on the page."""
-    sources = [img["src"] for img in page.all("img")]
-    return [ElementTree.fromstring(base64.b64decode(s.partition(",")[2])) for s in sources if "svg+xml" in s]
 
 
 def test_the_page_needs_nothing_else(three):
@@ -276,68 +213,3 @@ def test_everything_in_a_page_is_escaped():
     found = Page(page(bad, bad, [section], bad))
     assert not found.all("b") and found.words.count(bad) == 4 + 3 + 3 + 1 + 3 * 6
     assert found.all("img")[0]["alt"] == bad
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("report_tool", ROOT / "tools" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_command(tool, tmp_path, capsys):
-    run = make_run(tmp_path / "run", matching="single", epochs=1)
-    tool.main([str(run), "--output", str(tmp_path / "r.html"), "--png-dir", str(tmp_path / "png")])
-    out = capsys.readouterr().out
-    assert f"report: {tmp_path / 'r.html'}" in out and f"in {tmp_path / 'png'}" in out
-    with pytest.raises(SystemExit):
-        tool.main(["--output", "x.html"])
-
-
-def test_what_cannot_be_read_or_written(tool, tmp_path):
-    run = make_run(tmp_path / "run", matching="single", epochs=1)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "no_run").mkdir()
-    for arguments, said in (
-        ([tmp_path / "nowhere"], "is not a folder"),
-        ([tmp_path / "file"], "is not a folder"),
-        ([run, tmp_path / "no_run"], "give the folder a run was saved in"),
-        ([run, "--eval", tmp_path / "no_run"], "give the --output folder of tools/evaluate.py"),
-        ([run, "--eval", tmp_path / "file"], "tools/evaluate.py"),
-    ):
-        with pytest.raises(UserError, match=said) as error:
-            tool.main([*map(str, arguments), "--output", str(tmp_path / "r.html")])
-        assert "\n" not in str(error.value) and not (tmp_path / "r.html").exists()
-    for output, pictures in (("file/r.html", "png"), ("run", "png"), ("r.html", "file")):
-        with pytest.raises(UserError, match="give another --output"):
-            tool.main([str(run), "--output", str(tmp_path / output), "--png-dir", str(tmp_path / pictures)])
-
-
-@pytest.mark.parametrize(
-    ("file", "text"), [("config.yaml", "a: [1"), ("config.yaml", "\x00"), ("metrics.jsonl", "[]\n")]
-)
-def test_a_damaged_file_is_one_line(tool, tmp_path, file, text):
-    run = make_run(tmp_path / "run")
-    (run / file).write_text(text)
-    with pytest.raises(UserError, match=file) as error:
-        tool.main([str(run), "--output", str(tmp_path / "r.html")])
-    assert "\n" not in str(error.value)
-
-
-def test_settings_of_another_version_are_shown_and_not_judged(tool, tmp_path):
-    run = make_run(tmp_path / "run")
-    (run / "config.yaml").write_text("matching: optimal\nan_option_of_next_year: {x: 1}\n")
-    tool.main([str(run), "--output", str(tmp_path / "r.html")])
-    (run / "config.yaml").write_text("- a list\n")
-    tool.main([str(run), "--output", str(tmp_path / "r.html")])
-
-
-def test_help_does_not_wait_for_matplotlib():
-    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "report.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and "--png-dir" in result.stdout
-    assert "argparse" in result.stderr and "matplotlib" not in result.stderr and "torch" not in result.stderr

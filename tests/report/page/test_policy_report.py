@@ -1,4 +1,4 @@
-"""tools/report.py on runs that trained a forking policy: which pictures there are, what they say, what is refused."""
+"""The report on runs that trained a forking policy: which pictures there are, and what they say."""
 
 from __future__ import annotations
 
@@ -11,47 +11,16 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.report.page.report import write_report
-from megatron_ssft.report.read.policy_runs import is_policy_run, load_policy_evaluation, load_policy_runs
-from tests.evaluation.test_policy_evaluation import GROUPS, evaluated, write_lines
-from tests.report.test_figures import make_run
-from tests.report.test_report_html import HOSTILE, Page, check_safe, pictures, tool  # noqa: F401
+from megatron_ssft.report.read.policy_runs import is_policy_run, load_policy_runs
+from tests.evaluation.test_policy_evaluation import GROUPS, write_lines
+from tests.helpers.pages import HOSTILE, Page, check_safe, pictures
+from tests.helpers.report_data import (
+    make_policy_evaluation,
+    make_policy_run,
+    make_run,
+)
 
 TAGS = 3
-
-
-def peaked(place, height):
-    rest = (1 - height) / (TAGS - 1)
-    return [height if tag == place else rest for tag in range(TAGS)]
-
-
-def make_policy_run(folder, objective="gfpo-exact", steps=8, questions=12, split="eval", policy=True, **columns):
-    """A run as tools/train_gfpo.py leaves it: at the end question k has nine tenths of its policy on tag k mod 3."""
-    folder.mkdir(parents=True)
-    rows = []
-    for step in range(1, steps + 1):
-        row = {"iteration": step, "objective": objective, "loss": -step / steps, "lr": 1e-4, "seconds": 0.5}
-        of_policy = "reward" if objective.startswith("gfpo") else "reward_stored"
-        row |= {of_policy: 0.4 + 0.05 * step, "completion_nll_shift": 0.01 * step, "anchor_kl": 0.001 * step}
-        if objective.startswith("gfpo"):
-            row |= {"reward_uniform": 0.4, "reward_best_fixed": 0.5, "entropy": 1 / step, "kl": 0.1, "mass": 0.9}
-        rows.append(row | {key: values[(step - 1) % len(values)] for key, values in columns.items()})
-    write_lines(folder / "metrics.jsonl", [{k: v for k, v in row.items() if v is not None} for row in rows])
-    if policy and objective.startswith("gfpo"):
-        heights = {0: 1 / TAGS, steps: 0.9} if steps else {0: 1 / TAGS}
-        lines = [
-            {"iteration": step, "split": split, "id": f"q{k}", "policy": peaked(k % TAGS, height), "mass": 0.9}
-            for step, height in heights.items()
-            for k in range(questions)
-        ]
-        write_lines(folder / "policy.jsonl", lines)
-    return folder
-
-
-def make_evaluation(folder, **options):
-    folder.mkdir(parents=True)
-    record = evaluated(folder / "files", **options)
-    (folder / "policy_evaluation.json").write_text(json.dumps(record))
-    return folder
 
 
 def report(folders, output, **options):
@@ -189,7 +158,7 @@ def test_equal_names_are_told_apart(tmp_path):
 
 
 def test_the_evaluation_of_a_policy(tmp_path):
-    run, evaluation = make_policy_run(tmp_path / "gfpo"), make_evaluation(tmp_path / "eval")
+    run, evaluation = make_policy_run(tmp_path / "gfpo"), make_policy_evaluation(tmp_path / "eval")
     page = report([run], tmp_path / "p.html", policy_evaluation=evaluation)
     assert "policy_evaluation" in figures(page)
     for said in (
@@ -212,20 +181,22 @@ def test_the_evaluation_of_a_policy(tmp_path):
 
 
 def test_an_evaluation_without_groups_beside_runs_of_another_kind(tmp_path):
-    evaluation = make_evaluation(tmp_path / "eval", roles=("before", "after", "own", "own_greedy"), grouped=False)
+    evaluation = make_policy_evaluation(
+        tmp_path / "eval", roles=("before", "after", "own", "own_greedy"), grouped=False
+    )
     page = report([make_run(tmp_path / "run")], tmp_path / "p.html", policy_evaluation=evaluation)
     assert sections(page)[-2:] == ["policy", "evaluation"] and "policy_evaluation" in figures(page)
     assert "Recovered headroom" not in page.words
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
-    run, evaluation = make_policy_run(tmp_path / "gfpo"), make_evaluation(tmp_path / "eval")
+    run, evaluation = make_policy_run(tmp_path / "gfpo"), make_policy_evaluation(tmp_path / "eval")
     files = [write_report([run], tmp_path / n / "p.html", policy_evaluation=evaluation) for n in "ab"]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
 def test_hostile_texts(tmp_path):
-    run, evaluation = make_policy_run(tmp_path / '<b>"x"$y$'), make_evaluation(tmp_path / "eval")
+    run, evaluation = make_policy_run(tmp_path / '<b>"x"$y$'), make_policy_evaluation(tmp_path / "eval")
     lines = [json.loads(line) | {"objective": HOSTILE[0]} for line in (run / "metrics.jsonl").read_text().splitlines()]
     write_lines(run / "metrics.jsonl", lines)
     (run / "finished.json").write_text(json.dumps({"reason": HOSTILE[1]}))
@@ -240,37 +211,7 @@ def test_hostile_texts(tmp_path):
     assert not page.all("b") and "<script>alert(1)</script>" in page.words and "x" * 300 not in page.text
 
 
-CHANGES = {
-    "no rows": lambda r: r["rows"].clear(),
-    "no key": lambda r: r.pop("differences"),
-    "a row without a name": lambda r: r["rows"][0].pop("name"),
-    "a value that is text": lambda r: r["rows"][2]["after"].update(value="1"),
-    "a value that is nothing": lambda r: r["rows"][2]["after"].update(value=None),
-    "a value without end": lambda r: r["rows"][2]["after"].update(value=math.inf),
-    "an error of true": lambda r: r["rows"][2]["after"].update(stderr=True),
-    "one size": lambda r: r["samples_per_tag"].update(before=[1]),
-    "shares of other tags": lambda r: r["choices"][0]["groups"][0].update(share=[1.0]),
-    "other groups": lambda r: r["choices"][0]["groups"].pop(),
-    "a choice twice": lambda r: r["choices"].append(r["choices"][0]),
-    "no all": lambda r: [c["groups"].pop(0) for c in r["choices"]],
-    "a list": lambda r: r.update(fixed_tag=[]),
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_damaged_evaluation_is_one_line(tmp_path, case):
-    folder = make_evaluation(tmp_path / "eval")
-    path = folder / "policy_evaluation.json"
-    record = json.loads(path.read_text())
-    load_policy_evaluation(folder)
-    CHANGES[case](record)
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="damaged or of another version") as error:
-        load_policy_evaluation(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_what_cannot_be_read(tool, tmp_path):  # noqa: F811
+def test_what_cannot_be_read(tool, tmp_path):
     run = make_policy_run(tmp_path / "gfpo")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "policy_evaluation.json").write_text("{")
@@ -291,8 +232,8 @@ def test_what_cannot_be_read(tool, tmp_path):  # noqa: F811
         (run / name).unlink() if whole is None else (run / name).write_text(whole)
 
 
-def test_the_command(tool, tmp_path, capsys):  # noqa: F811
-    run, evaluation = make_policy_run(tmp_path / "gfpo"), make_evaluation(tmp_path / "eval")
+def test_the_command(tool, tmp_path, capsys):
+    run, evaluation = make_policy_run(tmp_path / "gfpo"), make_policy_evaluation(tmp_path / "eval")
     data = write_lines(tmp_path / "H.jsonl", [{"id": id, "kind": group} for id, group in GROUPED.items()])
     more = ["--policy-eval", evaluation, "--data", data, "--group-by", "kind", "--png-dir", tmp_path / "png"]
     tool.main([str(run), *map(str, more), "--output", str(tmp_path / "r.html")])
