@@ -1,4 +1,4 @@
-"""The answers tag by tag: how long they are, and how often two tags give the same one."""
+"""Pictures of the answers tag by tag: how long they are, and how often two tags give the same one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_TAGS = 24
 
 @house_style
 def draw_lengths(run: EvaluatedRun, key: str) -> Exhibit:
-    """Distribution of the samples' lengths, a row a tag, with the mean of each."""
+    """Distribution of the samples' lengths, a row per tag, with the mean of each."""
     entries, name = run.per_tag[:MOST_TAGS], clean(run.name)
     edges = np.array(run.length_histogram.edges, float)
     figure, axes = new_figure(1.0 + 0.42 * len(entries))
@@ -29,21 +29,22 @@ def draw_lengths(run: EvaluatedRun, key: str) -> Exhibit:
     axes.set_ylim(len(entries) - 0.5, -0.5)
     used = np.flatnonzero(np.sum(run.length_histogram.counts, axis=0))
     axes.set_xlim(0, edges[used[-1] + 1] if len(used) else edges[-1])
-    axes.set_xlabel("tokens of a sample")
+    axes.set_xlabel("tokens per sample")
     axes.grid(axis="y", visible=False)
     ordered = sorted(run.per_tag, key=lambda e: e.tokens.mean)
-    told = [
+    means = [
         f"{tag_name(e.tag)} {e.tokens.mean:,.1f}"
         for e in (ordered if len(ordered) <= 8 else ordered[:: len(ordered) - 1])
     ]
     cut = sum(e.truncated * e.samples for e in run.per_tag) / max(1, run.samples)
-    text = f"Mean tokens, shortest first: {join(told)}. Upright lines are means; each row is scaled to its own fullest "
-    text += f"bin. {cut:.1%} of the samples ran into their token limit.{room(run.tags)}"
+    text = "Samples by their number of tokens, a row per tag. Upright lines are means; each row is scaled to its own "
+    text += f"fullest bin.\nMean tokens, shortest first: {join(means)}. {cut:.1%} of the samples ran into their token "
+    text += f"limit.{room(run.tags)}"
     rows = [
         [tag_name(e.tag), f"{e.tokens.mean:,.1f}", f"{e.tokens.median:,g}", f"{e.truncated:.1%}"] for e in run.per_tag
     ]
-    table = TableData(f"Tokens of a sample of {name}", ["tag", "mean", "median", "truncated"], rows)
-    alt = f"Histograms of the samples' lengths by tag of {name}. Mean tokens: {join(told)}."
+    table = TableData(f"Tokens per sample of {name}", ["tag", "mean", "median", "truncated"], rows)
+    alt = f"Histograms of the samples' lengths by tag of {name}. Mean tokens: {join(means)}."
     return Exhibit(key, f"Lengths by tag: {name}", render(figure), alt, text, (table,))
 
 
@@ -62,8 +63,11 @@ def draw_agreement(run: EvaluatedRun, answers: str, key: str) -> Exhibit:
     axes.set_xlabel("tag (number of its <think>)")
     axes.set_ylabel("tag")
     figure.colorbar(mesh, ax=axes, format=PercentFormatter(1), pad=0.02, aspect=14).ax.tick_params(length=0)
-    text = f"{_pairs(share, tags)} Share of pairs of samples of one question with the same answer, compared as "
-    text += f"{clean(answers)}; on the diagonal, pairs of one tag. A failed extraction agrees with nothing."
+    text = (
+        "Share of pairs of samples of one question that give the same answer, by their tags. On the diagonal are pairs "
+    )
+    text += "under one tag. A dark cell off the diagonal means that two tags answer differently.\n"
+    text += f"{_pairs(share, tags)} Answers are compared as {clean(answers)}; a failed extraction agrees with nothing."
     alt = f"Heat map: agreement between the tags of {name}. {_pairs(share, tags)}"
     names = [tag_name(tag) for tag in tags]
     rows = [[n, *("-" if np.isnan(v) else f"{v:.2f}" for v in row)] for n, row in zip(names, share)]

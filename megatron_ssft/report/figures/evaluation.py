@@ -1,4 +1,4 @@
-"""What the generated answers are worth: pass@k, votes, accuracy and length by tag, agreement between tags."""
+"""Pictures of the generated answers: pass@k, votes, accuracy and length by tag, agreement between tags."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def evaluation_section(record: EvaluationRecord, known: Sequence[str]) -> Sectio
 
 
 def _add_tables(section: Section, record: EvaluationRecord) -> None:
-    """Those of tools/evaluate.py: runs compared and groups of questions in sight, the others folded up."""
+    """Add the tables of tools/evaluate.py: runs compared and groups of questions in sight, the others folded up."""
     fields = {run.groups.field for run in record.runs if run.groups}
     for t in evaluation_tables.all_tables(record.source):
         header, rows = [clean(cell) for cell in t.header], [[clean(cell) for cell in row] for row in t.rows]
@@ -120,11 +120,14 @@ def draw_pass(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("k (samples of a question)")
+    axes.set_xlabel("k (samples per question)")
     axes.set_ylabel("pass@k")
     legend(axes, [run.name for run in runs])
-    text = ".\n".join(parts) + ".\nSamples are spread over the tags as evenly as possible where tags were asked "
-    text += "for; elsewhere they are drawn from all samples."
+    text = (
+        "pass@k by k: the share of questions with a right answer among k samples. Samples are spread over the tags as "
+    )
+    text += "evenly as possible where tags were asked for; elsewhere they are drawn from all samples. A steeper curve "
+    text += "means more different answers.\n" + ".\n".join(parts) + "."
     rows = [[str(k), *(show(points.get(k)) for points in points_of_run.values())] for k in ks]
     table = TableData("pass@k", ["k", *map(clean, points_of_run)], rows, _rule(runs[0]))
     return Exhibit(
@@ -153,7 +156,7 @@ def votes_of(run: EvaluatedRun, k: int) -> list[Figure]:
 
 @house_style
 def draw_votes(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
-    """A dot a run for pass@1, vote, pass@k and the best tag."""
+    """A dot per run for pass@1, vote, pass@k and the best tag."""
     k = common_k(runs)
     figures = {run.name: dict(votes_of(run, k)) for run in runs}
     labels = list(next(iter(figures.values())))
@@ -177,15 +180,13 @@ def draw_votes(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
         f"{clean(name)}: {join(f'{label} {show(e)}' for label, e in estimates.items())}"
         for name, estimates in figures.items()
     ]
-    text = (
-        ".\n".join(parts) + f".\nThe vote cons@{k} is over sets of {k} samples, spread over the tags where tags were "
-    )
-    text += (
-        "asked for. The best tag is chosen on the same samples; the best tag per question on every other sample, and "
-    )
-    text += "measured on the rest, where there are samples enough."
+    text = f"Share of questions answered correctly: by one sample (pass@1), by a vote of {k} (cons@{k}), by any of {k} "
+    text += f"(pass@{k}), and under the best tag. The vote is over sets of {k} samples, spread over the tags where "
+    text += "were asked for. The best tag is chosen on the same samples. The best tag per question is chosen on every "
+    text += "other sample and measured on the rest, where there are samples enough."
     if any(map(own_tags, runs)):
         text += " Where the model chose its tags, they do not compare: each was measured on other questions."
+    text += "\n" + ".\n".join(parts) + "."
     rows = [[label, *(show(estimates[label]) for estimates in figures.values())] for label in labels]
     table = TableData("One sample, votes, any of k", ["figure", *map(clean, figures)], rows, _rule(runs[0]))
     alt = f"Dot plot of pass@1, vote, pass@k and the best tag. {'. '.join(parts)}."
@@ -194,7 +195,7 @@ def draw_votes(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
 
 @house_style
 def draw_accuracy(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
-    """Accuracy of each tag, a marker a run, with standard errors."""
+    """Accuracy of each tag, a marker per run, with standard errors."""
     tags = sorted({tag for run in runs for tag in run.tags}, key=lambda tag: (tag is None, tag))
     place = {tag: k for k, tag in enumerate(tags)}
     figure, axes = new_figure(3.0)
@@ -217,7 +218,10 @@ def draw_accuracy(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit
     axes.set_ylabel("accuracy")
     legend(axes, [run.name for run in runs])
     parts = [_extremes(run) for run in runs]
-    text = "\n".join(parts) + room(tags)
+    text = (
+        "Accuracy of the samples under each tag; bars are standard errors over questions. Tags far apart mean that the "
+    )
+    text += "choice of the tag matters." + room(tags) + "\n" + "\n".join(parts)
     accuracy = [{e.tag: e.accuracy for e in run.per_tag} for run in runs]
     rows = [[tag_name(tag), *(show(by_tag.get(tag)) for by_tag in accuracy)] for tag in tags]
     table = TableData("Accuracy by tag", ["tag", *(clean(run.name) for run in runs)], rows)

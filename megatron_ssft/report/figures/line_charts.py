@@ -31,21 +31,21 @@ _ROWS = 9
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart of curves is about."""
+    """The subject of a chart of curves."""
 
     key: str
     title: str
     what: str
-    """The quantity in words, to begin a sentence with."""
+    """The quantity in words; the caption and its alternative text begin with it."""
     label: str
-    """Of the vertical axis, with its unit."""
+    """Label of the vertical axis, with its unit."""
     log: bool = False
     share: bool = False
     """Values are shares of 1."""
     known: Sequence[str] = ()
     """All names of the report, for the same colours everywhere."""
     note: str = ""
-    """A sentence on how to read it."""
+    """Sentences on what to see in it."""
     x_label: str = "training step"
     mean: bool = True
     """Whether the mean of the last values says more than the last one."""
@@ -59,9 +59,9 @@ class Chart:
 def points_of(curve: Curve, log: bool = False) -> Curve:
     """The points of a curve; on a log scale those above 0."""
     x, y = (np.asarray(values, np.float64) for values in curve)
-    known = np.isfinite(x) & np.isfinite(y)
-    known &= (y > 0) | (not log)
-    return x[known], y[known]
+    shown = np.isfinite(x) & np.isfinite(y)
+    shown &= (y > 0) | (not log)
+    return x[shown], y[shown]
 
 
 @house_style
@@ -85,8 +85,9 @@ def draw_curves(chart: Chart, curves: Mapping[str, Curve]) -> Exhibit | None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     legend(axes, list(curves))
     lines = [_sentence(chart, name, *curve) for name, curve in curves.items()]
-    notes = [chart.note, f"A point of the picture is the mean of up to {run} steps." if run > 1 else ""]
-    text = "\n".join(filter(None, [*lines, " ".join(filter(None, notes))]))
+    plotted = f"{chart.what[0].upper()}{chart.what[1:]} by {chart.x_label}."
+    thinned = f"A point of the picture is the mean of up to {run} steps." if run > 1 else ""
+    text = "\n".join([" ".join(filter(None, [plotted, chart.note, thinned])), *lines])
     alt = f"Line chart: {chart.what} by {chart.x_label}. " + " ".join(_brief(chart, n, *c) for n, c in curves.items())
     return Exhibit(chart.key, chart.title, render(figure), alt, text, (_table(chart, curves),))
 
@@ -106,15 +107,15 @@ def _sentence(chart: Chart, name: str, x: np.ndarray, y: np.ndarray) -> str:
         return f"{name}: {chart.show(y[0])} at step {x[0]:,.0f}, its only value."
     if y.min() == y.max():
         return f"{name}: {chart.show(y[0])} throughout, steps {x[0]:,.0f} to {x[-1]:,.0f}."
-    told = [f"{chart.show(y[0])} at step {x[0]:,.0f}"]
+    points = [f"{chart.show(y[0])} at step {x[0]:,.0f}"]
     between = {"least": int(y.argmin()), "greatest": int(y.argmax())}
     ends = (chart.show(y[0]), chart.show(y[-1]))
-    told += [
+    points += [
         f"{word} {chart.show(y[k])} at step {x[k]:,.0f}" for word, k in between.items() if chart.show(y[k]) not in ends
     ]
-    told.append(f"{chart.show(y[-1])} at step {x[-1]:,.0f}")
-    told += [f"mean of the last 16 values {chart.show(final_mean(y))}"] if chart.mean and len(y) > 32 else []
-    return f"{name}: {', '.join(told)}."
+    points.append(f"{chart.show(y[-1])} at step {x[-1]:,.0f}")
+    points += [f"mean of the last 16 values {chart.show(final_mean(y))}"] if chart.mean and len(y) > 32 else []
+    return f"{name}: {', '.join(points)}."
 
 
 def _brief(chart: Chart, name: str, x: np.ndarray, y: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""How the matching develops: its costs and gap, what tags say of sources, how many different matchings there are."""
+"""Pictures of how the matching develops: its costs and gap, information between tag and source, different matchings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def dynamics_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
     section = Section(
         "matching",
         "Matching over the training",
-        "Costs are in nats a question: the mean negative log-likelihood of a trace's first tokens under its tag, "
-        "summed over the question's traces and averaged over the questions of a step.",
+        "Matching costs are in nats per question (equations 3-4). A trace costs the mean negative log-likelihood of "
+        "its first tokens under its tag. A question costs the sum over its traces; a point is the mean over a step's "
+        "questions.",
     )
     matched = [facts for facts in runs if not facts.is_single]
     section.remarks += [f"{clean(f.name)} has no pictures of its matching: {NOT_MATCHED}." for f in runs if f.is_single]
@@ -31,20 +32,22 @@ def dynamics_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
     for facts in matched:
         _add_costs(section, facts, f"matching_costs_{slug[facts.name]}")
     chart = Chart(
-        "matching_gap", "Matching gap", "mean cost minus least cost", "gap (nats a question)", log=True, known=known,
-        note="How much the choice of tags matters to the model; next to 0 as long as the tags are interchangeable.",
+        "matching_gap", "Matching gap", "matching gap", "matching gap (nats per question)", log=True, known=known,
+        note="It is the mean cost of a random matching minus the cost of the optimal one. A gap near 0 means that tags "
+        "are interchangeable; it grows as they come to differ.",
     )  # fmt: skip
     _add(section, chart, matched, "matching_gap", "no matching costs were evaluated")
     chart = Chart(
-        "tag_source_information", "What tags say of sources", "normalised mutual information of tag and source",
-        "information (0 to 1)", known=known,
-        note="Over a sliding window of steps, corrected for chance: about 0 for a matching that ignores the sources, 1 "
-        "where one follows from the other.",
+        "tag_source_information", "Information between tag and source",
+        "normalised mutual information between tag and source", "information (0 to 1)", known=known,
+        note="It is taken over a sliding window of steps and corrected for chance. About 0 means that the matching "
+        "ignores the sources, 1 that tag and source follow from each other.",
     )  # fmt: skip
     _add(section, chart, matched, "tag_source_information", "the log has no value of it")
     chart = Chart(
-        "matching_margin", "Second-best margin", "second-best minus least cost", "margin (nats a question)", log=True,
-        known=known, note="Median over a step's questions; next to 0 where tags are copies of each other.",
+        "matching_margin", "Second-best margin", "cost of the second-best matching minus cost of the optimal one",
+        "margin (nats per question)", log=True,
+        known=known, note="It is the median over a step's questions; near 0 where some tags are copies.",
     )  # fmt: skip
     _add(
         section, chart, [f for f in matched if f.matching != "random"], "matching_margin", "the log has no value of it"
@@ -84,22 +87,25 @@ def draw_costs(facts: RunFacts, costs: MatchingCosts, key: str) -> Exhibit:
             x, y, color=OKABE_ITO[slot], linestyle=DASHES[slot], marker=MARKERS[slot], markevery=every, label=label
         )
     axes.set_xlabel("training step")
-    axes.set_ylabel("cost (nats a question)")
+    axes.set_ylabel("matching cost (nats per question)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylim(bottom=0 if min(costs.optimal) >= 0 else None)
     legend(axes, list(curves))
     name = clean(facts.name)
     first, last = costs.iteration[0], costs.iteration[-1]
-    told = [f"{label} {number(values[0])} and {number(values[-1])}" for label, values in curves.items()]
-    text = f"Nats a question at steps {first:,.0f} and {last:,.0f}: {', '.join(told)}.\n"
-    text += f"The optimal assignment is {number((costs.mean - costs.optimal)[-1])} nats below the mean at the end. "
-    text += "Random is one assignment drawn for each question, mean the average over all assignments."
-    text += " Trained are the tags that the run gave out." if "trained" in curves else ""
+    ends = [f"{label} {number(values[0])} and {number(values[-1])}" for label, values in curves.items()]
+    text = (
+        "Matching cost by training step, in nats per question. Random is one assignment drawn for each question, mean "
+    )
+    text += "the average over all assignments."
+    text += " Trained is the cost of the tags that the run gave out." if "trained" in curves else ""
     text += f" A point of the picture is the mean of {run} steps." if run > 1 else ""
-    alt = f"Line chart: matching cost of {name} over training steps, at the first and the last: {', '.join(told)}."
+    text += f"\nAt steps {first:,.0f} and {last:,.0f}: {', '.join(ends)}. At the end the optimal assignment is "
+    text += f"{number((costs.mean - costs.optimal)[-1])} nats below the mean: the matching gap."
+    alt = f"Line chart: matching cost of {name} over training steps, at the first and the last: {', '.join(ends)}."
     picks = np.unique(np.linspace(0, len(costs.iteration) - 1, 9).astype(int))
     rows = [[f"{costs.iteration[k]:,.0f}", *(number(values[k]) for values in curves.values())] for k in picks]
-    table = TableData(f"Matching cost of {name}, nats a question", ["training step", *curves], rows)
+    table = TableData(f"Matching cost of {name}, nats per question", ["training step", *curves], rows)
     return Exhibit(key, f"Matching cost: {name}", render(figure), alt, text, (table,))
 
 
@@ -115,7 +121,7 @@ def _add_unmatched(section: Section, runs: Sequence[RunFacts], known: Sequence[s
         return
     chart = Chart(
         "unmatched_tags", "Tags without a trace", "tags that no trace was matched to", "tags", known=known,
-        note="Over a sliding window of steps.",
+        note="It is taken over a sliding window of steps.",
     )  # fmt: skip
     _add(section, chart, [f for f in runs if f.name in logged], "unmatched_tags", "")
 
@@ -135,13 +141,16 @@ def _add_distinct(section: Section, runs: Sequence[RunFacts], known: Sequence[st
     exhibit = draw_curves(chart, curves)
     if exhibit is None:
         return
-    of = [
+    counts = [
         f"{clean(f.name)} {len(f.counts[f.epochs[0]]):,} in epoch {f.epochs[0] + 1} and "
         f"{len(f.counts[f.epochs[-1]]):,} in epoch {f.epochs[-1] + 1}"
         for f in enough
     ]
-    text = f"Different sets of edges between tags and sources: {join(of)}. Counts ignore by how much one matching is "
-    text += "better than another; read them beside the gap."
+    text = "Different matchings by epoch: sets of edges between tags and sources. A falling count means that questions "
+    text += (
+        "settle on the same matchings. Counts ignore by how much one matching is better than another; read them beside "
+    )
+    text += f"the matching gap.\n{join(counts)}."
     tables = (*exhibit.tables, _information_table(enough))
     section.exhibits.append(Exhibit(exhibit.key, exhibit.title, exhibit.picture, exhibit.alt, text, tables))
 
@@ -156,15 +165,18 @@ def _information_table(runs: Sequence[RunFacts]) -> TableData:
         return f"{mutual_information_bits(tag_source_counts(facts.run.visits, epoch, facts.num_tags)[0]):.2f}"
 
     rows = [[str(epoch + 1), *(bits(facts, epoch) for facts in runs)] for epoch in epochs]
-    return TableData("Mutual information of tag and source, bits", ["epoch", *(clean(f.name) for f in runs)], rows)
+    return TableData(
+        "Mutual information between tag and source, in bits", ["epoch", *(clean(f.name) for f in runs)], rows
+    )
 
 
 def _add_regret(section: Section, runs: Sequence[RunFacts], known: Sequence[str]) -> None:
     """What an approximated matching loses; nothing is said where none was approximated."""
     approximated = [f for f in runs if np.isfinite(f.run.metrics["matching_regret"]).any()]
     chart = Chart(
-        "matching_regret", "Regret of the approximated matching", "cost above the least one",
-        "regret (nats a question)", known=known, note=join(map(_saved, approximated)),
+        "matching_regret", "Regret of the approximated matching",
+        "cost of the approximated matching minus cost of the optimal one",
+        "regret (nats per question)", known=known, note=join(map(_saved, approximated)) + ".",
     )  # fmt: skip
     if approximated:
         _add(section, chart, approximated, "matching_regret", "")
@@ -177,4 +189,4 @@ def _saved(facts: RunFacts) -> str:
     if not measured.any():
         return f"For {clean(facts.name)} the log has no times of the exact matching"
     exact, taken = (float(values[measured].mean()) for values in seconds)
-    return f"{clean(facts.name)} took {taken:.3g} s a step where the exact matching takes {exact:.3g} s"
+    return f"{clean(facts.name)} took {taken:.3g} s per step where the exact matching takes {exact:.3g} s"

@@ -1,4 +1,4 @@
-"""The forking policy over its training: reward, probability inside the tags, erosion, the tags it came to choose."""
+"""Pictures of the forking policy over its training: reward, probability inside the tags, erosion, the tags chosen."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ _CHARTS = (
     ("policy_kl", "kl", "KL to the reference", "KL divergence to the reference", "KL (nats)",
      "Under gfpo that of the tag's choice, under grpo that of tokens: these two do not compare."),
     ("completion_nll_shift", "completion_nll_shift", "NLL shift of stored completions",
-     "rise of the stored completions' NLL", "NLL shift (nats a token)",
+     "rise of the stored completions' NLL", "NLL shift (nats per token)",
      "Above 0 the answers that the rewards were measured on become less likely under their own tags: what the tags "
      "stand for erodes."),
     ("rescored_nll_shift", "rescored_nll_shift", "NLL shift at a rescoring", "rise of the rescored completions' NLL",
-     "NLL shift (nats a token)", ""),
-    ("anchor_kl", "anchor_kl", "KL of the anchor", "KL to the reference on stored completions", "KL (nats a token)",
+     "NLL shift (nats per token)", ""),
+    ("anchor_kl", "anchor_kl", "KL of the anchor", "KL to the reference on stored completions", "KL (nats per token)",
      "How far the answers under a tag have moved from the reference's."),
     ("effective_sample_size", "effective_sample_size", "Effective sample size of the rewards",
      "effective sample size of the stored completions", "share of the samples",
@@ -117,7 +117,7 @@ def _add_curves(section: Section, chart: Chart, runs: Sequence[PolicyRun], colum
 
 
 def run_sentence(run: PolicyRun) -> str:
-    """What the training came to."""
+    """A sentence on the result of the training."""
     name, metrics = clean(run.name), run.metrics
     if not len(metrics):
         return f"{name} has not trained a step of its policy yet."
@@ -132,7 +132,7 @@ def run_sentence(run: PolicyRun) -> str:
             told.append(f"{what} {shown(values[0])} at first and {shown(values[-1])} in the end")
     shift = points_of((metrics["iteration"], metrics["completion_nll_shift"]))[1]
     if len(shift):
-        told.append(f"NLL of stored completions {shift[-1]:+.3g} nats a token")
+        told.append(f"NLL of stored completions {shift[-1]:+.3g} nats per token")
     if run.finished is not None and run.finished != "done":
         told.append(f"ended because of {clean(run.finished)}")
     return ", ".join(told) + "."
@@ -213,6 +213,7 @@ def draw_groups(run: PolicyRun, step: int, by_group: GroupTable, all_steps: Sequ
     told = f"{join(main)}{', ...' if len(names) > 8 else ''}"
     text = (
         f"Mean probability of each tag at step {step:,}, over {counted(sizes.total(), f'{_questions(run)} question')}. "
+        "A row with one bright cell is a group that settled on a tag.\n"
     )
     text += f"Likeliest tag: {told}.{_room(len(kept), len(names), 'groups')}{_room(len(tags), table.shape[1], 'tags')}"
     title = f"Tags by group, step {step:,}: {clean(run.name)}"
@@ -244,7 +245,8 @@ def draw_mean(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, Policy
     _legend(axes)
     likeliest = [f"{tag_name(int(m.argmax()))} {m.max():.1%} at step {s:,}" for (s, _), m in zip(snapshots, means)]
     size = counted(len(snapshots[-1][1]), f"{_questions(run)} question")
-    text = f"Means over {size}. Likeliest tag: {', '.join(likeliest)}.{_room(len(tags), len(means[0]), 'tags')}"
+    text = "Mean probability of each tag, first and last. A tall bar is a tag that the policy prefers.\n"
+    text += f"Means over {size}. Likeliest tag: {', '.join(likeliest)}.{_room(len(tags), len(means[0]), 'tags')}"
     title = f"Tags chosen: {clean(run.name)}"
     rows = [[tag_name(t), *(f"{m[t]:.3f}" for m in means)] for t in range(min(len(means[0]), MOST_ROWS))]
     table = TableData(title, ["tag", *(f"step {step:,}" for step, _ in snapshots)], rows)
@@ -255,12 +257,12 @@ def draw_mean(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, Policy
 @house_style
 def draw_entropies(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, PolicyRow]]], key: str) -> Exhibit:
     """How peaked the policy is: a histogram of the questions' entropies, first and last."""
-    found = [entropies(np.array([row.policy_N for row in rows.values()])) for _, rows in snapshots]
+    entropies_by_step = [entropies(np.array([row.policy_N for row in rows.values()])) for _, rows in snapshots]
     num_tags = len(next(iter(snapshots[0][1].values())).policy_N)
     highest = max(float(np.log(num_tags)), 1e-3)
     edges = np.linspace(0, highest, 15)
     figure, axes = new_figure(2.8)
-    for place, ((step, _), values) in enumerate(zip(snapshots, found)):
+    for place, ((step, _), values) in enumerate(zip(snapshots, entropies_by_step)):
         counts = np.histogram(np.clip(values, 0, highest), edges)[0]
         label, color = f"step {step:,}", BEFORE_AFTER[place]
         if place == 0:
@@ -275,13 +277,16 @@ def draw_entropies(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, P
     certain = [np.mean([row.policy_N.max() > 0.9 for row in rows.values()]) for _, rows in snapshots]
     told = [
         f"at step {step:,} mean {number(float(values.mean()))} nats, one tag above 90% in {share:.0%} of the questions"
-        for (step, _), values, share in zip(snapshots, found, certain)
+        for (step, _), values, share in zip(snapshots, entropies_by_step, certain)
     ]
     title = f"How peaked the policy is: {clean(run.name)}"
     levels = (0, 10, 25, 50, 75, 90, 100)
-    rows = [[f"{level}%", *(f"{np.percentile(values, level):.3f}" for values in found)] for level in levels]
+    rows = [[f"{level}%", *(f"{np.percentile(values, level):.3f}" for values in entropies_by_step)] for level in levels]
     table = TableData(title, ["percentile", *(f"step {step:,}" for step, _ in snapshots)], rows, "entropy in nats")
-    text = f"Entropy of each {_questions(run)} question's policy: {'; '.join(told)}."
+    text = (
+        f"Questions by the entropy of their policy, in nats, over the {_questions(run)} questions. Near 0 one tag is "
+    )
+    text += f"certain; at the right end all tags are equally likely.\nEntropy {'; '.join(told)}."
     alt = f"Histogram: entropy of the questions' policies, first and last. {'; '.join(told)}."
     return Exhibit(key, title, render(figure), alt, text, (table,))
 

@@ -1,4 +1,4 @@
-"""What choosing its own tag is worth to the model: policy_evaluation.json as a picture and tables."""
+"""Picture and tables of policy_evaluation.json: the accuracy of every way to choose the tag."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED = ("own", "fixed", "uniform", "group", "other_samples", "oracle", "grpo")
 
 
 def add_evaluation(section: Section, record: PolicyEvaluation) -> None:
-    """The picture, and the tables of tools/evaluate_policy.py."""
+    """Add the picture, and the tables of tools/evaluate_policy.py."""
     section.exhibits.append(draw_rows(record))
     for table in policy_tables(record.source):
         header, rows = [clean(cell) for cell in table.header], [[clean(cell) for cell in row] for row in table.rows]
@@ -75,13 +75,15 @@ def draw_rows(record: PolicyEvaluation) -> Exhibit:
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper left", ncols=2, handlelength=1.6, borderpad=0.0, columnspacing=1.4)
     parts = join(f"{clean(row.name)} {show(row.before)} and {show(row.after)}" for row in rows if row.key in _NAMED)
-    text = f"Before and after: {parts}."
+    text = "Share of correct answers by how the tag is chosen, before and after the training of the policy. The "
+    text += "model's own choice should rise from uniform tags towards the best tag per question.\n"
+    text += f"Before and after: {parts}."
     text += f"\ng* is {tag_name(record.fixed_tag.tag)}, chosen on the rewards of the training questions."
     sizes = (record.samples_per_tag.before, record.samples_per_tag.after)
     least, most = min(least for least, _ in sizes), max(most for _, most in sizes)
     count = f"{least}" if least == most else f"{least} to {most}"
-    text += f" The best tag per question is chosen on {count} samples a tag, so that the figure measured on the same "
-    text += "samples is too high; `halves` chooses on half of them and measures on the other."
+    text += f" The best tag per question is chosen on {count} samples per tag and measured on the same "
+    text += "samples: too high. `halves` chooses on half of them and measures on the other half."
     if record.group_by:
         text += f" The best tag per {clean(record.group_by)} is an oracle: chosen on the held-out samples before."
     alt = f"Bar chart: accuracy before and after, by how the tag is chosen. {parts}."

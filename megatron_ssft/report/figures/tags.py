@@ -1,4 +1,4 @@
-"""What the tags came to stand for: matchings over the training, learned matchings as a graph, sources by tag."""
+"""Pictures of what each tag stands for: matchings over the training, learned matchings as a graph, sources by tag."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LEAST_SCALE = 0.05
 
 
 def tags_section(runs: Sequence[RunFacts]) -> Section:
-    """Three pictures a run that was matched."""
+    """Three pictures per run that was matched."""
     section = Section("tags", "Tags and sources")
     if all(s is None for f in runs for v in f.run.visits for s in v.sources):
         section.intro = (
-            "The data names no sources. A trace's place among the traces of its question stands in (trace 1, trace 2, "
-            "...), which means something only where each place has a teacher of its own."
+            "The data names no sources. A trace's place among the traces of its question stands in: trace 1, trace 2, "
+            "... It means something only where each place has a teacher of its own."
         )
     slug = slugs([facts.name for facts in runs])
     for facts in runs:
@@ -74,8 +74,9 @@ def draw_configurations(facts: RunFacts, shares: ConfigurationShares, key: str) 
     name, last = clean(facts.name), facts.last_epoch
     first_row = f"#1 ({edges_text(shares.configurations[0])}) went from {percent(shares.shares[0, 0])} to "
     text = (
-        f"The {rows} most frequent matchings of the last of {stretches} stretches of equal length make up "
-        f"{percent(shares.covered)} of it; in epoch {last + 1} there were {len(facts.counts[last]):,} different ones. "
+        f"Share of the questions that chose each matching, over {stretches} stretches of the training. A bright row is "
+        f"matching that many questions settled on.\nThe {rows} rows make up {percent(shares.covered)} of the last "
+        f"stretch. Epoch {last + 1} had {len(facts.counts[last]):,} different matchings. "
         f"{first_row}{percent(shares.shares[0, -1])}. The table says which matching each row is."
     )
     alt = f"Heat map: share of the {rows} most frequent matchings of {name} over the training. {first_row}"
@@ -124,6 +125,8 @@ def _graph_text(facts: RunFacts, num_sources: int) -> str:
         counted = f"{len(facts.persistent):,} of {len(facts.counts[epoch]):,} matchings of epoch {epoch + 1} that have "
         counted += "not lost their share since the one before"
     return (
+        "Learned matchings between tags (left) and sources (right); a wider line is matched more often. A tag with one "
+        "wide line stands for that source.\n"
         f"{edges:,} edges between {facts.num_tags} tags and {num_sources:,} sources, from the {counted}.\n"
         f"g* is {tag_name(best.tag)}: {best.reason}."
     )
@@ -207,12 +210,12 @@ def _left_label(tag: int, best: int) -> str:
 
 def _strongest(ranking: Sequence[TagCoverage]) -> str:
     """The main source of each of the first tags, by number."""
-    known = [t for t in sorted(ranking, key=lambda t: t.tag) if t.sources]
+    matched = [t for t in sorted(ranking, key=lambda t: t.tag) if t.sources]
     parts = []
-    for tag in known[:8]:
+    for tag in matched[:8]:
         (source, weight), total = next(iter(tag.sources.items())), tag.weighted_degree
         parts.append(f"{tag_name(tag.tag)} {clean(source, 24)} ({weight / total:.0%} of its {total:,})")
-    return f"Main source of each tag: {join(parts)}{', ...' if len(known) > 8 else ''}."
+    return f"Main source of each tag: {join(parts)}{', ...' if len(matched) > 8 else ''}."
 
 
 @house_style
@@ -233,8 +236,9 @@ def draw_sources(facts: RunFacts, key: str) -> Exhibit:
     part = "" if epoch in facts.epochs else ", which is not complete"
     by_source = [_main_tag(sources[k], counts[:, k]) for k in columns[:8] if counts[:, k].sum()]
     text = (
-        f"Traces of each source under each tag in epoch {epoch + 1}{part}: {bits:.2f} of at most {most:.2f} bits of "
-        f"mutual information. Main tag of each source: {join(by_source)}{', ...' if len(columns) > 8 else ''}. "
+        f"Traces of each source under each tag in epoch {epoch + 1}{part}. One bright cell per row means that the tag "
+        f"tells the source.\nMutual information between tag and source: {bits:.2f} of at most {most:.2f} bits. Main "
+        f"tag of each source: {join(by_source)}{', ...' if len(columns) > 8 else ''}. "
         f"{_cut(tags, columns, counts)}"
     ).strip()
     alt = f"Heat map: traces of each source (rows) under each tag (columns) of {name}. Main tags: {join(by_source)}."

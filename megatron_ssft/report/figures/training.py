@@ -1,4 +1,4 @@
-"""Loss, learning rate, and what a step costs: PADs, makespan, time in matching, tokens a second."""
+"""Pictures of loss, learning rate and the cost of a step: PADs, makespan, time in matching, tokens per second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def training_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
             "Each held-out trace under the tag that the run's matching gives it.",
         ),
     ):
-        chart = Chart(key, title, what, "loss (nats a token)", known=known, note=note)
+        chart = Chart(key, title, what, "loss (nats per token)", known=known, note=note)
         add_curves(section, chart, runs, _column(column), "the log has no value of it")
     chart = Chart("learning_rate", "Learning rate", "learning rate", "learning rate", known=known, mean=False)
     _add_learning_rate(section, chart, runs)
@@ -44,17 +44,17 @@ def _add_learning_rate(section: Section, chart: Chart, runs: Sequence[RunFacts])
     if exhibit is None:
         add_curves(section, chart, runs, _column("lr"), "the log has no value of it")
     else:
-        text = f"The same schedule in {join(map(clean, curves))}.\n{exhibit.text}"
+        text = f"{exhibit.text}\nThe same schedule in {join(map(clean, curves))}."
         section.exhibits.append(replace(exhibit, text=text))
 
 
 def cost_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
-    """What the steps took, and how evenly their work was spread."""
+    """Time of the steps, and how evenly their work was spread."""
     section = Section("efficiency", "Time and balance")
     absent = "the log has no value of it"
     chart = Chart(
-        "tokens_per_second", "Tokens a second", "tokens a second", "tokens a second", known=known, points=40,
-        note="Tokens of the trained sequences over the time of the whole step, matching included.",
+        "tokens_per_second", "Tokens per second", "tokens per second", "tokens per second", known=known, points=40,
+        note="Tokens of the trained sequences are divided by the time of the whole step, matching included.",
     )  # fmt: skip
     add_curves(section, chart, runs, _tokens_per_second, absent)
     chart = Chart(
@@ -68,7 +68,7 @@ def cost_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
         note="Work of the busiest data-parallel rank over the least that any plan could give it; 1 is perfect.",
     )  # fmt: skip
     _add_unless_constant(section, chart, runs, _column("makespan_over_bound"), "1 is the least possible")
-    chart = Chart("pads", "PAD sequences", "PAD sequences of a step", "PAD sequences", known=known, note=_bounds(runs))
+    chart = Chart("pads", "PAD sequences", "PAD sequences per step", "PAD sequences", known=known, note=_bounds(runs))
     _add_unless_constant(section, chart, runs, _column("pad_sequences"), _pads(runs))
     chart = Chart("mfu", "Model FLOPs utilisation", "model FLOPs utilisation", "MFU", share=True, known=known)
     if any(len(points_of(c)[0]) for c in _curves(runs, _column("mfu")).values()):
@@ -98,8 +98,8 @@ def _add_unless_constant(section: Section, chart: Chart, runs: Sequence[RunFacts
     values = [points_of(curve)[1] for curve in _curves(runs, value).values()]
     everything = np.concatenate(values)
     if len(everything) and np.ptp(everything) < 1e-9:
-        told = [f for f, v in zip(runs, values) if len(v)]
-        text = f"{chart.title}: {number(everything[0])} in every step of {join(clean(f.name) for f in told)}"
+        flat = [clean(f.name) for f, v in zip(runs, values) if len(v)]
+        text = f"{chart.title}: {number(everything[0])} in every step of {join(flat)}"
         section.remarks.append(f"{text} ({word}), so there is nothing to draw.")
         runs = [f for f, v in zip(runs, values) if not len(v)]
     if runs:
@@ -120,7 +120,7 @@ def _matching_share(facts: RunFacts) -> np.ndarray:
 
 
 def _tokens_per_second(facts: RunFacts) -> np.ndarray:
-    """Of all tokens that are fed to the model; earlier logs count the trained ones only."""
+    """Rate over all tokens fed to the model; earlier logs count the trained ones only."""
     metrics = facts.run.metrics
     tokens = metrics["sequence_tokens"]
     return _ratio(tokens if np.isfinite(tokens).any() else metrics["trained_tokens"], metrics["seconds"])

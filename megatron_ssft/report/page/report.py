@@ -29,9 +29,9 @@ from megatron_ssft.report.read.run_facts import RunFacts, load_facts
 
 FOOTER = (
     "Tags are written <think1>, <think2>, ...; costs and losses are in nats. A matching, or configuration, is the set "
-    "of edges between tags and sources chosen for one visit of a question; learned matchings are those that have not "
-    "lost their share in the last complete epoch, and g* is the tag that they match to most sources. Sources are known "
-    "to this report alone; the model never sees them."
+    "of edges between tags and sources chosen for one visit of a question. Learned matchings are those that have not "
+    "lost their share in the last complete epoch. g* (equation 6) is the tag that they match to most sources. Sources "
+    "are known to this report alone; the model never sees them."
 )
 POLICY_FOOTER = "Tags are written <think1>, <think2>, ...; rewards are shares of correct answers, losses are in nats."
 """Of a page on policies alone."""

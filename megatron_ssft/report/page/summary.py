@@ -1,4 +1,4 @@
-"""The top of the report: which runs, which model and data, g* and why, and what the evaluation came to."""
+"""The top of the report: runs, model, data, g* with its reason, and the evaluation's main figures."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def _run_sentence(facts: RunFacts) -> str:
     if not facts.steps:
         return f"{name} has not trained a step yet."
     gaps = gap_by_iteration(metrics)[1]
-    text = f"{name}: {counted(facts.steps, 'step')}, training loss {number(final_mean(metrics['loss']))} nats a token"
+    text = f"{name}: {counted(facts.steps, 'step')}, training loss {number(final_mean(metrics['loss']))} nats per token"
     if len(gaps):
-        text += f", matching gap {number(gaps[0])} nats at first and {number(final_mean(gaps))} in the end"
+        text += f", matching gap {number(gaps[0])} nats per question at first and {number(final_mean(gaps))} in the end"
     bits = _bits(facts)
-    return text + (f", {bits} bits between tag and source." if bits != "-" else ".")
+    return text + (f", mutual information between tag and source {bits} bits." if bits != "-" else ".")
 
 
 def _bits(facts: RunFacts) -> str:
-    """Mutual information in the last complete epoch."""
+    """Mutual information between tag and source in the last complete epoch."""
     if facts.is_single or not facts.epochs:
         return "-"
     return f"{mutual_information_bits(tag_source_counts(facts.run.visits, facts.epochs[-1], facts.num_tags)[0]):.2f}"
@@ -112,19 +112,21 @@ def _facts_table(runs: Sequence[RunFacts]) -> TableData:
         "model": [_model(f) for f in runs],
         "tags": [_tags(f) for f in runs],
         "data": [_data(f) for f in runs],
-        "traces a question": [_traces(f) for f in runs],
+        "traces per question": [_traces(f) for f in runs],
         "tokens compared (T_r)": [_setting(f, "matching_tokens") for f in runs],
-        "traces a step": [_setting(f, "global_batch_size") for f in runs],
+        "traces per step": [_setting(f, "global_batch_size") for f in runs],
         "highest learning rate": [number(float(np.nanmax(f.run.metrics["lr"]))) if _has_lr(f) else "-" for f in runs],
         "steps": [f"{f.steps:,}" for f in runs],
         "epochs completed": [f"{len(f.epochs)}" if f.run.visits else "-" for f in runs],
-        "loss at the end": [number(final_mean(f.run.metrics["loss"])) for f in runs],
-        "matching gap at the end": [number(final_mean(gap_by_iteration(f.run.metrics)[1])) for f in runs],
-        "bits between tag and source": [_bits(f) for f in runs],
+        "loss at the end (nats per token)": [number(final_mean(f.run.metrics["loss"])) for f in runs],
+        "matching gap at the end (nats per question)": [
+            number(final_mean(gap_by_iteration(f.run.metrics)[1])) for f in runs
+        ],
+        "mutual information between tag and source (bits)": [_bits(f) for f in runs],
         "seconds in all": [number(float(np.nansum(f.run.metrics["seconds"]))) for f in runs],
     }
     title = "The runs"
-    rule = "at the end: mean over the last 16 values; bits: in the last complete epoch"
+    rule = "at the end: mean over the last 16 values; mutual information: in the last complete epoch"
     return TableData(
         title, ["", *(clean(f.name) for f in runs)], [[k, *v] for k, v in rows.items()], rule, numeric=False
     )

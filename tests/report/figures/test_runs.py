@@ -21,12 +21,15 @@ def test_curves_say_their_numbers():
     exhibit = draw_curves(
         Chart("k", "Title", "loss", "nats"), {"a": (x, np.array([4, 1, 9, 2.5])), "b": (x, x * np.nan)}
     )
-    assert exhibit.text == "a: 4 at step 1, least 1 at step 2, greatest 9 at step 3, 2.50 at step 4."
+    assert (
+        exhibit.text
+        == "Loss by training step.\na: 4 at step 1, least 1 at step 2, greatest 9 at step 3, 2.50 at step 4."
+    )
     assert column(exhibit.tables[0], 1) == ["4", "1", "9", "2.50"] and is_picture(exhibit.picture)
     assert draw_curves(Chart("k", "T", "loss", "nats", log=True), {"a": (x, -x)}) is None
     assert draw_curves(Chart("k", "T", "loss", "nats"), {}) is None
     one = draw_curves(Chart("k", "T", "share", "nats", share=True), {"a": (x[:1], np.array([0.25]))})
-    assert one.text.startswith("a: 25.0% at step 1, its only value.")
+    assert one.text.startswith("Share by training step.\na: 25.0% at step 1, its only value.")
 
 
 def test_a_table_of_curves_has_no_value_where_a_run_has_none():
@@ -102,7 +105,7 @@ def test_optional_columns_of_the_log(tmp_path):
     section = matching.dynamics_section(facts, ["run"])
     assert "0.500 throughout" in exhibit_of(section, "tag_source_information").text
     assert "run: 2 at step 1, 1 at step 12" in exhibit_of(section, "unmatched_tags").text
-    assert "run took 0.1 s a step where the exact matching takes 0.4 s" in exhibit_of(section, "matching_regret").text
+    assert "run took 0.1 s per step where the exact matching takes 0.4 s" in exhibit_of(section, "matching_regret").text
     assert exhibit_of(section, "matching_margin")
     assert exhibit_of(training.cost_section(facts, ["run"]), "mfu")
     assert "2 throughout, steps 2 to 12" in exhibit_of(training.training_section(facts, ["run"]), "eval_loss").text

@@ -158,7 +158,7 @@ MISSING = {
         "Training loss is not drawn for run: the log has no value of it.",
     ),
     "not a number": ({"loss": [float("nan"), float("inf")], "lr": [float("inf")]}, "Training loss is not drawn"),
-    "no time": ({"seconds": [0.0], "matching_seconds": [0.0]}, "Tokens a second is not drawn"),
+    "no time": ({"seconds": [0.0], "matching_seconds": [0.0]}, "Tokens per second is not drawn"),
     "negative gaps": ({"matching_gap": [-1e-17, 0.0]}, "Matching gap is not drawn"),
 }
 

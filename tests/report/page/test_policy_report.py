@@ -167,7 +167,7 @@ def test_the_evaluation_of_a_policy(tmp_path):
         "Uniform choice moved by +0.062 ±0.062",
         "Recovered headroom of the model before: 83% of +0.375.",
         "g* is <think2>, chosen on the rewards of the training questions.",
-        "chosen on 2 samples a tag",
+        "chosen on 2 samples per tag",
         "best tag per operation",
         "recovered headroom of the model after",
         "No question of the policy of gfpo has a known group",  # the evaluation knows those of other questions
