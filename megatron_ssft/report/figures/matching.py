@@ -32,7 +32,7 @@ def dynamics_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
     for facts in matched:
         _add_costs(section, facts, f"matching_costs_{slug[facts.name]}")
     chart = Chart(
-        "matching_gap", "Matching gap", "matching gap", "matching gap (nats per question)", log=True, known=known,
+        "matching_gap", "Matching gap", "matching gap", "gap (nats per question)", log=True, known=known,
         note="It is the mean cost of a random matching minus the cost of the optimal one. A gap near 0 means that tags "
         "are interchangeable; it grows as they come to differ.",
     )  # fmt: skip
@@ -87,7 +87,7 @@ def draw_costs(facts: RunFacts, costs: MatchingCosts, key: str) -> Exhibit:
             x, y, color=OKABE_ITO[slot], linestyle=DASHES[slot], marker=MARKERS[slot], markevery=every, label=label
         )
     axes.set_xlabel("training step")
-    axes.set_ylabel("matching cost (nats per question)")
+    axes.set_ylabel("cost (nats per question)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylim(bottom=0 if min(costs.optimal) >= 0 else None)
     legend(axes, list(curves))
@@ -142,15 +142,13 @@ def _add_distinct(section: Section, runs: Sequence[RunFacts], known: Sequence[st
     if exhibit is None:
         return
     counts = [
-        f"{clean(f.name)} {len(f.counts[f.epochs[0]]):,} in epoch {f.epochs[0] + 1} and "
-        f"{len(f.counts[f.epochs[-1]]):,} in epoch {f.epochs[-1] + 1}"
+        f"{clean(f.name)}: {len(f.counts[f.epochs[0]]):,} in epoch {f.epochs[0] + 1}, "
+        f"{len(f.counts[f.epochs[-1]]):,} in epoch {f.epochs[-1] + 1}."
         for f in enough
     ]
     text = "Different matchings by epoch: sets of edges between tags and sources. A falling count means that questions "
-    text += (
-        "settle on the same matchings. Counts ignore by how much one matching is better than another; read them beside "
-    )
-    text += f"the matching gap.\n{join(counts)}."
+    text += "settle on the same matchings. Counts ignore by how much one matching is better than another: read them "
+    text += "beside the matching gap.\n" + "\n".join(counts)
     tables = (*exhibit.tables, _information_table(enough))
     section.exhibits.append(Exhibit(exhibit.key, exhibit.title, exhibit.picture, exhibit.alt, text, tables))
 

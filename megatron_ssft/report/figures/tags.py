@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from megatron_ssft.evaluation.tables import counted
 from megatron_ssft.matching.coverage import Configuration, TagCoverage
 from megatron_ssft.report.exhibits import (
     Exhibit,
@@ -75,8 +76,8 @@ def draw_configurations(facts: RunFacts, shares: ConfigurationShares, key: str) 
     first_row = f"#1 ({edges_text(shares.configurations[0])}) went from {percent(shares.shares[0, 0])} to "
     text = (
         f"Share of the questions that chose each matching, over {stretches} stretches of the training. A bright row is "
-        f"matching that many questions settled on.\nThe {rows} rows make up {percent(shares.covered)} of the last "
-        f"stretch. Epoch {last + 1} had {len(facts.counts[last]):,} different matchings. "
+        f"a matching that many questions settled on.\nRows shown: {rows}, together {percent(shares.covered)} of the "
+        f"last stretch. Epoch {last + 1} had {counted(len(facts.counts[last]), 'different matching')}. "
         f"{first_row}{percent(shares.shares[0, -1])}. The table says which matching each row is."
     )
     alt = f"Heat map: share of the {rows} most frequent matchings of {name} over the training. {first_row}"
@@ -120,14 +121,14 @@ def _graph_text(facts: RunFacts, num_sources: int) -> str:
     """Size of the graph, what it was counted from, and g*."""
     best, epoch = facts.ranking[0], facts.epochs[-1]
     edges = sum(tag.degree for tag in facts.ranking)
-    counted = f"{len(facts.persistent):,} matchings of epoch {epoch + 1}, the only complete one"
+    origin = f"{len(facts.persistent):,} matchings of epoch {epoch + 1}, the only complete one"
     if len(facts.epochs) > 1:
-        counted = f"{len(facts.persistent):,} of {len(facts.counts[epoch]):,} matchings of epoch {epoch + 1} that have "
-        counted += "not lost their share since the one before"
+        origin = f"{len(facts.persistent):,} of {len(facts.counts[epoch]):,} matchings of epoch {epoch + 1} that have "
+        origin += "not lost their share since the one before"
     return (
         "Learned matchings between tags (left) and sources (right); a wider line is matched more often. A tag with one "
         "wide line stands for that source.\n"
-        f"{edges:,} edges between {facts.num_tags} tags and {num_sources:,} sources, from the {counted}.\n"
+        f"{edges:,} edges between {facts.num_tags} tags and {num_sources:,} sources, from the {origin}.\n"
         f"g* is {tag_name(best.tag)}: {best.reason}."
     )
 
