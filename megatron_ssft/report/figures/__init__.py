@@ -1,1 +1,1 @@
-"""Pictures of those records, each with its numbers in words and in tables."""
+"""Pictures of the records that `read` returns, each with its numbers in words and in tables."""

@@ -182,10 +182,8 @@ def draw_votes(runs: Sequence[EvaluatedRun], known: Sequence[str]) -> Exhibit:
     ]
     text = f"Share of questions answered correctly: by one sample (pass@1), by a vote of {k} (cons@{k}), by any of {k} "
     text += f"(pass@{k}), and under the best tag. The vote is over sets of {k} samples, spread over the tags where "
-    text += (
-        "tags were asked for. The best tag is chosen on the same samples. The best tag per question is chosen on every "
-    )
-    text += "other sample and measured on the rest, where there are samples enough."
+    text += "tags were asked for. The best tag is chosen on the same samples. The best tag per question is chosen on "
+    text += "every other sample and measured on the rest, where there are samples enough."
     if any(map(own_tags, runs)):
         text += " Where the model chose its tags, they do not compare: each was measured on other questions."
     text += "\n" + ".\n".join(parts) + "."

@@ -169,7 +169,7 @@ def _information_table(runs: Sequence[RunFacts]) -> TableData:
 
 
 def _add_regret(section: Section, runs: Sequence[RunFacts], known: Sequence[str]) -> None:
-    """What an approximated matching loses; nothing is said where none was approximated."""
+    """Add the loss of the approximated matchings; nothing is said where none was approximated."""
     approximated = [f for f in runs if np.isfinite(f.run.metrics["matching_regret"]).any()]
     chart = Chart(
         "matching_regret", "Regret of the approximated matching",

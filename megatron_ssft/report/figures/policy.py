@@ -121,7 +121,7 @@ def run_sentence(run: PolicyRun) -> str:
     name, metrics = clean(run.name), run.metrics
     if not len(metrics):
         return f"{name} has not trained a step of its policy yet."
-    told = [f"{name}: {counted(len(metrics), 'step')} of {clean(run.objective)}"]
+    parts = [f"{name}: {counted(len(metrics), 'step')} of {clean(run.objective)}"]
     for column, what, shown in (
         ("reward", "reward", number),
         ("mass", "probability inside the tags", percent),
@@ -129,13 +129,13 @@ def run_sentence(run: PolicyRun) -> str:
     ):
         values = points_of((metrics["iteration"], metrics[column]))[1]
         if len(values):
-            told.append(f"{what} {shown(values[0])} at first and {shown(values[-1])} in the end")
+            parts.append(f"{what} {shown(values[0])} at first and {shown(values[-1])} in the end")
     shift = points_of((metrics["iteration"], metrics["completion_nll_shift"]))[1]
     if len(shift):
-        told.append(f"NLL of stored completions {shift[-1]:+.3g} nats per token")
+        parts.append(f"NLL of stored completions {shift[-1]:+.3g} nats per token")
     if run.finished is not None and run.finished != "done":
-        told.append(f"ended because of {clean(run.finished)}")
-    return ", ".join(told) + "."
+        parts.append(f"ended because of {clean(run.finished)}")
+    return ", ".join(parts) + "."
 
 
 # -- which tags ------------------------------------------------------------------------------------------------------
@@ -198,28 +198,29 @@ def draw_groups(run: PolicyRun, step: int, by_group: GroupTable, all_steps: Sequ
     Pictures of `all_steps` show the same tags in the same colours.
     """
     sizes, names, table = by_group.sizes, by_group.names, by_group.mean_GN
-    kept = sorted(sorted(range(len(names)), key=lambda k: (-sizes[names[k]], k))[:MOST])
+    chosen = sorted(sorted(range(len(names)), key=lambda k: (-sizes[names[k]], k))[:MOST])
     likeliest = np.max([other.mean_GN.max(0) for other in all_steps], 0)
     tags = sorted(np.argsort(-likeliest, kind="stable")[:MOST_COLUMNS].tolist())
-    shown = table[np.ix_(kept, tags)]
-    figure, axes = new_figure(1.15 + 0.33 * len(kept))
+    shown = table[np.ix_(chosen, tags)]
+    figure, axes = new_figure(1.15 + 0.33 * len(chosen))
     texts = [[f"{v:.2f}" for v in row] for row in shown] if len(tags) <= 8 else None
     mesh = heat_map(axes, shown, texts=texts, highest=float(likeliest.max()))
     axes.set_xticks(range(len(tags)), [str(t + 1) for t in tags])
-    axes.set_yticks(range(len(kept)), short_names([names[k] for k in kept]))
+    axes.set_yticks(range(len(chosen)), short_names([names[k] for k in chosen]))
     axes.set_xlabel("tag (number of its <think>)")
     figure.colorbar(mesh, ax=axes, format=PercentFormatter(1), pad=0.02, aspect=14).ax.tick_params(length=0)
     main = [f"{clean(n, 24)} {tag_name(int(row.argmax()))} ({row.max():.0%})" for n, row in zip(names[:8], table)]
-    told = f"{join(main)}{', ...' if len(names) > 8 else ''}"
+    parts = f"{join(main)}{', ...' if len(names) > 8 else ''}"
     text = (
         f"Mean probability of each tag at step {step:,}, over {counted(sizes.total(), f'{_questions(run)} question')}. "
         "A row with one bright cell is a group that settled on a tag.\n"
     )
-    text += f"Likeliest tag: {told}.{_room(len(kept), len(names), 'groups')}{_room(len(tags), table.shape[1], 'tags')}"
+    text += f"Likeliest tag: {parts}.{_room(len(chosen), len(names), 'groups')}"
+    text += _room(len(tags), table.shape[1], "tags")
     title = f"Tags by group, step {step:,}: {clean(run.name)}"
     header = ["group", "questions", *(tag_name(t) for t in range(min(table.shape[1], MOST_ROWS)))]
     cells = [[clean(n), f"{sizes[n]:,}", *(f"{v:.3f}" for v in row[:MOST_ROWS])] for n, row in zip(names, table)]
-    alt = f"Heat map: probability of each tag (columns) in each group of questions (rows). Likeliest: {told}."
+    alt = f"Heat map: probability of each tag (columns) in each group of questions (rows). Likeliest: {parts}."
     return Exhibit(key, title, render(figure), alt, text, (TableData(title, header, cells[:MOST_ROWS]),))
 
 
@@ -275,7 +276,7 @@ def draw_entropies(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, P
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     _legend(axes)
     certain = [np.mean([row.policy_N.max() > 0.9 for row in rows.values()]) for _, rows in snapshots]
-    told = [
+    parts = [
         f"at step {step:,} mean {number(float(values.mean()))} nats, one tag above 90% in {share:.0%} of the questions"
         for (step, _), values, share in zip(snapshots, entropies_by_step, certain)
     ]
@@ -286,8 +287,8 @@ def draw_entropies(run: PolicyRun, snapshots: Sequence[tuple[int, Mapping[str, P
     text = (
         f"Questions by the entropy of their policy, in nats, over the {_questions(run)} questions. Near 0 one tag is "
     )
-    text += f"certain; at the right end all tags are equally likely.\nEntropy {'; '.join(told)}."
-    alt = f"Histogram: entropy of the questions' policies, first and last. {'; '.join(told)}."
+    text += f"certain; at the right end all tags are equally likely.\nEntropy {'; '.join(parts)}."
+    alt = f"Histogram: entropy of the questions' policies, first and last. {'; '.join(parts)}."
     return Exhibit(key, title, render(figure), alt, text, (table,))
 
 

@@ -123,7 +123,7 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
 
 
 def line_label(name: str) -> str:
-    """For the artist of a run: matplotlib hides what begins with an underscore."""
+    """Label of a run's line: matplotlib hides labels that begin with an underscore."""
     return f" {name}"
 
 

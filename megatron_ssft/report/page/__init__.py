@@ -1,1 +1,1 @@
-"""The page that holds the pictures, and its summary."""
+"""The HTML page that holds the pictures, and its summary."""

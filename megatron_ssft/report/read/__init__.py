@@ -1,1 +1,1 @@
-"""What runs and evaluations left in their folders, read back as typed records."""
+"""Readers of the folders of runs and evaluations; they return typed records."""

@@ -162,7 +162,7 @@ def _misfit(value: object, shape: Shape, place: str) -> str | None:
 
 
 def _incomplete(record: PolicyEvaluation) -> str | None:
-    """What is of the right shape and does not fit together."""
+    """The first thing that is of the right shape and does not fit the rest; None if there is none."""
     ranges = (record.samples_per_tag.before, record.samples_per_tag.after)
     if not record.rows or not record.tags or any(len(least_most) != 2 for least_most in ranges):
         return "no rows, no tags, or no numbers of samples"

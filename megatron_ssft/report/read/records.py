@@ -1,4 +1,4 @@
-"""What the report shows of the evaluations, under the names that their JSON files have.
+"""Records of the evaluations that the report shows, with the names of their JSON files.
 
 `@` in a key is `_at_` in a name. Keys that no picture needs are left out.
 """
