@@ -26,7 +26,7 @@ from megatron_ssft.training.startup import complete_policy_values
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import RankFailure, run_ranks
 from tests.helpers.policy_runs import write_inputs, write_models
-from tests.helpers.run_processes import finish, ranks_of_program, start_program, wait_for_steps
+from tests.helpers.processes import finish, ranks_of_program, start_program, wait_for_steps
 from tests.helpers.training_runs import assemble, weight_shards
 
 start = functools.partial(start_program, "tools/train_gfpo.py")
