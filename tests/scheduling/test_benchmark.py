@@ -39,3 +39,13 @@ def test_benchmark_refuses_bad_arguments_in_a_line(arguments):
     done = run_benchmark(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"scheduling.py: error: argument {arguments[0]}:")
+
+
+def test_benchmark_measures_the_exact_search(tmp_path):
+    done = run_benchmark("--search", 60, "--seed", 1, "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["search"]
+    assert len(figures) == 2
+    for name, values in figures.items():
+        assert name in done.stdout and values["uncertain"] == 0
+        assert 0 <= values["fewer_pads"] + values["certified"] <= 60

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_ssft.records import Assignment
+from megatron_ssft.scheduling import StreamLimits, plan_train_streams
 from megatron_ssft.scheduling.pack_streams import pack
 from megatron_ssft.scheduling.pad_bound import fewest_streams
 from megatron_ssft.scheduling.search_streams import fit_into
@@ -151,3 +152,13 @@ def test_search_tells_streams_of_one_size_apart_by_what_they_share(count, length
     found, certain = fit_into(nodes, count, budget, False, EFFORT)
     assert certain and len(found) == count
     assert all(tree_size(step[0], SPECIAL, [sequences[k] for k in of]).tokens <= budget for of in found)
+
+
+def test_without_the_search_the_bound_stays_true_but_is_not_met():
+    """The first example of `test_pads_that_only_a_search_avoids` with no effort for the search."""
+    lengths, prompts = [[30], [3, 33], [7, 5, 51], [24, 15], [14]], [10, 19, 14, 8, 30]
+    tags = iter([0, 0, 0, 1, 2, 0, 0, 1, 0])
+    assignments = [Assignment(tuple(next(tags) for _ in of)) for of in lengths]
+    limits = StreamLimits(5, 68, equal_counts=True, search_effort=0)
+    plan = plan_train_streams(make_batch(lengths, prompts), assignments, TEXT, limits, WORK)
+    assert plan.pad_sequences == 1 and plan.pad_lower_bound == 0
