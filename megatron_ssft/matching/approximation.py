@@ -190,9 +190,9 @@ class AssignmentStore:
     matter. Its answers depend only on earlier calls with the same question, so that checkpointing between two steps
     changes nothing. It relies on the visits of one question coming in the order of their epochs.
 
-    At most one assignment per question is kept, and none that is used up goes into a checkpoint. A million questions of
-    4 traces with 6 tags take about 100 MB of memory and 20 MB in a checkpoint; of 12 traces with 64 tags, where hardly
-    two assignments are alike, 320 MB and 64 MB.
+    At most one assignment per question is kept, and none that is used up goes into a checkpoint. A million questions
+    of 4 traces with 6 tags take about 100 MB of memory and 20 MB in a checkpoint. Of 12 traces with 64 tags, where
+    hardly two assignments are alike, they take 320 MB and 64 MB.
     """
 
     def __init__(self, interval: int) -> None:
