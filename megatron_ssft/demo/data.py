@@ -23,16 +23,15 @@ from __future__ import annotations
 import itertools
 import json
 import operator
-import os
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import whole_file
 
 Operation = Callable[[int, int], int]
 Digits = tuple[int, int, int, int]
@@ -157,17 +156,8 @@ def _trace_row(index: int, name: str, digits: Digits, gold: int, rng: random.Ran
 def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
     """One JSON object a line; the file appears complete or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp keeps others out
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_demo_data(
