@@ -42,9 +42,18 @@ class Block:
 
     def commands(self) -> list[list[str]]:
         """Words of each command; comments left out, continued lines joined."""
-        lines = self.text.replace("\\\n", " ").splitlines()
-        commands = [shlex.split(line, comments=True) for line in lines]
-        return [words for words in commands if words]
+        commands: list[list[str]] = []
+        unfinished = ""
+        for line in self.text.replace("\\\n", " ").splitlines(keepends=True):
+            unfinished += line
+            try:
+                words = shlex.split(unfinished, comments=True)
+            except ValueError:  # a quoted text that goes on in the next line
+                continue
+            unfinished = ""
+            commands += [words] if words else []
+        assert not unfinished, f"{self.where}: a quotation that does not end"
+        return commands
 
 
 def blocks(page: Path) -> list[Block]:
@@ -103,13 +112,17 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+WRITTEN = ("tables.md",)
+"""Files that commands write, not the repository's."""
+
+
 def file_names(words: list[str]) -> list[str]:
     """Of the words in backticks those that name a file or a folder of the repository; `*` stands for anything."""
     endings = r"\.(?:py|md|sh|sbatch|toml|txt|png)"
     return [
         word
         for word in words
-        if re.fullmatch(rf"[\w.*-]+(?:/[\w.*-]+)*{endings}", word)
+        if (re.fullmatch(rf"[\w.*-]+(?:/[\w.*-]+)*{endings}", word) and word not in WRITTEN)
         or re.fullmatch(r"(?:megatron_ssft|tools|tests|docs|examples|benchmarks|requirements|\.ci)/[\w./*-]*", word)
     ]
 
