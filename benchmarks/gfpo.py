@@ -98,12 +98,12 @@ def newest(folder: Path) -> Path:
 
 
 def gfpo(seed: Seed, names: list[str]) -> dict[str, dict]:
-    """policy_evaluation.json of each variant."""
+    """Train and evaluate every variant; returns the policy_evaluation.json of each."""
     start = seed.sft("optimal")
     each = ("each", "--samples-per-tag", HELD_OUT_SAMPLES)
     before = seed.samples(newest(start), "before", seed.held_out, *each)
     seed.samples(newest(start), "train", seed.first, "each", "--samples-per-tag", SAMPLES_PER_TAG)
-    found = {}
+    records = {}
     for name in names:
         folder = name.replace(",", "").replace(" ", "_")
         model = seed.learn(start, folder, VARIANTS[name], "train")
@@ -114,19 +114,21 @@ def gfpo(seed: Seed, names: list[str]) -> dict[str, dict]:
         run(tool("evaluate-policy", "--before", before, "--after", after, "--own", own, "--own-greedy", greedy,
                  "--rewards", seed.folder / "train.rewards.jsonl", "--policy", seed.folder / folder / "policy.jsonl",
                  "--data", seed.held_out, "--group-by", "operation", "--output", record))  # fmt: skip
-        found[name] = json.loads((record / "policy_evaluation.json").read_text())
-    return found
+        records[name] = json.loads((record / "policy_evaluation.json").read_text())
+    return records
 
 
 def grpo(seed: Seed) -> dict[str, float]:
     """pass@1 of mixed SFT, and of GRPO from there: on one set of completions, and on sets drawn anew in rounds."""
     start, budget = seed.sft("single"), TAGS * SAMPLES_PER_TAG
     fixed = ("fixed", "--tag", 0, "--samples")
-    found = {"before": pass_at_1(seed.samples(newest(start), "mixed", seed.held_out, *fixed, TAGS * HELD_OUT_SAMPLES))}
+    accuracy = {
+        "before": pass_at_1(seed.samples(newest(start), "mixed", seed.held_out, *fixed, TAGS * HELD_OUT_SAMPLES))
+    }
     seed.samples(newest(start), "grpo0", seed.first, *fixed, budget)
     model = seed.learn(start, "grpo_run", [*GRPO, "--train-iters", str(GRPO_STEPS)], "grpo0")
     after = seed.samples(model, "grpo_run.held_out", seed.held_out, *fixed, TAGS * HELD_OUT_SAMPLES)
-    found["one set"] = pass_at_1(after)
+    accuracy["one set"] = pass_at_1(after)
     source = start
     for number in range(GRPO_ROUNDS):
         name = f"grpo_round{number}"
@@ -135,8 +137,8 @@ def grpo(seed: Seed) -> dict[str, float]:
         seed.learn(source, name, flags, f"{name}.train")
         source = seed.folder / name
     after = seed.samples(newest(source), "grpo_rounds.held_out", seed.held_out, *fixed, TAGS * HELD_OUT_SAMPLES)
-    found[f"{GRPO_ROUNDS} rounds"] = pass_at_1(after)
-    return found
+    accuracy[f"{GRPO_ROUNDS} rounds"] = pass_at_1(after)
+    return accuracy
 
 
 def pass_at_1(scores: Path) -> float:

@@ -1,7 +1,7 @@
-"""All of it on one CUDA GPU, in under eight minutes: kernels, cost pass, layouts, matching overhead, MFU.
+"""Run all measurements on one CUDA GPU, in under eight minutes: kernels, cost pass, layouts, matching overhead, MFU.
 
 python benchmarks/gpu.py                                # Qwen2.5-1.5B's shape, random weights, bf16
-python benchmarks/gpu.py --shape qwen2.5-7b --layers 14 # whole it takes 18 bytes a parameter, 137 GB, and activations
+python benchmarks/gpu.py --shape qwen2.5-7b --layers 14 # whole it takes 18 bytes per parameter, 137 GB, and activations
 python benchmarks/gpu.py --rehearse                     # a toy, on any machine: does the code run?
 
 TransformerEngine and flash-attn are compared where they are installed; neither is needed.
@@ -20,10 +20,20 @@ import layouts
 import matching_overhead
 import numpy as np
 import torch
-from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
+from harness import (
+    SHAPES,
+    interleaved,
+    made_up_batch,
+    matching_costs,
+    mean_loss,
+    peak_memory,
+    ratio,
+    report,
+    start_trainer,
+)
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.layouts.packed import build_stream
+from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, Attend
 from megatron_ssft.parallel.topology import job_peak_flops
@@ -35,42 +45,40 @@ LAST_START = 360
 
 
 def available_backends(trainer: Trainer) -> dict[str, AttentionBackend]:
-    """Every kernel that works here, with a line for those that do not."""
-    model = trainer.config.model
-    found = {}
+    """Find every kernel that works here, and print a line for those that do not."""
+    model = trainer.config.run.model
+    backends = {}
     for name in (*VARLEN_KERNELS, "sdpa"):
         try:
-            found[name] = choose_backend(
+            backends[name] = choose_backend(
                 name,
                 model.num_attention_heads,
                 model.num_query_groups,
                 model.kv_channels,
-                torch.bfloat16 if trainer.config.parallel.bf16 else torch.float32,
+                torch.bfloat16 if trainer.config.run.parallel.bf16 else torch.float32,
                 trainer.topology.device,
             )
         except UserError as error:
             print(error)
-    return found
+    return backends
 
 
 def kernels(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Attention alone, forward and backward, on a training stream and on a stream of the cost pass."""
-    model, tags = trainer.config.model, trainer.vocabulary.tags
+    """Time attention alone, forward and backward, on a training stream and on a stream of the cost pass."""
+    model, tags = trainer.config.run.model, trainer.vocabulary.tags
     device, backends = trainer.topology.device, available_backends(trainer)
     rng = np.random.default_rng(0)
     batch = made_up_batch(rng, [args.prompt] * args.questions, [[args.trace_tokens] * 4] * args.questions, 256)
     planner = layouts.planner_for(trainer, "packed", args.tokens)
     assignments = [Assignment((0, 1, 2, 3))] * args.questions
     streams = {
-        "training": (planner.train(batch, assignments), None),
-        "cost pass": (planner.costs(batch, args.matching_tokens[-1]), args.matching_tokens[-1]),
+        "training": planner.plan_sequences(batch, assignments, tags),
+        "cost pass": planner.plan_costs(batch, tags, args.matching_tokens[-1]),
     }
     rows = []
-    for kind, (plan, cut) in streams.items():
-        stream = build_stream(
-            batch, plan.ranks[0][0], tags, max_completion_tokens=cut, train_forking_token=False,
-            loss_normalization="token", pad_to_multiple=1,
-        )  # fmt: skip
+    for kind, planned in streams.items():
+        stream = cut_microbatch(planned, planned.plan.ranks[0][0], pad_to_multiple=1)
+        assert stream.segments is not None, "a packed layout has segments"
         length = stream.tokens.size
         heads = (model.num_attention_heads, model.num_query_groups, model.num_query_groups)
         dtype = next(iter(backends.values())).dtype
@@ -98,12 +106,13 @@ def kernels(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object
 
 
 def _forward_and_backward(attend: Attend, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(attend(*inputs, None).float().sum(), inputs)
+    query, key, value = inputs
+    return torch.autograd.grad(attend(query, key, value, None).float().sum(), inputs)
 
 
 def utilisation(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Whole optimizer steps on traces of several lengths: tokens a second and model FLOPs utilisation."""
-    peak = job_peak_flops(trainer.config, trainer.topology)
+    """Time whole optimizer steps on traces of several lengths: tokens per second and model FLOPs utilisation."""
+    peak = job_peak_flops(trainer.config.run, trainer.topology)
     rows = []
     for mean in (args.trace_tokens // 4, args.trace_tokens, 4 * args.trace_tokens):
         rng = np.random.default_rng(mean)
@@ -111,17 +120,18 @@ def utilisation(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, ob
         batch = made_up_batch(rng, [args.prompt] * args.questions, lengths, 256)
         assignments = [Assignment((0, 1, 2, 3))] * args.questions
         planner, cut = layouts.planner_for(trainer, "packed", args.tokens), args.matching_tokens[-1]
-        plan, cost_plan = planner.train(batch, assignments), planner.costs(batch, cut)
+        planned = planner.plan_sequences(batch, assignments, trainer.vocabulary.tags)
+        costs, plan = planner.plan_costs(batch, trainer.vocabulary.tags, cut), planned.plan
         measured = interleaved(
             {
-                "step": functools.partial(trainer.engine.train, batch, plan, 1000.0, lr=0.0),
-                "costs": functools.partial(trainer.engine.costs, batch, cost_plan, cut),
+                "step": functools.partial(trainer.engine.train, [mean_loss(planned, 1000.0)], lr=0.0),
+                "costs": functools.partial(matching_costs, trainer, costs),
             },
             args.rounds,
         )
         seconds, cost_seconds = measured["step"], measured["costs"]
-        flops = trainer.matching.accountant.training(plan)
-        cost_flops = trainer.matching.accountant.forward(cost_plan)
+        flops = trainer.accountant.training(plan)
+        cost_flops = trainer.accountant.forward(costs.plan)
         rows.append(
             {
                 "mean_trace": mean,
@@ -182,7 +192,7 @@ def main() -> None:
     write("Attention kernels, forward and backward", "kernels", lambda: kernels(trainer, args))
     prompts, cut = (256 // scale, 1024 // scale), args.matching_tokens[-1]
     write(
-        "Cost pass, 6 tags x 4 traces a question",
+        "Cost pass, 6 tags x 4 traces per question",
         "cost_pass",
         lambda: [layouts.cost_pass(trainer, prompt, cut, args) for prompt in prompts],
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: an engine on random or real weights, interleaved timing, peak memory, tables and JSON."""
+"""Shared parts of the benchmarks: a trainer on random or real weights, interleaved timing, peak memory, tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
+from megatron_ssft.objectives.set_matching import cost_matrices
+from megatron_ssft.objectives.ssft import SSFT
+from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology, initialize_topology
-from megatron_ssft.records import QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.records import Microbatch, ModelInput, PlannedBatch, QuestionBatch, QuestionVisit, TokenizedSet
 from megatron_ssft.training.startup import complete_values
 from megatron_ssft.training.trainer import Trainer
 
@@ -45,7 +49,7 @@ SHAPES: dict[str, dict[str, object]] = {
 
 
 def start_trainer(values: dict[str, object], data: str | None = None) -> Trainer:
-    """A trainer in this process (a single rank) on `data`, or on two rows of nothing where batches are made up."""
+    """Start a trainer on a single rank, in this process; without `data` on a few rows, for made-up batches."""
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             data = str(Path(folder) / "data.jsonl")
@@ -54,15 +58,35 @@ def start_trainer(values: dict[str, object], data: str | None = None) -> Trainer
         defaults = {"train_iters": 1, "seed": 1, "data_path": [data], "data_cache_path": folder}
         if "load" not in values:
             defaults["tokenizer_type"] = "CharTokenizer"
-        config = build_config(complete_values(defaults | values))
-        topology: Topology = initialize_topology(config)
+        config = build_config(complete_values(defaults | values), SSFTConfig)
+        topology: Topology = initialize_topology(config.run)
         return Trainer(config, topology)
+
+
+def objective_of(trainer: Trainer) -> SSFT:
+    """The trainer's objective, which is SSFT here."""
+    assert isinstance(trainer.objective, SSFT)
+    return trainer.objective
+
+
+def matching_costs(trainer: Trainer, planned: PlannedBatch) -> list[np.ndarray]:
+    """The cost matrices of a planned cost pass."""
+    return cost_matrices(planned, trainer.engine.score(planned).nll_sums())
+
+
+def mean_loss(planned: PlannedBatch, denominator: float) -> LossTerm:
+    """The training loss of planned sequences, divided by `denominator`."""
+
+    def prepare(microbatch: Microbatch, model_input: ModelInput) -> Prepared:
+        return model_input, (model_input.weights / np.float32(denominator),)
+
+    return LossTerm(planned, prepare, weighted_nll)
 
 
 def made_up_batch(
     rng: np.random.Generator, prompts: list[int], traces: list[list[int]], vocab_size: int
 ) -> QuestionBatch:
-    """Questions of random tokens: prompt lengths, and a list of trace lengths for each."""
+    """Make up questions of random tokens from prompt lengths, and a list of trace lengths for each."""
     sets = tuple(
         TokenizedSet(
             id=f"q{k}",
@@ -77,8 +101,8 @@ def made_up_batch(
     return QuestionBatch(tuple(QuestionVisit(k, 0) for k in range(len(sets))), sets)
 
 
-def interleaved(actions: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every action, round by round: ABC ABC ..., so that what the machine does besides hits all alike."""
+def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Time every action in seconds, round by round: ABC ABC ..., so that other work on the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(-warmup, rounds):
         for name, action in actions.items():
@@ -97,7 +121,7 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def peak_memory(action: Callable[[], object]) -> int:
-    """Bytes at the peak of `action`: of the GPU, or resident memory of this process on the CPU."""
+    """Measure the bytes at the peak of `action`: of the GPU, or resident memory of this process on the CPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Peak host memory of loading from and exporting to a Hugging Face folder, a line a rank.
+"""Peak host memory of loading from and exporting to a Hugging Face folder, one line per rank.
 
 python benchmarks/hf_memory.py --make-model DIR         # a random Llama of 1.1B parameters in bf16, 2.2 GB
 python benchmarks/hf_memory.py HF_DIR OUTPUT_DIR
@@ -58,6 +58,7 @@ def main() -> None:
     if arguments.make_model is not None:
         make_model(arguments.make_model)
         return
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import build_config
     from megatron_ssft.parallel.checkpoint.hf import export_hf_weights, load_hf_weights
     from megatron_ssft.parallel.collectives import barrier, on_first_rank
@@ -74,11 +75,11 @@ def main() -> None:
         "data_path": ["-"],
         "train_iters": 1,
     }
-    config = build_config(complete_values(values))
-    topology = initialize_topology(config)
-    vocabulary = build_vocabulary(config)
+    config = build_config(complete_values(values), SSFTConfig)
+    topology = initialize_topology(config.run)
+    vocabulary = build_vocabulary(config.run)
     start = peak()
-    engine = Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
+    engine = Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)
     shard = 2 * engine.num_parameters / MIB**2
     load_hf_weights(engine, arguments.source)
     loaded = peak()

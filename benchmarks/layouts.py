@@ -1,4 +1,4 @@
-"""Packed against padded, concatenated and unshared sequences: time, FLOPs, peak memory, in one process, interleaved.
+"""Compare packed with padded, concatenated and unshared sequences in one process: time, FLOPs, peak memory.
 
 python benchmarks/layouts.py                                   # SmolLM2-135M's shape, random weights
 python benchmarks/layouts.py --shape qwen2.5-1.5b --bf16       # on a GPU
@@ -11,17 +11,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
-from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
+from harness import (
+    SHAPES,
+    interleaved,
+    made_up_batch,
+    matching_costs,
+    mean_loss,
+    peak_memory,
+    ratio,
+    report,
+    start_trainer,
+)
 
 from megatron_ssft.records import Assignment, QuestionBatch
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.trainer import Trainer
 
-LAYOUTS: dict[str, dict[str, object]] = {
+
+class LayoutSettings(TypedDict, total=False):
+    """Keys of the configuration that decide a sequence layout."""
+
+    sequence_layout: str
+    share_prompt: bool
+
+
+LAYOUTS: dict[str, LayoutSettings] = {
     "packed": {"sequence_layout": "packed"},
     "concatenated": {"sequence_layout": "concatenated"},
     "packed, prompts repeated": {"sequence_layout": "packed", "share_prompt": False},
@@ -30,35 +50,35 @@ LAYOUTS: dict[str, dict[str, object]] = {
 
 
 def planner_for(trainer: Trainer, layout: str, tokens: int, longest: int | None = None) -> Planner:
-    """Plans in another layout for the same engine, with the same number of tokens a microbatch.
+    """Plan in another sequence layout for the same engine, with the same number of tokens per microbatch.
 
     `longest`: sequence of a training batch, which decides how many padded rows those are.
     """
-    config = trainer.config
-    training = dataclasses.replace(config.training, max_tokens_per_microbatch=None, **LAYOUTS[layout])
-    matching = dataclasses.replace(config.matching, matching_tokens_per_microbatch=tokens)
+    run = trainer.config.run
+    training = dataclasses.replace(run.training, max_tokens_per_microbatch=None, **LAYOUTS[layout])
     if layout != "padded":
         training.max_tokens_per_microbatch = tokens
     elif longest is not None:
         training.micro_batch_size = max(1, tokens // longest)
-    changed = dataclasses.replace(config, training=training, matching=matching)
-    return Planner(changed, trainer.vocabulary.tags, trainer.vocabulary.size, 1)
+    return Planner(dataclasses.replace(run, training=training), trainer.vocabulary.size, 1, tokens)
 
 
 def cost_pass(trainer: Trainer, prompt: int, matching_tokens: int, args: argparse.Namespace) -> dict[str, object]:
-    """Naive and shared, for questions with 4 traces at least as long as what is matched on."""
+    """Time the cost pass, packed and padded, for questions whose traces are at least as long as what is matched on."""
     traces = [[matching_tokens] * args.traces] * args.questions
     batch = made_up_batch(np.random.default_rng(0), [prompt] * args.questions, traces, 256)
-    plans = {
-        name: planner_for(trainer, name, args.tokens).costs(batch, matching_tokens) for name in ("packed", "padded")
+    tags = trainer.vocabulary.tags
+    planned = {
+        name: planner_for(trainer, name, args.tokens).plan_costs(batch, tags, matching_tokens)
+        for name in ("packed", "padded")
     }
     costs: dict[str, list[np.ndarray]] = {}
 
     def score(name: str) -> None:
-        costs[name] = trainer.engine.costs(batch, plans[name], matching_tokens)
+        costs[name] = matching_costs(trainer, planned[name])
 
-    seconds = interleaved({name: lambda name=name: score(name) for name in plans}, args.rounds)
-    flops = {name: trainer.matching.accountant.forward(plan) for name, plan in plans.items()}
+    seconds = interleaved({name: functools.partial(score, name) for name in planned}, args.rounds)
+    flops = {name: trainer.accountant.forward(each.plan) for name, each in planned.items()}
     speed_up, flop_ratio = ratio(seconds["padded"], seconds["packed"]), flops["padded"] / flops["packed"]
     return {
         "prompt": prompt,
@@ -73,7 +93,7 @@ def cost_pass(trainer: Trainer, prompt: int, matching_tokens: int, args: argpars
 
 
 def training_batch(args: argparse.Namespace) -> QuestionBatch:
-    """Traces of heavy-tailed lengths, as real ones have them."""
+    """Make up a batch of traces whose lengths are heavy-tailed, like those of real ones."""
     rng = np.random.default_rng(1)
     lengths = np.clip(rng.lognormal(np.log(args.trace_tokens) - 0.18, 0.6, (args.questions, args.traces)), 8, None)
     lengths = np.minimum(lengths, args.tokens - args.prompt - 1).astype(int).tolist()
@@ -81,20 +101,22 @@ def training_batch(args: argparse.Namespace) -> QuestionBatch:
 
 
 def training(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A step without the optimizer, in every layout."""
+    """Time a step without the optimizer, in every sequence layout."""
     batch = training_batch(args)
     assignments = [Assignment(tuple(range(s.num_traces))) for s in batch.sets]
     longest = args.prompt + 1 + max(len(c) for s in batch.sets for c in s.completion_ids)
     planners = {name: planner_for(trainer, name, args.tokens, longest) for name in LAYOUTS}
-    plans = {name: planner.train(batch, assignments) for name, planner in planners.items()}
+    tags = trainer.vocabulary.tags
+    planned = {name: planner.plan_sequences(batch, assignments, tags) for name, planner in planners.items()}
     losses: dict[str, float] = {}
 
     def step(name: str) -> None:
-        losses[name] = trainer.engine.train(batch, plans[name], 1000.0, lr=0.0).loss
+        losses[name] = trainer.engine.train([mean_loss(planned[name], 1000.0)], lr=0.0).loss
 
-    seconds = interleaved({name: lambda name=name: step(name) for name in plans}, args.rounds)
+    seconds = interleaved({name: functools.partial(step, name) for name in planned}, args.rounds)
     rows = []
-    for name, plan in plans.items():
+    for name, each in planned.items():
+        plan = each.plan
         useful = sum(s.num_tokens for s in plan.sequences)
         rows.append(
             {
@@ -104,7 +126,7 @@ def training(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, objec
                 "tokens_computed": plan.size.tokens,
                 "tokens_in_sequences": useful,
                 "tokens/s": useful / statistics.median(seconds[name]),
-                "peak_MiB": peak_memory(lambda name=name: step(name)) / 2**20,
+                "peak_MiB": peak_memory(functools.partial(step, name)) / 2**20,
                 "loss": losses[name],
             }
         )

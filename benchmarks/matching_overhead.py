@@ -1,4 +1,4 @@
-"""What matching costs: a training step with optimal, random and single matching, in one process, interleaved.
+"""Time a training step with optimal, random and single matching, in one process, interleaved: the cost of matching.
 
 python benchmarks/matching_overhead.py --model HF_DIR --data gsm8k_teachers.jsonl      # real weights and data
 python benchmarks/matching_overhead.py                                             # random weights, made-up data
@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, ParamSpec, TypeVar
 
 import numpy as np
-from harness import SHAPES, interleaved, made_up_batch, peak_memory, ratio, report, start_trainer
+from harness import SHAPES, interleaved, made_up_batch, objective_of, peak_memory, ratio, report, start_trainer
 
-import megatron_ssft.parallel.engine as engine_module
-from megatron_ssft.layouts.padded import loss_denominator
+import megatron_ssft.parallel.scores as scores_module
 from megatron_ssft.objectives.set_matching import Matched, SetMatching
 from megatron_ssft.records import QuestionBatch, StepMetrics
 from megatron_ssft.training.trainer import Trainer
@@ -30,24 +31,28 @@ from megatron_ssft.training.trainer import Trainer
 MODES = ("optimal", "random", "single")
 
 
-class Stopwatch:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Stopwatch(Generic[P, R]):
     """Adds up the seconds of a function that it stands in for."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[P, R]) -> None:
         self.function = function
         self.seconds = 0.0
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         begin = time.perf_counter()
         try:
-            return self.function(*args)
+            return self.function(*args, **kwargs)
         finally:
             self.seconds += time.perf_counter() - begin
 
 
 @dataclasses.dataclass
 class Side:
-    """A mode and what its steps told."""
+    """A mode of matching and the figures of its steps."""
 
     matching: SetMatching
     steps: list[tuple[Matched, StepMetrics, float, float]] = dataclasses.field(default_factory=list)
@@ -55,23 +60,20 @@ class Side:
 
 
 def step(trainer: Trainer, side: Side, batch: QuestionBatch) -> None:
-    """What Trainer.train_step does, on a batch that is given."""
-    gather = engine_module.sum_over_ranks = Stopwatch(engine_module.sum_over_ranks)
+    """Train as Trainer.train_step does, on a given batch."""
+    gather = scores_module.sum_over_ranks = Stopwatch(scores_module.sum_over_ranks)
     matched = side.matching.match(trainer.context(), batch)
-    engine_module.sum_over_ranks = gather.function
-    plan = trainer.planner.train(batch, matched.assignments)
-    tags = trainer.vocabulary.tags
-    denominator = loss_denominator(
-        batch, matched.assignments, tags, train_forking_token=False, loss_normalization="token"
-    )
-    metrics = trainer.engine.train(batch, plan, denominator, lr=1e-6)
-    side.steps.append((matched, metrics, gather.seconds, trainer.matching.accountant.training(plan)))
+    scores_module.sum_over_ranks = gather.function
+    objective = objective_of(trainer)
+    planned = objective.plan(trainer.context(), batch, matched.assignments)
+    metrics = trainer.engine.train([objective.set_loss(planned, matched.assignments)], lr=1e-6)
+    side.steps.append((matched, metrics, gather.seconds, trainer.accountant.training(planned.plan)))
 
 
 def batches(trainer: Trainer, args: argparse.Namespace) -> list[QuestionBatch]:
-    """One batch a round, the warm-up included."""
+    """Make one batch per round, the warm-up included."""
     if args.data is not None:
-        return [trainer.next_batch() for _ in range(args.rounds + 1)]
+        return [objective_of(trainer).sets.next_batch() for _ in range(args.rounds + 1)]
     rng = np.random.default_rng(0)
     made = []
     for _ in range(args.rounds + 1):
@@ -82,22 +84,21 @@ def batches(trainer: Trainer, args: argparse.Namespace) -> list[QuestionBatch]:
 
 
 def run(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row a mode."""
-    config = trainer.config
+    """Measure one row per mode."""
+    config = objective_of(trainer).config
     sides = {}
     for mode in MODES:
         changed = dataclasses.replace(config, matching=dataclasses.replace(config.matching, matching=mode))
-        tags = trainer.vocabulary.tags.num_tags
-        sides[mode] = Side(SetMatching(changed, trainer.topology, trainer.engine, trainer.planner, tags))
-    todo = batches(trainer, args)
+        sides[mode] = Side(SetMatching(changed, trainer.vocabulary.tags))
+    made = batches(trainer, args)
     number = dict.fromkeys(MODES, -1)
 
     def next_step(mode: str) -> None:
         number[mode] += 1
-        step(trainer, sides[mode], todo[number[mode] % len(todo)])
+        step(trainer, sides[mode], made[number[mode] % len(made)])
 
-    seconds = interleaved({mode: lambda mode=mode: next_step(mode) for mode in MODES}, args.rounds)
-    peaks = {mode: peak_memory(lambda mode=mode: step(trainer, sides[mode], todo[-1])) for mode in reversed(MODES)}
+    seconds = interleaved({mode: functools.partial(next_step, mode) for mode in MODES}, args.rounds)
+    peaks = {mode: peak_memory(functools.partial(step, trainer, sides[mode], made[-1])) for mode in reversed(MODES)}
     rows = []
     for mode, side in sides.items():
         timed = side.steps[1 : 1 + args.rounds]

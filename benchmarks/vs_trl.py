@@ -22,16 +22,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.table import Table
+from vs_trl_rows import MORE_ROWS, ROWS, Row, Rows, choose_questions, count, microbatches, sequences_of
 
 from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import UserError
-from megatron_ssft.records import ForkingTokens, TokenizedSet
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {"float32": 1e-3, "bf16": 3e-2}
@@ -45,143 +44,6 @@ OURS = {
     "weight_decay": 0.0,
 }
 """Configuration of all our rows; --set KEY=VALUE adds to it or replaces."""
-IGNORED = -100
-"""Label of a token without loss, as Hugging Face has it."""
-TRL_LENGTH, TRL_BATCH = 1024, 8
-"""SFTConfig's default max_length and per_device_train_batch_size."""
-
-Rows = list[dict[str, list[int]]]
-"""Sequences or packed rows: `input_ids`, `labels`, and `seq_lengths` where packed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: one way of training."""
-
-    side: str
-    """`ours` or `trl`."""
-    about: str
-    settings: dict[str, object] = field(default_factory=dict)
-    """Ours: keys of the configuration. TRL: arguments of SFTConfig."""
-    sort: bool = False
-    """TRL: a step's sequences by length, so that its microbatches have little padding."""
-    streams: int | None = None
-    """TRL with packing: this many packed rows a step, of nearly equal length; None: rows of max_length."""
-    head: str = "all"
-    """TRL: `all` is its path on a CPU (every position goes through the output head), `scored` its path on a GPU (those
-    with a label), switched on by a patch; `logits` is the loss of transformers' own Trainer instead of TRL's."""
-
-
-def _trl(about: str, batch: int, head: str = "all", streams: int | None = None) -> Row:
-    settings = {"per_device_train_batch_size": batch, "gradient_checkpointing": False, "packing": streams is not None}
-    return Row("trl", about, settings, sort=streams is None, streams=streams, head=head)
-
-
-ROWS = {
-    "trl-default": Row("trl", "TRL, defaults"),
-    "trl-packing": Row("trl", "TRL, packing=True", {"packing": True}),
-    "trl-best": _trl("TRL, best found", 1),
-    "trl-patched": _trl("TRL, patched", 2, "scored"),
-    "ours-single": Row("ours", "ours, single", {"matching": "single"}),
-    "ours-random": Row("ours", "ours, random", {"matching": "random"}),
-    "ours-optimal": Row("ours", "ours, optimal", {"matching": "optimal"}),
-}
-MORE_ROWS = {
-    f"trl-{layout}-{head}-{n}": _trl(
-        f"TRL, {layout}, {head}, {n}", *((n, head) if layout == "padded" else (1, head, n))
-    )
-    for layout in ("padded", "packed")
-    for head in ("all", "scored", "logits")
-    for n in (1, 2, 4, 8)
-} | {
-    f"ours-padded-{matching}": Row("ours", f"padded, {matching}", {"matching": matching, "sequence_layout": "padded"})
-    for matching in ("single", "random", "optimal")
-}
-"""For --rows. `best found` and `patched` are the fastest of these, by sequences a microbatch or packed rows a step."""
-
-
-# -- the data ----------------------------------------------------------------------------------------------------------
-
-
-def choose_questions(lines: Sequence[str], questions: int, traces: int) -> list[dict]:
-    """The first `questions` questions that have `traces` different traces, cut to those. Raises UserError."""
-    chosen: list[dict] = []
-    for line in lines:
-        row = json.loads(line)
-        different = list({trace["text"]: trace for trace in row["traces"]}.values())
-        if len(different) >= traces and len(chosen) < questions:
-            chosen.append(row | {"traces": different[:traces]})
-    if len(chosen) < questions:
-        raise UserError(f"--data has {len(chosen)} questions of {traces} traces, {questions} are needed")
-    return chosen
-
-
-def sequences_of(sets: Sequence[TokenizedSet], tags_of: Sequence[Sequence[int]], tags: ForkingTokens) -> Rows:
-    """Prompt, tag and completion of every trace; `labels` are IGNORED before the completion.
-
-    `tags_of[q][j]` is the 0-based tag of trace j of question q.
-    """
-    sequences = []
-    for tokenized, chosen in zip(sets, tags_of, strict=True):
-        for completion, tag in zip(tokenized.completion_ids, chosen, strict=True):
-            start = [*tokenized.prompt_ids.tolist(), *tags.ids[tag]]
-            ids = completion.tolist()
-            sequences.append({"input_ids": start + ids, "labels": [IGNORED] * len(start) + ids})
-    return sequences
-
-
-def count(sequences: Rows) -> tuple[int, int]:
-    """(tokens, tokens with loss)."""
-    tokens = sum(len(s["input_ids"]) for s in sequences)
-    return tokens, sum(label != IGNORED for s in sequences for label in s["labels"])
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Positions packed into rows of at most `capacity` tokens by best fit decreasing, as TRL's `bfd` does.
-
-    Raises UserError where one is longer than a row: TRL would cut it, and then not train the same tokens.
-    """
-    if max(lengths) > capacity:
-        raise UserError(f"a sequence of {max(lengths)} tokens does not fit a packed row of {capacity}")
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [r for r in range(len(rows)) if room[r] >= lengths[i]]
-        if not fitting:
-            rows.append([])
-            room.append(capacity)
-        best = min(fitting, key=lambda r: room[r], default=len(rows) - 1)
-        rows[best].append(i)
-        room[best] -= lengths[i]
-    return rows
-
-
-def pack_into(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """`pack` with the least capacity that needs no more than `rows` rows; exactly so many, where there are enough."""
-    capacity = max(max(lengths), -(-sum(lengths) // rows))
-    while len(packed := pack(lengths, capacity)) > rows:
-        capacity += 1
-    while len(packed) < min(rows, len(lengths)):
-        longest = max((r for r in packed if len(r) > 1), key=lambda r: sum(lengths[i] for i in r))
-        packed.append([longest.pop()])
-    return packed
-
-
-def microbatches(sequences: Rows, row: Row) -> list[Rows]:
-    """The sequences of a step as TRL's collator gets them under the settings of `row`."""
-    if row.settings.get("packing"):
-        lengths = [len(s["input_ids"]) for s in sequences]
-        capacity = row.settings.get("max_length", TRL_LENGTH)
-        packed = pack(lengths, capacity) if row.streams is None else pack_into(lengths, row.streams)
-        sequences = [
-            {key: [value for i in chosen for value in sequences[i][key]] for key in ("input_ids", "labels")}
-            | {"seq_lengths": [lengths[i] for i in chosen]}
-            for chosen in packed
-        ]
-    elif row.sort:
-        sequences = sorted(sequences, key=lambda s: -len(s["input_ids"]))
-    size = row.settings.get("per_device_train_batch_size", TRL_BATCH)
-    return [sequences[k : k + size] for k in range(0, len(sequences), size)]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -244,6 +106,7 @@ class Bench:
     """The data of every step, and the processes."""
 
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
+        from megatron_ssft.config import SSFTConfig
         from megatron_ssft.config.flags import build_config
         from megatron_ssft.data.cache import SetDataset
         from megatron_ssft.objectives.sets import build_queue, prepare_data
@@ -255,12 +118,16 @@ class Bench:
         self.steps = arguments.warm_up + arguments.timed
         self._write_data()
         self.start = self._model_with_tags()
-        config = build_config(complete_values(self._values(ROWS["ours-single"])))
-        vocabulary = build_vocabulary(config)
-        dataset = SetDataset.open(prepare_data(config, vocabulary)["train"])
+        config = build_config(complete_values(self._values(ROWS["ours-single"])), SSFTConfig)
+        vocabulary = build_vocabulary(config.run)
+        dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
         queue = build_queue(config, dataset)
         self.tags = vocabulary.tags
-        self.batches = [[dataset[visit.index] for visit in queue.next_batch()] for _ in range(self.steps)]
+        self.batches = []
+        for _ in range(self.steps):
+            visits = queue.next_batch()
+            assert visits is not None, "there are as many questions as the steps need"
+            self.batches.append([dataset[visit.index] for visit in visits])
         self.single = [sequences_of(sets, [[0] * s.num_traces for s in sets], self.tags) for sets in self.batches]
         self.counts = [count(sequences) for sequences in self.single]
 
@@ -279,7 +146,7 @@ class Bench:
         return self._run(spec | {"arguments": settings, "steps": steps})
 
     def references(self, visits: dict[str, list[dict]]) -> dict[str, float]:
-        """By row, what the loss of the first step must be: transformers on the same ids, under the same tags."""
+        """Compute each row's loss of the first step with transformers, on the same ids under the same tags."""
         first = {}
         for name, (visit, *_) in visits.items():
             tags_of = visit["steps"][0].get("tags")
@@ -309,7 +176,7 @@ class Bench:
         }
 
     def _write_data(self) -> None:
-        """The questions of this run, all with the same number of traces: a step is full with any of them."""
+        """The questions of this run, all with the same number of traces: any of them fill a step."""
         a = self.arguments
         rows = choose_questions(a.data.read_text(encoding="utf-8").splitlines(), self.steps * a.questions, a.traces)
         (self.work / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -376,8 +243,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE", help="for our rows")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--questions", type=int, default=2, help="a step")
-    parser.add_argument("--traces", type=int, default=4, help="a question")
+    parser.add_argument("--questions", type=int, default=2, help="per step")
+    parser.add_argument("--traces", type=int, default=4, help="per question")
     parser.add_argument("--num-forking-tokens", type=int, default=6)
     parser.add_argument("--matching-tokens", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-5)
@@ -413,14 +280,14 @@ def main() -> None:
     tokens, scored = (statistics.mean(c[i] for c in bench.counts) for i in range(2))
     console.print(make_table(results, TOLERANCE[arguments.dtype]), highlight=False)
     console.print(
-        f"{arguments.questions} questions x {arguments.traces} traces a step, {tokens:.0f} tokens on average, "
+        f"{arguments.questions} questions x {arguments.traces} traces per step, {tokens:.0f} tokens on average, "
         f"{scored:.0f} of them with loss; {arguments.dtype}, {arguments.threads} threads, "
         f"{arguments.rounds} x {arguments.timed} steps timed",
         highlight=False,
     )
     if arguments.json is not None:
-        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        everything = {"arguments": given, "counts": bench.counts, "rows": results}
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        everything = {"arguments": settings, "counts": bench.counts, "rows": results}
         arguments.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/vs_trl_sides.py SPEC.json RESULT.json
 
-One process a side, because our CPU backend patches torch for the whole process.
+One process per side, because our CPU backend patches torch for the whole process.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ class Clock:
 
 
 def train_ours(spec: dict) -> dict[str, object]:
-    """`Trainer.train_step` over the first steps of the run that `values` configure."""
+    """Train with `Trainer.train_step` over the first steps of the run that `values` configure."""
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import build_config
+    from megatron_ssft.objectives.ssft import SetDecision
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
     from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 
-    config = build_config(complete_values(spec["values"]))
-    topology = initialize_topology(config)
+    config = build_config(complete_values(spec["values"]), SSFTConfig)
+    topology = initialize_topology(config.run)
     trainer = Trainer(config, topology)
     steps = []
     clock = Clock()
-    for _ in range(config.training.train_iters):
+    for _ in range(trainer.train_iters):
         decision, row = trainer.train_step()
+        assert isinstance(decision, SetDecision)
         batch, assignments = decision.batch, decision.assignments
         seen = {"ids": [s.id for s in batch.sets], "tags": [list(a.tags) for a in assignments]}
         steps.append(row | seen | clock())
@@ -50,7 +53,7 @@ def train_ours(spec: dict) -> dict[str, object]:
 
 
 def train_trl(spec: dict) -> dict[str, object]:
-    """SFTTrainer's own loop over the given microbatches; a step lasts from the end of the one before it.
+    """Train in SFTTrainer's own loop over the given microbatches; a step lasts from the end of the one before it.
 
     So it includes collation, clipping and the optimizer.
     """
@@ -67,7 +70,7 @@ def train_trl(spec: dict) -> dict[str, object]:
     rows = [row for step in spec["steps"] for microbatch in step for row in microbatch]
     places = iter(range(len(rows)))
     batches = [[next(places) for _ in range(size)] for step in sizes for size in step]
-    steps: list[dict[str, object]] = []
+    steps: list[dict[str, float]] = []
 
     class Side(SFTTrainer):
         """The data in the given order instead of a shuffled one; keeps the loss of a step."""

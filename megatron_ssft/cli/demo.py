@@ -1,8 +1,8 @@
-"""The whole way on synthetic data: train under optimal, random and single matching, generate, score, learn to choose
-the tag (GFPO), report.
+"""Run all stages on synthetic data: training under three matchings, generation, scores, GFPO and a report.
 
-Runs on two CPU processes in a few minutes. Exit status: 0 if all bars are met, 1 if one is not, 2 for a wrong
-argument, else that of the stage that failed. The stages are the project's own commands; each is printed.
+The matchings are optimal (SSFT), random, and single (SFT on the mixed data). Runs on two CPU processes in a few
+minutes. The stages are the project's own commands; each is printed. Exit status: 0 if all bars are met, 1 if one is
+not, 2 for a wrong argument, else that of the stage that failed.
 """
 
 from __future__ import annotations
@@ -89,33 +89,32 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def show_the_way(flags: DemoFlags) -> int:
     """Run all stages and print what they show; 0 if all bars are met, else 1. Raises UserError, StageFailure."""
-    output, started, console = flags.output, time.monotonic(), Console()
+    output, begin, console = flags.output, time.monotonic(), Console()
     prepare_output(output)
     train, held_out = write_demo_data(output / "data")
     for matching in MATCHINGS:
         console.rule(f"{matching} matching")
         run([training_command(output, matching, flags.nproc, flags.train_iters, train, held_out)])
-    training_seconds = time.monotonic() - started
+    training_seconds = time.monotonic() - begin
     console.rule("held-out questions")
     rollouts = evaluate(output, held_out)
     console.rule("choosing the tag")
     learn_to_choose(output, flags.nproc, train, held_out)
-    runs = [load_run(output / matching) for matching in MATCHINGS]
-    summaries = {trained.name: summarize(trained) for trained in runs}
-    evaluated = read_evaluation(output / "evaluation", rollouts)
+    summaries = {matching: summarize(load_run(output / matching)) for matching in MATCHINGS}
+    evaluations = read_evaluation(output / "evaluation", rollouts)
     policy = load_policy_evaluation(output / "policy")
     write_report(output)
     console.rule("result")
     console.print(training_table(list(summaries.values())))
-    console.print(evaluation_table(evaluated))
+    console.print(evaluation_table(evaluations))
     console.print(policy_table(policy))
     print("The data is synthetic: this shows that the mechanism works, and says nothing about any benchmark.")
     print(f"report: {output / 'report.html'}, its pictures: {output / 'figures'}")
-    bars = check_training(summaries["optimal"], summaries["random"]) + check_evaluation(*evaluated)
+    bars = check_training(summaries["optimal"], summaries["random"]) + check_evaluation(*evaluations)
     bars += check_policy(policy)
     for met, text in bars:
         print(f"{'met    ' if met else 'NOT MET'}  {text}")
-    print(f"{time.monotonic() - started:.0f} s in all, {training_seconds:.0f} s of them for training")
+    print(f"{time.monotonic() - begin:.0f} s in all, {training_seconds:.0f} s of them for training")
     return 0 if all(met for met, _ in bars) else 1
 
 
@@ -170,16 +169,16 @@ def evaluate(output: Path, held_out: Path) -> dict[str, Path]:
     scores = {matching: output / matching / "eval" / f"{matching}.jsonl" for matching in MATCHINGS}  # for select-tag
     for path in (*rollouts.values(), *scores.values()):
         path.parent.mkdir(exist_ok=True)
-    generated = []
+    commands = []
     for matching, path in rollouts.items():
         exported = max((output / matching).glob("iter_*/hf"))
         under = ["each", "--samples-per-tag", SAMPLES_PER_TAG]
         if matching == "single":  # all traces were trained under the first tag: as many samples under that
             under = ["fixed", "--tag", 0, "--samples", TAGS * SAMPLES_PER_TAG]
-        generated.append(
+        commands.append(
             tool("generate", "--model", exported, "--data", held_out, "--output", path, "--tags", *under, *SAMPLING)
         )
-    run(generated)
+    run(commands)
     run(
         tool("score", rollouts[m], "--data", held_out, "--verifier", "exact", "--output", scores[m], "--workers", 1)
         for m in MATCHINGS

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import parse_arguments
-from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
+from megatron_ssft.training.startup import complete_policy_values
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, build, train, close."""
-    config, dry_run = parse_arguments(str(__doc__), argv, complete_policy_values, POLICY_PROGRAM, prog)
+    config, dry_run = parse_arguments(str(__doc__), GFPOConfig, argv, complete_policy_values, prog)
     if dry_run:
         from megatron_ssft.training.describe import print_description
         from megatron_ssft.training.describe_policy import describe
 
-        print_description(config, lambda _: describe(config))
+        print_description(describe(config))
         return
     from megatron_ssft.cli.run_training import run_training
 

@@ -134,11 +134,12 @@ def check_flags(commands: Commands) -> None:
 
     Raises UserError.
     """
+    from megatron_ssft.config import GFPOConfig
     from megatron_ssft.config.flags import parse_arguments
-    from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
+    from megatron_ssft.training.startup import complete_policy_values
 
     def check_train(words: list[str]) -> None:
-        parse_arguments("", words, complete_policy_values, POLICY_PROGRAM)
+        parse_arguments("", GFPOConfig, words, complete_policy_values)
 
     def check_generate(words: list[str]) -> None:
         parse_options(GenerateFlags, None, words)
@@ -153,12 +154,12 @@ def check_flags(commands: Commands) -> None:
 
 
 def _check(flag: str, parse_flags: Callable[[list[str]], None], arguments: Sequence[object]) -> None:
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             parse_flags([str(argument) for argument in arguments])
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     except SystemExit as error:
-        reason = said.getvalue().rstrip().rpartition("error: ")[2]
+        reason = stderr.getvalue().rstrip().rpartition("error: ")[2]
         raise UserError(f"{flag}: {reason}; --help of the program lists its flags") from error

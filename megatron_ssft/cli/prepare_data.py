@@ -13,18 +13,14 @@ split      train.jsonl and heldout.jsonl, no question in both
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from megatron_ssft.cli.options import parse_action
@@ -36,8 +32,7 @@ from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
 from megatron_ssft.datasets.pool_tables import pool_tables
 from megatron_ssft.datasets.pools import PoolOptions, build_pool
 from megatron_ssft.datasets.tables import Progress, total_bytes
-
-PLAIN_SECONDS = 10.0
+from megatron_ssft.progress import bytes_read
 
 
 def day(text: str) -> str:
@@ -146,30 +141,11 @@ ACTIONS: dict[str, type[BenchmarkFlags | PoolFlags | SplitFlags]] = {
 }
 
 
-@contextlib.contextmanager
-def shown_progress(paths: Sequence[Path]) -> Iterator[Progress]:
-    """A bar of the bytes read on a terminal, a plain line now and then elsewhere."""
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    total, last = total_bytes(paths), time.monotonic()
-
-    def show(done: int) -> None:
-        nonlocal last
-        bar.update(task, completed=done)
-        if not console.is_terminal and time.monotonic() - last > PLAIN_SECONDS:
-            last = time.monotonic()
-            console.print(f"read {done >> 20} of {total >> 20} MiB", highlight=False)
-
-    with ProgressBar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield show
-
-
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, prepare, say what was made. Raises UserError."""
     flags = parse_action(ACTIONS, __doc__, argv, prog)
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    with shown_progress(flags.inputs) as progress:
+    with bytes_read(total_bytes(flags.inputs)) as progress:
         lines = flags.run(progress)
     for line in lines:
         console.print(line, soft_wrap=isinstance(line, str), highlight=False)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import TrainingRun
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
 from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.trainer import Trainer
 
 
-def run_training(config: Config) -> None:
+def run_training(config: TrainingRun) -> None:
     """Train as configured, to the end or to a SIGTERM. Raises UserError."""
     stop = StopSignal()
-    topology = initialize_topology(config)
+    topology = initialize_topology(config.run)
     trainer = Trainer(config, topology)
     trainer.run(stop)
     destroy_topology()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 from megatron_ssft.errors import UserError
 
@@ -21,3 +23,13 @@ def positive(section: object, *names: str) -> None:
         value = getattr(section, name)
         ok = value is None or 0 < value < math.inf
         require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number greater than 0")
+
+
+def required() -> Any:
+    """A field that has to be given: None until then, and refused by the section's checks."""
+    return dataclasses.field(default=None)
+
+
+def derived() -> Any:
+    """A field that the section fills in itself where it is left out, so that afterwards it always has a value."""
+    return dataclasses.field(default=None)

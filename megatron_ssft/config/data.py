@@ -1,4 +1,4 @@
-"""Questions, traces, tokens, and the tags."""
+"""Questions and traces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_ssft.config.checks import choice, positive, require
 
 @dataclass
 class DataConfig:
-    """Questions, traces, tokens."""
+    """Questions and traces, and those that are held out."""
 
     data_path: list[str] = field(default_factory=list)
     """JSONL files of questions with their traces."""
@@ -17,12 +17,6 @@ class DataConfig:
     """Held-out JSONL files for the evaluation loss."""
     data_cache_path: str | None = None
     """Where tokenized data is kept; default: data_cache in the --save folder, else in the user's cache folder."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
-    """CharTokenizer, SentencePieceTokenizer or HuggingFaceTokenizer."""
-    tokenizer_model: str | None = None
-    """SentencePiece model file or Hugging Face folder."""
-    seq_length: int = 2048
-    """Longest sequence (prompt, tag and completion) in tokens."""
     overlong_traces: str = "truncate"
     """What to do with a trace that does not fit: truncate (its end is then not trained), drop, or refuse."""
     max_traces: int | None = None
@@ -34,55 +28,13 @@ class DataConfig:
     """Put between a trace's text and its answer, where the data keeps the answer apart."""
     train_forking_token: bool = False
     """Put loss on the tag itself, for models that shall choose it."""
+    eval_interval: int | None = None
+    """Steps between evaluations on --eval-data-path; one also follows the last step."""
+    eval_questions: int | None = None
+    """Evaluate on the first this many held-out questions only."""
 
     def __post_init__(self) -> None:
-        choice(
-            self.tokenizer_type,
-            "tokenizer-type",
-            "CharTokenizer",
-            "SentencePieceTokenizer",
-            "HuggingFaceTokenizer",
-        )
         choice(self.overlong_traces, "overlong-traces", "truncate", "drop", "refuse")
         require(bool(self.data_path), "--data-path is required")
-        require(
-            self.tokenizer_type == "CharTokenizer" or self.tokenizer_model is not None,
-            f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model",
-        )
-        positive(self, "seq_length", "max_traces")
-
-
-@dataclass
-class ForkingTokenConfig:
-    """The global forking tokens (tags) that start the reasoning."""
-
-    num_forking_tokens: int = 6
-    """N, the number of tags; 0 only for converting a model without any."""
-    forking_token_format: str = "special"
-    """special (one added vocabulary entry each) or text (ordinary tokens, the published checkpoint's form)."""
-    forking_token_template: str | None = None
-    """Text of a tag, {i} counting from 1; default <think{i}>, for text <|im_start|><think{i}>\\n where the
-    tokenizer knows <|im_start|>."""
-    forking_token_init: str = "noise"
-    """Initial input rows: mean (of all embedding rows), noise (mean + seeded noise) or copy:<token>."""
-    forking_token_noise: float = 1.0
-    """Standard deviation of the noise (noise, copy), relative to the RMS of the embedding rows."""
-    forking_token_lr_mult: float = 1.0
-    """Learning rate of the tags' own input rows, as a multiple of --lr (special only)."""
-
-    def __post_init__(self) -> None:
-        require(self.num_forking_tokens >= 0, "--num-forking-tokens must not be negative")
-        positive(self, "forking_token_lr_mult")
-        choice(self.forking_token_format, "forking-token-format", "special", "text")
-        require(
-            self.forking_token_init in ("mean", "noise") or self.forking_token_init.startswith("copy:"),
-            f"--forking-token-init {self.forking_token_init}: choose mean, noise or copy:<token>",
-        )
-        require(self.forking_token_noise >= 0, "--forking-token-noise must not be negative")
-        require(
-            self.forking_token_lr_mult == 1.0 or self.forking_token_format == "special",
-            "--forking-token-lr-mult needs --forking-token-format special: text tags share ordinary tokens, "
-            "so they have no rows of their own",
-        )
-        template = self.forking_token_template
-        require(template is None or "{i}" in template, "--forking-token-template must contain {i}")
+        positive(self, "max_traces", "eval_interval", "eval_questions")
+        require(self.eval_interval is None or bool(self.eval_data_path), "--eval-interval needs --eval-data-path")

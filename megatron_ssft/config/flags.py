@@ -7,72 +7,72 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar, overload
+from typing import Any, TypeVar
 
 import yaml
 
-from megatron_ssft.config import Config, GFPOConfig
+from megatron_ssft.config import ConversionConfig, GFPOConfig, ProgramConfig, RunConfig, SSFTConfig
 from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
 from megatron_ssft.errors import UserError
 
-C = TypeVar("C", bound=Config)
+T = TypeVar("T")
+C = TypeVar("C", SSFTConfig, GFPOConfig, ConversionConfig)
+PROGRAMS: tuple[type[ProgramConfig], ...] = (SSFTConfig, GFPOConfig, ConversionConfig)
 
 
-@dataclass(frozen=True)
-class Program(Generic[C]):
-    """What a program is configured by."""
-
-    config: type[C]
-    without: frozenset[str] = frozenset()
-    """Fields that the program has no use for: neither flags nor keys."""
-    defaults: Mapping[str, object] = field(default_factory=dict)
-    """Field name -> default of this program, where it is not the field's own."""
-
-    @property
-    def sections(self) -> dict[str, type]:
-        """Name of a section -> its dataclass."""
-        return typing.get_type_hints(self.config)
-
-    def fields(self) -> dict[str, tuple[str, FlagField]]:
-        """Field name -> (section name, field), of all that it takes, with the program's own defaults."""
-        return {
-            field.name: (section, dataclasses.replace(field, default=self.defaults.get(field.name, field.default)))
-            for section, cls in self.sections.items()
-            for field in flag_fields(cls)
-            if field.name not in self.without
-        }
+def sections_of(config: type) -> dict[str, type]:
+    """Name of a section -> its dataclass, of a configuration and of those that it is composed of."""
+    sections: dict[str, type] = {}
+    for name, cls in typing.get_type_hints(config).items():
+        if typing.get_origin(cls) is typing.ClassVar:
+            continue
+        sections |= sections_of(cls) if cls is RunConfig else {name: cls}
+    return sections
 
 
-PRETRAIN = Program(Config)
-ANY_RUN = Program(GFPOConfig)
-"""Takes the keys of every program: for reading what some run was configured by."""
+def fields_of(config: type[ProgramConfig]) -> dict[str, tuple[str, FlagField]]:
+    """Field name -> (section name, field), with the program's own defaults."""
+    return {
+        field.name: (section, dataclasses.replace(field, default=config.defaults.get(field.name, field.default)))
+        for section, cls in sections_of(config).items()
+        for field in flag_fields(cls)
+    }
 
 
-def build_parser(description: str, program: Program = PRETRAIN, prog: str | None = None) -> argparse.ArgumentParser:
+def all_fields() -> dict[str, tuple[str, FlagField]]:
+    """The fields of every program: the keys that some run's config.yaml may have."""
+    return {name: entry for config in reversed(PROGRAMS) for name, entry in fields_of(config).items()}
+
+
+def build_parser(
+    description: str, config: type[ProgramConfig] = SSFTConfig, prog: str | None = None
+) -> argparse.ArgumentParser:
     """A parser with one flag for every configuration field; flags that are not given leave no attribute."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [--help] [--config FILE] [--dry-run] [--FLAG VALUE ...]",  # of a hundred, --help tells
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print everything resolved and stop")
-    fields = program.fields()
-    for section, cls in program.sections.items():
-        members = [field for owner, field in fields.values() if owner == section]
-        if members:
-            group = parser.add_argument_group(section, inspect.getdoc(cls))
-            for field in members:
+    fields = fields_of(config)
+    for section, cls in sections_of(config).items():
+        group = parser.add_argument_group(section, inspect.getdoc(cls))
+        for owner, field in fields.values():
+            if owner == section:
                 add_flag(group, field, negatable=True)
     return parser
 
 
-def read_config_file(path: str, program: Program = PRETRAIN) -> dict[str, object]:
-    """The YAML file as flat keys with underscores. Raises UserError naming the file for anything unusable."""
+def read_config_file(path: str, config: type[ProgramConfig] | None = None) -> dict[str, Any]:
+    """The YAML file as flat keys with underscores. Raises UserError naming the file for anything unusable.
+
+    `config`: the program whose keys are expected; None: those of any.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -85,8 +85,9 @@ def read_config_file(path: str, program: Program = PRETRAIN) -> dict[str, object
         raise UserError(f"{path}:{line}: not valid YAML: {problem}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}:1: expected `key: value` lines")
-    fields, everything = program.fields(), ANY_RUN.fields()
-    values = {}
+    everything = all_fields()
+    fields = everything if config is None else fields_of(config)
+    values: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in fields and name in everything:
@@ -117,71 +118,63 @@ def _coerce(path: str, field: FlagField, value: object) -> object:
         raise UserError(f"{path}: {field.name}: {value!r} is not of type {field.kind.__name__}") from error
 
 
-@overload
-def build_config(values: Mapping[str, object]) -> Config: ...
-
-
-@overload
-def build_config(values: Mapping[str, object], config: type[C]) -> C: ...
-
-
-def build_config(values: Mapping[str, object], config: type[Config] = Config) -> Config:
-    """A validated configuration from flat values, of the class `config`. Raises UserError."""
-    everything = Program(config)
-    fields = everything.fields()
-    sections: dict[str, dict[str, object]] = {section: {} for section in everything.sections}
-    for name, value in values.items():
+def build_config(values: Mapping[str, Any], config: type[C]) -> C:
+    """A validated configuration from flat values. Raises UserError."""
+    sections: dict[str, dict[str, Any]] = {section: {} for section in sections_of(config)}
+    fields = fields_of(config)
+    for name, value in (dict(config.defaults) | dict(values)).items():
         sections[fields[name][0]][name] = value
-    return config(**{section: cls(**sections[section]) for section, cls in everything.sections.items()})
+    return _compose(config, sections)
 
 
-Complete = Callable[[dict[str, object]], dict[str, object]]
+def _compose(cls: type[T], sections: Mapping[str, Mapping[str, Any]]) -> T:
+    """A configuration from the values of its sections, those of RunConfig inside it."""
+    parts = {}
+    for name, part in typing.get_type_hints(cls).items():
+        if typing.get_origin(part) is not typing.ClassVar:
+            parts[name] = _compose(part, sections) if part is RunConfig else part(**sections[name])
+    return cls(**parts)
+
+
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
 """Adds values to those given by flags and file, such as the shape of the model that is loaded. Raises UserError."""
 
 
-def _as_given(values: dict[str, object]) -> dict[str, object]:
+def _as_given(values: dict[str, Any]) -> dict[str, Any]:
     return values
-
-
-@overload
-def parse_arguments(
-    description: str, argv: Sequence[str] | None = None, complete: Complete = _as_given, *, prog: str | None = None
-) -> tuple[Config, bool]: ...
-
-
-@overload
-def parse_arguments(
-    description: str, argv: Sequence[str] | None, complete: Complete, program: Program[C], prog: str | None = None
-) -> tuple[C, bool]: ...
 
 
 def parse_arguments(
     description: str,
+    config: type[C],
     argv: Sequence[str] | None = None,
     complete: Complete = _as_given,
-    program: Program = PRETRAIN,
     prog: str | None = None,
-) -> tuple[Config, bool]:
+) -> tuple[C, bool]:
     """The resolved configuration and whether --dry-run was given.
 
     `prog`: what the user called the program by; default: the name of the script. Raises UserError.
     """
-    given = vars(build_parser(description, program, prog).parse_args(argv))
+    given = vars(build_parser(description, config, prog).parse_args(argv))
     dry_run = bool(given.pop("dry_run", False))
     config_file = given.pop("config", None)
-    values = read_config_file(config_file, program) if config_file is not None else {}
+    values = read_config_file(config_file, config) if config_file is not None else {}
     if {"train_iters", "train_epochs"} & given.keys():  # a flag for one replaces the file's other
         values = {k: v for k, v in values.items() if k not in ("train_iters", "train_epochs")}
-    return build_config(dict(program.defaults) | complete(values | given), program.config), dry_run
+    return build_config(complete(values | given), config), dry_run
 
 
-def to_yaml(config: Config, program: Program = PRETRAIN) -> str:
+def flat(config: ProgramConfig) -> dict[str, dict[str, Any]]:
+    """Section -> its values by name."""
+    values = dataclasses.asdict(config)
+    run = values.pop("run")
+    return run | values
+
+
+def to_yaml(config: ProgramConfig) -> str:
     """The resolved configuration, readable by --config; each section begins with a comment."""
-    fields = program.fields()
-    lines = []
-    for section, cls in program.sections.items():
-        part = {k: v for k, v in dataclasses.asdict(getattr(config, section)).items() if k in fields}
-        if part:
-            lines.append(f"# {section}: {inspect.getdoc(cls)}")
-            lines.append(yaml.safe_dump(part, sort_keys=False, allow_unicode=True, width=100).rstrip())
+    values, lines = flat(config), []
+    for section, cls in sections_of(type(config)).items():
+        lines.append(f"# {section}: {inspect.getdoc(cls)}")
+        lines.append(yaml.safe_dump(values[section], sort_keys=False, allow_unicode=True, width=100).rstrip())
     return "\n".join(lines) + "\n"

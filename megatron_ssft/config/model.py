@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.checks import choice, derived, positive, require, required
 
 
 @dataclass
 class ModelConfig:
     """Shape of the GPT."""
 
-    num_layers: int | None = None
+    num_layers: int = required()
     """Number of transformer layers."""
-    hidden_size: int | None = None
+    hidden_size: int = required()
     """Width of the residual stream."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int = derived()
     """Width of the MLP; default 4 x hidden size."""
-    num_attention_heads: int | None = None
+    num_attention_heads: int = required()
     """Number of query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: int = derived()
     """Number of key/value heads (grouped-query attention); default: as many as query heads."""
-    kv_channels: int | None = None
+    kv_channels: int = derived()
     """Width of one head; default hidden size / number of heads."""
     normalization: str = "RMSNorm"
     """RMSNorm or LayerNorm."""

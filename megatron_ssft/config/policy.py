@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.checks import choice, derived, positive, require, required
 
 OBJECTIVES = ("gfpo-exact", "gfpo-sampled", "grpo")
 _OF_SAMPLES = ("gfpo-sampled", "grpo")
@@ -16,7 +16,7 @@ _OF_SAMPLES = ("gfpo-sampled", "grpo")
 class PolicyConfig:
     """What the policy is rewarded for, what keeps it near the model it came from, and which weights move."""
 
-    data: str | None = None
+    data: str = required()
     """JSONL file of questions, as for generate.py; those without a line in --rewards are left out."""
     eval_data: str | None = None
     """Held-out questions whose tag probabilities are written to policy.jsonl too."""
@@ -33,7 +33,7 @@ class PolicyConfig:
     token, on tags drawn from the policy) or grpo (GRPO on every token of stored completions)."""
     questions_per_step: int = 256
     """Questions in an optimizer step; never more than there are."""
-    group_normalization: bool | None = None
+    group_normalization: bool = derived()
     """Divide advantages by the standard deviation of a question's rewards; default: with gfpo-sampled and grpo."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference: exact over the tags (gfpo), estimated token by token (grpo)."""
@@ -55,14 +55,14 @@ class PolicyConfig:
     trainable: str = "all"
     """all, last-K (K last layers, final norm and the tags' rows of the output head) or tag-rows (these rows alone;
     special tags only)."""
-    anchor: str | None = None
+    anchor: str = derived()
     """kl (token-level KL to the reference on stored completions keeps what follows a tag as it is) or none; default kl,
     for grpo none."""
-    anchor_coef: float | None = None
+    anchor_coef: float = derived()
     """Weight of that KL, a mean over tokens; default 1."""
-    anchor_completions: int | None = None
+    anchor_completions: int = derived()
     """Stored completions in a step; default 64."""
-    anchor_top_k: int | None = None
+    anchor_top_k: int = derived()
     """The reference's most probable tokens that are kept for every place; the others are one bucket; default 32."""
     rescore_interval: int = 5
     """Every this many steps stored completions are scored under the current weights, to see how stale the rewards are;

@@ -19,8 +19,6 @@ class CheckpointConfig:
     Face folder to start from."""
     save_interval: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
-    finetune: bool = False
-    """Load only the weights: start at step 0 with a fresh optimizer."""
     export_hf_at_save: bool = False
     """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder)."""
     verify_hf: bool = True
@@ -29,7 +27,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         positive(self, "save_interval")
         require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
-        require(not self.finetune or self.load is not None, "--finetune needs --load")
         require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
 
     @property
@@ -44,10 +41,6 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is written while training."""
 
-    eval_interval: int | None = None
-    """Steps between evaluations on --eval-data-path; one also follows the last step."""
-    eval_questions: int | None = None
-    """Evaluate on the first this many held-out questions only."""
     gpu_peak_tflops: float | None = None
     """Peak TFLOP/s of one GPU, to log model FLOPs utilisation by; default: known for common GPUs with --bf16."""
     tensorboard_dir: str | None = None
@@ -58,4 +51,4 @@ class LoggingConfig:
     """Name of the run there."""
 
     def __post_init__(self) -> None:
-        positive(self, "eval_interval", "eval_questions", "gpu_peak_tflops")
+        positive(self, "gpu_peak_tflops")

@@ -1,4 +1,4 @@
-"""Matching and optimization."""
+"""Matching, batches and optimization."""
 
 from __future__ import annotations
 
@@ -69,8 +69,26 @@ class MatchingConfig:
 
 
 @dataclass
+class BatchConfig:
+    """How questions fill the optimizer steps, and how a step averages their losses."""
+
+    global_batch_size: int = 32
+    """Traces in one optimizer step (the paper: 32 = 8 questions x 4 traces)."""
+    train_epochs: int | None = None
+    """Passes over the data; give this or --train-iters."""
+    question_lookahead: int = 64
+    """Questions the queue may look ahead to fill a global batch when the number of traces varies."""
+    loss_normalization: str = "token"
+    """token (mean over all completion tokens of the global batch) or sequence (mean over traces of their mean)."""
+
+    def __post_init__(self) -> None:
+        positive(self, "global_batch_size", "train_epochs", "question_lookahead")
+        choice(self.loss_normalization, "loss-normalization", "token", "sequence")
+
+
+@dataclass
 class TrainingConfig:
-    """Batches, optimizer, learning rate."""
+    """Microbatches, optimizer, learning rate."""
 
     sequence_layout: str = "packed"
     """packed (streams of tokens in which the traces of a question share its prompt), concatenated (the same, one
@@ -81,18 +99,10 @@ class TrainingConfig:
     """Sequences in one microbatch of the padded layout."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one microbatch of the packed layouts; default --micro-batch-size x --seq-length."""
-    global_batch_size: int = 32
-    """Traces in one optimizer step (the paper: 32 = 8 questions x 4 traces)."""
     train_iters: int | None = None
-    """Optimizer steps; give this or --train-epochs."""
-    train_epochs: int | None = None
-    """Passes over the data; give this or --train-iters."""
-    question_lookahead: int = 64
-    """Questions the queue may look ahead to fill a global batch when the number of traces varies."""
+    """Optimizer steps; SSFT may have --train-epochs instead."""
     seed: int = 1234
     """Decides initial weights, data order and every random choice."""
-    loss_normalization: str = "token"
-    """token (mean over all completion tokens of the global batch) or sequence (mean over traces of their mean)."""
     lr: float = 1e-5
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -121,24 +131,16 @@ class TrainingConfig:
             self,
             "micro_batch_size",
             "max_tokens_per_microbatch",
-            "global_batch_size",
             "train_iters",
-            "train_epochs",
-            "question_lookahead",
             "lr",
             "lr_decay_iters",
             "adam_eps",
-        )
-        require(
-            (self.train_iters is None) != (self.train_epochs is None),
-            "give exactly one of --train-iters and --train-epochs",
         )
         choice(self.sequence_layout, "sequence-layout", "packed", "concatenated", "padded")
         require(
             self.sequence_layout != "padded" or (self.share_prompt and self.max_tokens_per_microbatch is None),
             "--no-share-prompt and --max-tokens-per-microbatch need --sequence-layout packed or concatenated",
         )
-        choice(self.loss_normalization, "loss-normalization", "token", "sequence")
         choice(self.lr_decay_style, "lr-decay-style", "cosine", "linear", "constant")
         require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         require(self.lr_warmup_iters >= 0, "--lr-warmup-iters must not be negative")

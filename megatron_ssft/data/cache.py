@@ -19,39 +19,85 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from megatron_ssft.config import DataConfig
-from megatron_ssft.data.jsonl import WrongRows, read_examples
+from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import sync_folder
+from megatron_ssft.formats.files import sync_file, sync_folder
+from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
 _FORMAT_VERSION = 1
-_DTYPES = {"tokens": np.int32, "offsets": np.int64, "set_starts": np.int64}
+_DTYPES: dict[str, np.dtype] = {
+    "tokens": np.dtype(np.int32),
+    "offsets": np.dtype(np.int64),
+    "set_starts": np.dtype(np.int64),
+}
 _INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What was read and left out: the fields of ReadReport, then those of TokenizationReport, which count last."""
+
+    questions: int
+    traces: int
+    questions_dropped: int
+    traces_filtered: int
+    traces_sampled_out: int
+    trace_count_histogram: dict[int, int]
+    traces_truncated: int
+    traces_dropped_overlong: int
+    questions_dropped_overlong: int
+    total_tokens: int
+    longest_sequence: int
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """The object in index.json."""
+
+    format_version: int
+    fingerprint: str
+    """Digest of data content, tokenizer, tags and settings; the same wherever the files lie."""
+    sizes: dict[str, int]
+    """Bytes of each array's file."""
+    summary: DataSummary
+    files: list[str]
+    """Paths as they were given."""
+    file_of: list[int]
+    """For each question its place in `files`."""
+    lines: list[int]
+    """For each question its 1-based line."""
+    ids: list[str]
+    sources: list[list[str | None]]
+    """For each question the teachers of its traces."""
+
+
+Arrays = dict[str, np.ndarray]
 
 
 class SetDataset:
     """Read access to a folder written by `build_dataset`; item i is a TokenizedSet of read-only views."""
 
-    def __init__(self, index: dict, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, index: CacheIndex, arrays: Arrays) -> None:
         self._index = index
         self._tokens, self._offsets, self._starts = (arrays[name] for name in _DTYPES)
         self.trace_counts: np.ndarray = (np.diff(self._starts) - 1).astype(np.int32)
         """int32 [Q]: M of every question."""
-        self.fingerprint: str = index["fingerprint"]
+        self.fingerprint = index.fingerprint
         """Digest of data content, tokenizer, tags and settings; the same wherever the files lie."""
-        self.summary: dict = index["summary"] | {
-            "trace_count_histogram": {int(m): n for m, n in index["summary"]["trace_count_histogram"].items()}
-        }
-        """Counters of reading and tokenizing (see `build_dataset`)."""
+        self.summary = index.summary
+        """Counters of reading and tokenizing."""
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> SetDataset:
@@ -70,12 +116,12 @@ class SetDataset:
         prompt_ids, *completion_ids = (self._tokens[a:b] for a, b in zip(bounds, bounds[1:]))
         index = self._index
         return TokenizedSet(
-            id=index["ids"][q],
-            file=index["files"][index["file_of"][q]],
-            line=index["lines"][q],
+            id=index.ids[q],
+            file=index.files[index.file_of[q]],
+            line=index.lines[q],
             prompt_ids=prompt_ids,
             completion_ids=tuple(completion_ids),
-            sources=tuple(index["sources"][q]),
+            sources=tuple(index.sources[q]),
         )
 
     def __iter__(self) -> Iterator[TokenizedSet]:
@@ -87,6 +133,7 @@ def build_dataset(
     tokenizer: Tokenizer,
     tags: ForkingTokens,
     data: DataConfig,
+    seq_length: int,
     *,
     check_num_tags: bool,
     seed: int,
@@ -96,14 +143,13 @@ def build_dataset(
     """The folder with the tokenized `paths`, built unless it is there; open it with `SetDataset.open`.
 
     Every sequence (prompt, longest tag, completion) fits --seq-length. `check_num_tags`: refuse M > N. `seed`
-    decides the --max-traces sample. `progress(done, total)` is called after every question. The summary holds the
-    fields of ReadReport and the counters of `tokenize_examples`, which are those of what was kept in the end.
+    decides the --max-traces sample. `progress(done, total)` is called after every question.
 
     Raises UserError with one `file:line: reason` a wrong row, or when nothing is left, or the cache cannot be written.
     """
     trace_filter = None if data.trace_filter is None else parse_trace_filter(data.trace_filter)
     num_tags = tags.num_tags if check_num_tags else None
-    fingerprint = _fingerprint(paths, tokenizer, tags, data, num_tags, seed, trace_filter)
+    fingerprint = _fingerprint(paths, tokenizer, tags, data, seq_length, num_tags, seed, trace_filter)
     # Messages name the file, so another path is another cache; the fingerprint does not change with it.
     key = hashlib.sha256(json.dumps([fingerprint, [os.fspath(path) for path in paths]]).encode()).hexdigest()
     folder = Path(cache_dir) / key
@@ -112,8 +158,8 @@ def build_dataset(
     examples, report = read_examples(
         paths, num_tags=num_tags, max_traces=data.max_traces, trace_filter=trace_filter, seed=seed
     )
-    sets, counters = tokenize_examples(examples, tokenizer, tags, data, progress)
-    summary = dataclasses.asdict(report) | counters
+    sets, counts = tokenize_examples(examples, tokenizer, tags, data, seq_length, progress)
+    summary = DataSummary(**dataclasses.asdict(report) | dataclasses.asdict(counts))
     try:
         _write_folder(folder, sets, fingerprint, summary)
     except OSError as error:
@@ -129,6 +175,7 @@ def _fingerprint(
     tokenizer: Tokenizer,
     tags: ForkingTokens,
     data: DataConfig,
+    seq_length: int,
     num_tags: int | None,
     seed: int,
     trace_filter: TraceFilter | None,
@@ -140,7 +187,7 @@ def _fingerprint(
         "tokenizer": tokenizer.fingerprint(),
         "tags": tags.ids,
         "num_tags": num_tags,
-        "seq_length": data.seq_length,
+        "seq_length": seq_length,
         "overlong_traces": data.overlong_traces,
         "max_traces": data.max_traces,
         "sample_seed": None if data.max_traces is None else seed,
@@ -166,7 +213,7 @@ def _content_digests(paths: Sequence[str | PathLike[str]]) -> list[str]:
     return digests
 
 
-def _write_folder(folder: Path, sets: list[TokenizedSet], fingerprint: str, summary: dict) -> None:
+def _write_folder(folder: Path, sets: list[TokenizedSet], fingerprint: str, summary: DataSummary) -> None:
     """Writes a temporary folder beside `folder`, syncs it, and gives it its name. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
@@ -180,7 +227,7 @@ def _write_folder(folder: Path, sets: list[TokenizedSet], fingerprint: str, summ
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where it became the cache
 
 
-def _write_files(folder: Path, sets: list[TokenizedSet], fingerprint: str, summary: dict) -> None:
+def _write_files(folder: Path, sets: list[TokenizedSet], fingerprint: str, summary: DataSummary) -> None:
     chunks = [array for s in sets for array in (s.prompt_ids, *s.completion_ids)]
     offsets = np.cumsum([0, *(len(chunk) for chunk in chunks)], dtype=np.int64)
     set_starts = np.cumsum([0, *(1 + s.num_traces for s in sets)], dtype=np.int64)
@@ -189,28 +236,27 @@ def _write_files(folder: Path, sets: list[TokenizedSet], fingerprint: str, summa
         _write_array(folder / f"{name}.npy", parts, _DTYPES[name])
     files = list(dict.fromkeys(s.file for s in sets))
     file_of = {file: position for position, file in enumerate(files)}
-    index = {
-        "format_version": _FORMAT_VERSION,
-        "fingerprint": fingerprint,
-        "sizes": {name: (folder / f"{name}.npy").stat().st_size for name in contents},
-        "summary": summary,
-        "files": files,
-        "file_of": [file_of[s.file] for s in sets],
-        "lines": [s.line for s in sets],
-        "ids": [s.id for s in sets],
-        "sources": [s.sources for s in sets],
-    }
+    index = CacheIndex(
+        format_version=_FORMAT_VERSION,
+        fingerprint=fingerprint,
+        sizes={name: (folder / f"{name}.npy").stat().st_size for name in contents},
+        summary=summary,
+        files=files,
+        file_of=[file_of[s.file] for s in sets],
+        lines=[s.line for s in sets],
+        ids=[s.id for s in sets],
+        sources=[list(s.sources) for s in sets],
+    )
     with open(folder / _INDEX, "w", encoding="utf-8") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
+        json.dump(vars(index) | {"summary": vars(summary)}, file)
+        sync_file(file)
 
 
-def _write_array(path: Path, parts: list[np.ndarray], dtype: type[np.integer]) -> None:
+def _write_array(path: Path, parts: list[np.ndarray], dtype: np.dtype) -> None:
     """One `.npy` file from consecutive parts, without joining them in memory; written, not mapped, because a full
     disk then is an error and not a bus error."""
     header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "descr": np.lib.format.dtype_to_descr(dtype),
         "fortran_order": False,
         "shape": (sum(len(part) for part in parts),),
     }
@@ -218,8 +264,7 @@ def _write_array(path: Path, parts: list[np.ndarray], dtype: type[np.integer]) -
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(part.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -237,29 +282,29 @@ def _publish(temporary: Path, folder: Path) -> None:
         sync_folder(folder)
 
 
-def _open_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
+def _open_folder(folder: Path) -> tuple[CacheIndex, Arrays] | None:
     """Index and mapped arrays, or None where the folder is absent, incomplete or damaged."""
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        if index["format_version"] != _FORMAT_VERSION:
+        index = msgspec.json.decode((folder / _INDEX).read_bytes(), type=CacheIndex)
+        if index.format_version != _FORMAT_VERSION:
             return None
-        arrays = {}
+        arrays: Arrays = {}
         for name, dtype in _DTYPES.items():
             path = folder / f"{name}.npy"
-            if path.stat().st_size != index["sizes"][name]:  # before mapping: reading past the end kills the process
+            if path.stat().st_size != index.sizes[name]:  # before mapping: reading past the end kills the process
                 return None
             arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
             if arrays[name].dtype != dtype or arrays[name].ndim != 1:
                 return None
         return (index, arrays) if _consistent(index, *arrays.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, msgspec.MsgspecError):
         return None
 
 
-def _consistent(index: dict, tokens: np.ndarray, offsets: np.ndarray, starts: np.ndarray) -> bool:
+def _consistent(index: CacheIndex, tokens: np.ndarray, offsets: np.ndarray, starts: np.ndarray) -> bool:
     """Whether the arrays can belong together; catches blocks of zeros that a crashed file system may leave."""
     return bool(
-        len(starts) == len(index["ids"]) + 1
+        len(starts) == len(index.ids) + 1
         and starts[-1] == len(offsets) - 1
         and offsets[-1] == len(tokens)
         and (np.diff(starts) > 1).all()

@@ -1,17 +1,42 @@
-"""A question and its traces to token ids; the tag is put between them later, at every step."""
+"""Chat template and token ids: the prompt of a question, and the completion of each trace.
+
+`encode_prompt` renders a question through the tokenizer's chat template, `tokenize_examples` cuts sequences to
+--seq-length. The tag between prompt and completion is put there later, at every step.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_ssft.config import DataConfig
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.records import ForkingTokens, SetExample, TokenizedSet, Trace
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizationReport:
+    """What the token ids came to."""
+
+    questions: int
+    """Questions kept."""
+    traces: int
+    """Traces kept."""
+    trace_count_histogram: dict[int, int]
+    """Number of traces -> number of kept questions that have so many, ascending."""
+    traces_truncated: int
+    traces_dropped_overlong: int
+    questions_dropped_overlong: int
+    """Questions none of whose traces fits."""
+    total_tokens: int
+    """Prompts, once each, and completions."""
+    longest_sequence: int
+    """Prompt, longest tag and completion."""
 
 
 def encode_prompt(example: SetExample, tokenizer: Tokenizer) -> list[int]:
@@ -53,20 +78,21 @@ def tokenize_examples(
     tokenizer: Tokenizer,
     tags: ForkingTokens,
     data: DataConfig,
+    seq_length: int,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[TokenizedSet], dict]:
-    """The sets under the rule len(prompt) + len(longest tag) + len(completion) <= --seq-length, and counters.
+) -> tuple[list[TokenizedSet], TokenizationReport]:
+    """The sets under the rule len(prompt) + len(longest tag) + len(completion) <= --seq-length, and what was counted.
 
-    Counters: questions, traces, trace_count_histogram (of what is kept), traces_truncated, traces_dropped_overlong,
-    questions_dropped_overlong, total_tokens (prompts once each, and completions), longest_sequence (prompt + longest
-    tag + completion). `progress(done, total)` is called after every question. Raises one UserError for all rows that
-    cannot be used, or if nothing is left.
+    `progress(done, total)` is called after every question. Raises one UserError for all rows that cannot be used, or
+    if nothing is left.
     """
-    wrong, counts, sets = WrongRows(), Counter(), []
+    wrong = WrongRows()
+    counts: Counter[str] = Counter()
+    sets: list[TokenizedSet] = []
     longest_tag = max(len(ids) for ids in tags.ids)
     for done, example in enumerate(examples, start=1):
         try:
-            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, counts)
+            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, seq_length, counts)
         except UserError as error:
             wrong.add(example.file, example.line, error)
         else:
@@ -76,35 +102,39 @@ def tokenize_examples(
     wrong.raise_if_any()
     if not sets:
         raise UserError(
-            f"--overlong-traces drop: no trace of {len(examples)} questions fits --seq-length {data.seq_length}; "
+            f"--overlong-traces drop: no trace of {len(examples)} questions fits --seq-length {seq_length}; "
             "raise --seq-length or choose truncate"
         )
     trace_counts = Counter(s.num_traces for s in sets)
-    counters = {
-        "questions": len(sets),
-        "traces": sum(s.num_traces for s in sets),
-        "trace_count_histogram": dict(sorted(trace_counts.items())),
-        "traces_truncated": counts["truncated"],
-        "traces_dropped_overlong": counts["dropped"],
-        "questions_dropped_overlong": len(examples) - len(sets),
-        "total_tokens": sum(len(a) for s in sets for a in (s.prompt_ids, *s.completion_ids)),
-        "longest_sequence": max(len(s.prompt_ids) + longest_tag + len(c) for s in sets for c in s.completion_ids),
-    }
-    return sets, counters
+    return sets, TokenizationReport(
+        questions=len(sets),
+        traces=sum(s.num_traces for s in sets),
+        trace_count_histogram=dict(sorted(trace_counts.items())),
+        traces_truncated=counts["truncated"],
+        traces_dropped_overlong=counts["dropped"],
+        questions_dropped_overlong=len(examples) - len(sets),
+        total_tokens=sum(len(a) for s in sets for a in (s.prompt_ids, *s.completion_ids)),
+        longest_sequence=max(len(s.prompt_ids) + longest_tag + len(c) for s in sets for c in s.completion_ids),
+    )
 
 
 def _tokenize_set(
-    example: SetExample, tokenizer: Tokenizer, longest_tag: int, data: DataConfig, counts: Counter
+    example: SetExample,
+    tokenizer: Tokenizer,
+    longest_tag: int,
+    data: DataConfig,
+    seq_length: int,
+    counts: Counter[str],
 ) -> TokenizedSet:
     """One set under the --seq-length rule, maybe without traces under `drop`. Raises RowError."""
     prompt = encode_prompt(example, tokenizer)
-    room = data.seq_length - len(prompt) - longest_tag
+    room = seq_length - len(prompt) - longest_tag
     if not prompt:
         raise RowError(f"the tokenizer makes no token of the prompt of question {example.id!r}")
     if room < 1:
         raise RowError(
             f"prompt of question {example.id!r} is {len(prompt)} tokens, with its tag it leaves no room in "
-            f"--seq-length {data.seq_length}; raise --seq-length or remove the row"
+            f"--seq-length {seq_length}; raise --seq-length or remove the row"
         )
     completions, sources = [], []
     for number, trace in enumerate(example.traces, start=1):
@@ -115,7 +145,7 @@ def _tokenize_set(
             if data.overlong_traces == "refuse":
                 raise RowError(
                     f"a trace of question {example.id!r} is {len(completion)} tokens, with prompt and tag "
-                    f"{data.seq_length - room + len(completion)}, more than --seq-length {data.seq_length}; raise "
+                    f"{seq_length - room + len(completion)}, more than --seq-length {seq_length}; raise "
                     "--seq-length or choose --overlong-traces truncate or drop"
                 )
             if data.overlong_traces == "drop":

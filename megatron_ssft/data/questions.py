@@ -7,8 +7,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, parse_json, parse_row
+from megatron_ssft.data.examples import parse_row
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, parse_json
 from megatron_ssft.records import SetExample
 
 _FIELDS = ("id", "prompt", "question", "messages")

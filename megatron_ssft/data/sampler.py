@@ -7,12 +7,14 @@ looks ahead for a set of questions that fills the batch exactly.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import QuestionVisit
+from megatron_ssft.seeded import permutation, raw_generator, two_words
 
 
 def epoch_permutation(num_questions: int, seed: int, epoch: int) -> np.ndarray:
@@ -21,8 +23,7 @@ def epoch_permutation(num_questions: int, seed: int, epoch: int) -> np.ndarray:
     It sorts the raw output of a counter-based generator keyed by (seed, epoch): NumPy promises the raw streams, but
     not its own shuffle, to be the same in every release, and a resumed run must find the same order.
     """
-    draws = np.random.Philox(key=(seed % 2**64) | (epoch % 2**64) << 64)
-    return np.argsort(draws.random_raw(num_questions), kind="stable").astype(np.int64)
+    return permutation(raw_generator(two_words(seed, epoch)), num_questions)
 
 
 def fill_batch(trace_counts: Sequence[int], capacity: int) -> list[int]:
@@ -60,6 +61,18 @@ def fill_batch(trace_counts: Sequence[int], capacity: int) -> list[int]:
     return taken
 
 
+class QueueState(TypedDict):
+    """Where a QuestionQueue stands, as JSON values."""
+
+    num_questions: int
+    seed: int
+    epoch: int
+    cursor: int
+    """Place in the epoch's permutation of the next question to enter the window."""
+    waiting: list[list[int]]
+    """[index, epoch] of the visits in the window, in stream order."""
+
+
 class QuestionQueue:
     """Stream of question visits, epoch after epoch, given out in global batches.
 
@@ -71,7 +84,7 @@ class QuestionQueue:
 
     def __init__(
         self,
-        trace_counts: Sequence[int],
+        trace_counts: Iterable[int],
         global_batch_size: int,
         lookahead: int,
         seed: int,
@@ -157,30 +170,30 @@ class QuestionQueue:
             batches += 1
         return batches
 
-    def state_dict(self) -> dict[str, object]:
-        """Everything that decides the future of the stream, as JSON values; a few visits, whatever the data's size."""
-        return {
-            "num_questions": len(self._counts),
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "waiting": [[visit.index, visit.epoch] for visit in self._waiting],
-        }
+    def state_dict(self) -> QueueState:
+        """Everything that decides the future of the stream; a few visits, whatever the data's size."""
+        return QueueState(
+            num_questions=len(self._counts),
+            seed=self._seed,
+            epoch=self._epoch,
+            cursor=self._cursor,
+            waiting=[[visit.index, visit.epoch] for visit in self._waiting],
+        )
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: QueueState) -> None:
         """Go on where `state_dict` was taken. Batch size, look-ahead and number of epochs may differ.
 
         Raises:
             UserError: the state belongs to other data or another seed: its order of questions is not this one.
         """
-        for key, mine, text in (
-            ("num_questions", len(self._counts), "{} questions"),
-            ("seed", self._seed, "--seed {}"),
+        for stored, own, text in (
+            (state["num_questions"], len(self._counts), "{} questions"),
+            (state["seed"], self._seed, "--seed {}"),
         ):
-            if state[key] != mine:
+            if stored != own:
                 raise UserError(
-                    f"the checkpoint's data order was drawn for {text.format(state[key])}, this run has "
-                    f"{text.format(mine)}: resume with the same data and seed, or start anew with --finetune"
+                    f"the checkpoint's data order was drawn for {text.format(stored)}, this run has "
+                    f"{text.format(own)}: resume with the same data and seed, or start anew with --finetune"
                 )
-        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
-        self._waiting = [QuestionVisit(index=int(index), epoch=int(epoch)) for index, epoch in state["waiting"]]
+        self._epoch, self._cursor = state["epoch"], state["cursor"]
+        self._waiting = [QuestionVisit(index=index, epoch=epoch) for index, epoch in state["waiting"]]

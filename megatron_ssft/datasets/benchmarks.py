@@ -7,17 +7,16 @@ code is in code_benchmarks.py. Field names are those of the public releases, in 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, filled_string, kind_of
 from megatron_ssft.datasets.code_benchmarks import humaneval_row, livecodebench_row
 from megatron_ssft.datasets.tables import Progress, Row, check_row, folded, parsed_rows, question_key
-from megatron_ssft.demo.data import write_jsonl
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, write_objects
+from megatron_ssft.seeded import text_digest
 
 MATH_PROMPT = r"""Solve this problem step by step. Write the answer, nothing else, in \boxed{{}} at the very end.
 
@@ -69,7 +68,7 @@ def write_benchmark(
             raise UserError(f"{paths[0]}: no question is left; are --since and --until right?")
 
     try:
-        write_jsonl(output, counted())
+        write_objects(output, counted())
     except OSError as error:
         raise UserError(f"{output}: cannot write the questions: {error.strerror}; give another --output") from error
     return count
@@ -94,7 +93,7 @@ def read_benchmark(
     for path, line, row in parsed_rows(paths, parse, wrong, progress):
         if row is None:
             continue
-        place = first_use.setdefault(row["id"], f"{path}:{line}")
+        place = first_use.setdefault(str(row["id"]), f"{path}:{line}")
         if place != f"{path}:{line}":
             wrong.add(path, line, f"question {row['id']!r} is already at {place}; remove one of them")
         yield row
@@ -133,7 +132,7 @@ def _gpqa_row(row: Row, options: BenchmarkOptions) -> Row:
     if right in choices[1:]:
         raise RowError("the correct answer is one of the incorrect ones too")
     name = _id(row, "gpqa", question, "record id")
-    choices.sort(key=lambda choice: hashlib.sha256(f"{options.seed}\n{name}\n{choice}".encode()).digest())
+    choices.sort(key=lambda choice: text_digest(options.seed, name, choice, joined_by="\n"))
     listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(_LETTERS, choices))
     extra = {"subject": "high-level domain", "subdomain": "subdomain", "difficulty": "writer's difficulty estimate"}
     return {

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import json
 
-from megatron_ssft.data.jsonl import RowError, filled_string, kind_of
 from megatron_ssft.datasets.string_pickle import decode_payload
 from megatron_ssft.datasets.tables import Row
+from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
 
 LIVECODEBENCH_PROMPT = """Write a Python program that solves this problem within its limits.
 
@@ -157,5 +157,5 @@ def humaneval_row(row: Row) -> Row:
 def _helpers(tree: ast.Module, name: str, lines: int) -> str:
     """Imports and functions that the prompt, `lines` long, gives beside the one to be written; some tests call them."""
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-    nodes = [node for node in tree.body if isinstance(node, kinds) and node.end_lineno <= lines]
+    nodes = [node for node in tree.body if isinstance(node, kinds) and (node.end_lineno or 0) <= lines]
     return "".join(f"{ast.unparse(node)}\n" for node in nodes if getattr(node, "name", None) != name)

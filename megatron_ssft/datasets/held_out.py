@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ssft.data.jsonl import WrongRows
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import publish_file, sync_file
+from megatron_ssft.formats.jsonl import WrongRows
+from megatron_ssft.seeded import text_digest, whole_number
 
 FILES = ("train.jsonl", "heldout.jsonl")
 
@@ -41,7 +41,7 @@ def split_set(
     """
     if not 0 < held_out < 1:
         raise UserError(f"--held-out {held_out}: must lie between 0 and 1, as in 0.1")
-    targets = [folder / name for name in FILES]
+    train, held_out_file = targets = tuple(folder / name for name in FILES)
     for path in paths:
         if path.suffix != ".jsonl":
             raise UserError(f"{path}: only JSONL files can be split; make one with the command pool")
@@ -56,16 +56,15 @@ def split_set(
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        counts = _write(paths, targets, held_out_keys)
+        train_rows, held_out_rows = _write(paths, targets, held_out_keys)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot write the sets: {error.strerror or error}") from error
-    return SplitReport(*targets, *counts, repeated)
+    return SplitReport(train, held_out_file, train_rows, held_out_rows, repeated)
 
 
 def is_held_out(name: str, share: float, seed: int) -> bool:
     """Whether the question with the id `name` is among the `share` that is held out."""
-    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return whole_number(text_digest(seed, name, joined_by="\n"), bits=64) < share * 2**64
 
 
 def _first_ids(paths: list[Path], progress: Progress | None) -> tuple[dict[str, str], int]:
@@ -91,7 +90,7 @@ def _first_ids(paths: list[Path], progress: Progress | None) -> tuple[dict[str, 
     return ids, repeated
 
 
-def _write(paths: Iterable[Path], targets: list[Path], held_out_keys: set[str]) -> list[int]:
+def _write(paths: Iterable[Path], targets: Sequence[Path], held_out_keys: set[str]) -> list[int]:
     """Write both files, then give them their names; returns their numbers of rows. Raises OSError."""
     counts = [0, 0]
     with tempfile.TemporaryDirectory(dir=targets[0].parent, prefix=".split.") as work:
@@ -103,8 +102,7 @@ def _write(paths: Iterable[Path], targets: list[Path], held_out_keys: set[str]) 
                 counts[side] += 1
                 files[side].write(json.dumps(row, ensure_ascii=False) + "\n")
             for file in files:
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
         for part, target in zip(parts, targets):
-            os.replace(part, target)
+            publish_file(part, target)
     return counts

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from megatron_ssft.data.jsonl import RowError, filled_string, kind_of
+from megatron_ssft.boxed import last_boxes
 from megatron_ssft.datasets.tables import Row, check_row, question_key
-from megatron_ssft.scoring.verifiers.common import last_boxes
+from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
 
 EMPTY = "empty"
 UNFINISHED = "unfinished reasoning"
@@ -42,8 +42,13 @@ class PoolRow:
     notes: Counter[str] = field(default_factory=Counter)
     """Remark -> how often it applies."""
 
-    def add(self, text: object, what: str, known: Row, response: object = None) -> None:
-        """Add a trace with what is `known` of it, split into reasoning and response where these are not kept apart.
+    @property
+    def id(self) -> str:
+        """The question's id."""
+        return str(self.question["id"])
+
+    def add(self, text: object, what: str, facts: Mapping[str, object], response: object = None) -> None:
+        """Add a trace with the `facts` about it, split into reasoning and response where these are not kept apart.
 
         Raises RowError, which calls the text `what`, for something that is no text.
         """
@@ -62,7 +67,7 @@ class PoolRow:
         if reason:
             self.left_out[reason] += 1
             return
-        trace = {"text": text, "answer": response, **known}
+        trace = {"text": text, "answer": response, **facts}
         self.traces.append({name: value for name, value in trace.items() if value is not None})
 
 
@@ -92,10 +97,12 @@ def _project(row: Row, options: FormatOptions) -> PoolRow:
     """The project's own rows; fields that training does not know stay."""
     check_row(row)
     result = PoolRow({k: v for k, v in row.items() if k != "traces" and v is not None} | {"id": str(row["id"])})
-    for number, trace in enumerate(row["traces"], start=1):
-        known = {"source": options.source} | {k: v for k, v in trace.items() if v is not None}
-        text, response = known.pop("text"), known.pop("answer", None)
-        result.add(text, f"'text' of trace {number}", known, response)
+    traces = row["traces"]
+    assert isinstance(traces, list), "the row was checked"
+    for number, trace in enumerate(traces, start=1):
+        facts = {"source": options.source} | {k: v for k, v in trace.items() if v is not None}
+        text, response = facts.pop("text"), facts.pop("answer", None)
+        result.add(text, f"'text' of trace {number}", facts, response)
     return result
 
 
@@ -105,7 +112,7 @@ def _s1k(row: Row, options: FormatOptions) -> PoolRow:
     Trajectory, attempt and grade may be lists, for several traces of one source.
     """
     result = _question(row, "question", "s1k", {"cot_type": "subject", "source_type": "origin"})
-    if isinstance(solution := row.get("solution"), str) and solution.strip():
+    if solution := _text_in(row, "solution"):
         result.question["solution"] = solution
         answer = final_answer(solution)
         result.question.update({} if answer is None else {"answer": answer})
@@ -143,8 +150,8 @@ def _openr1(row: Row, options: FormatOptions) -> PoolRow:
             result.left_out[UNFINISHED] += 1
             continue
         verdicts = {verified[number], judged[number]} - {None}
-        known = {"source": options.source or "deepseek-r1", "correct": any(verdicts) if verdicts else None}
-        result.add(text, f"generation {number + 1}", known)
+        facts = {"source": options.source or "deepseek-r1", "correct": any(verdicts) if verdicts else None}
+        result.add(text, f"generation {number + 1}", facts)
     return result
 
 
@@ -162,8 +169,8 @@ def _openthoughts(row: Row, options: FormatOptions, source: str = "deepseek-r1")
         )
         messages.append({"role": _ROLES[turn["from"]], "content": text})
     system = [turn for turn in messages if turn["role"] == "system"]
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        system.insert(0, {"role": "system", "content": row["system"]})
+    if prompt_field := _text_in(row, "system"):
+        system.insert(0, {"role": "system", "content": prompt_field})
     *asked, reply = [turn for turn in messages if turn["role"] != "system"] or messages
     if reply["role"] != "assistant" or not asked or asked[-1]["role"] != "user":
         raise RowError("'conversations' must end in a user turn and the assistant's reply")
@@ -196,8 +203,15 @@ def final_answer(solution: str) -> str | None:
 def _question(row: Row, name: str, release: str, extra: dict[str, str]) -> PoolRow:
     """The question in the field `name` under an id made from its words, and the fields of `extra` under new names."""
     question: Row = {"question": filled_string(row.get(name), repr(name))}
-    kept = {new: row[old] for old, new in extra.items() if isinstance(row.get(old), str) and row[old].strip()}
-    return PoolRow({"id": f"{release}-{question_key(question)[:16]}", **question, **kept})
+    texts = {new: _text_in(row, old) for old, new in extra.items()}
+    present = {name: text for name, text in texts.items() if text is not None}
+    return PoolRow({"id": f"{release}-{question_key(question)[:16]}", **question, **present})
+
+
+def _text_in(row: Row, name: str) -> str | None:
+    """The text in a field; None where it is missing, blank or no text."""
+    value = row.get(name)
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _as_list(value: object) -> list[object]:

@@ -8,7 +8,6 @@ on how they are spread over files, and its questions come in the order of that h
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import tempfile
@@ -16,12 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions, PoolRow, detect_format
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key, total_bytes
-from megatron_ssft.demo.data import write_jsonl
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, write_objects
+from megatron_ssft.seeded import json_digest
 
 DUPLICATE = "the same as another one"
 INCORRECT = "incorrect"
@@ -93,7 +93,7 @@ def build_pool(
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             parts = _deal(paths, Path(folder), options, report, progress)
-            write_jsonl(output, _questions(parts, options, report))
+            write_objects(output, _questions(parts, options, report))
     except OSError as error:
         raise UserError(f"{output}: cannot write the set: {error.strerror or error}; give another --output") from error
     return report
@@ -112,18 +112,30 @@ def _deal(
         for path in paths:
             reader = _Reader(options)
             report_bytes = None if progress is None else lambda done, before=before: progress(before + done)
-            for file, line, row in parsed_rows([path], reader.parse, wrong, report_bytes):
-                key, name = question_key(row.question), row.question["id"]
-                place = f"{file}:{line}"
-                if reader.format == "project" and ids.setdefault(name, (key, place))[0] != key:
-                    wrong.add(file, line, f"id {name!r} is another question's at {ids[name][1]}; ids must be unique")
+            for file, line, (format_name, row) in parsed_rows([path], reader.parse, wrong, report_bytes):
+                key, place = question_key(row.question), f"{file}:{line}"
+                if format_name == "project" and ids.setdefault(row.id, (key, place))[0] != key:
+                    wrong.add(
+                        file, line, f"id {row.id!r} is another question's at {ids[row.id][1]}; ids must be unique"
+                    )
                     continue
-                _count(row, reader.format, report)
-                record = {"key": key, "place": place, "question": row.question, "traces": row.traces}
+                _count(row, format_name, report)
+                record = DealtRow(key=key, place=place, question=row.question, traces=row.traces)
                 files[int(key[:2], 16) * _PARTS // 256].write(json.dumps(record, default=str) + "\n")
             before += total_bytes([path])
     wrong.raise_if_any()
     return parts
+
+
+class DealtRow(TypedDict):
+    """One row of a pool, as it waits for the others that ask the same."""
+
+    key: str
+    """The question's `question_key`."""
+    place: str
+    """`file:line`."""
+    question: Row
+    traces: list[Row]
 
 
 class _Reader:
@@ -133,10 +145,10 @@ class _Reader:
         self.format = options.format
         self._options = options
 
-    def parse(self, row: Row) -> PoolRow:
-        """Raises RowError."""
+    def parse(self, row: Row) -> tuple[str, PoolRow]:
+        """The format's name and what the row holds. Raises RowError."""
         self.format = self.format or detect_format(row)
-        return FORMATS[self.format](row, self._options.reading)
+        return self.format, FORMATS[self.format](row, self._options.reading)
 
 
 def _count(row: PoolRow, name: str, report: PoolReport) -> None:
@@ -152,21 +164,22 @@ def _questions(parts: Iterable[Path], options: PoolOptions, report: PoolReport) 
     wrong = WrongRows()
     for part in parts:
         with open(part, encoding="ascii") as file:
-            records = sorted(map(json.loads, file), key=lambda record: record["key"])
+            records: list[DealtRow] = sorted(map(json.loads, file), key=lambda record: record["key"])
         part.unlink()
         for _, group in itertools.groupby(records, key=lambda record: record["key"]):
             rows = list(group)
             report.questions_read += 1
-            question = _set(rows, options, report)
-            if question is None:
+            joined = _join(rows, options, report)
+            if joined is None:
                 continue
+            question, traces = joined
             try:
                 check_row(question)
             except RowError as error:
-                file, _, line = rows[0]["place"].rpartition(":")
-                wrong.add(file, int(line), error)
+                path, _, line = rows[0]["place"].rpartition(":")
+                wrong.add(path, int(line), error)
                 continue
-            _count_kept(question, report)
+            _count_kept(traces, report)
             yield question
     wrong.raise_if_any()
     if not report.questions:
@@ -175,8 +188,8 @@ def _questions(parts: Iterable[Path], options: PoolOptions, report: PoolReport) 
         raise UserError(f"no question of {report.questions_read} is left ({left_out}); keep more of them")
 
 
-def _set(rows: list[dict], options: PoolOptions, report: PoolReport) -> Row | None:
-    """One question with the traces that stay, from all rows that ask it; None if they are too few."""
+def _join(rows: list[DealtRow], options: PoolOptions, report: PoolReport) -> tuple[Row, list[Row]] | None:
+    """One question from all rows that ask it, and its traces that stay; None if they are too few."""
     questions = sorted((row["question"] for row in rows), key=lambda q: (q["id"], json.dumps(q, sort_keys=True)))
     question = questions[0]
     report.notes["rows joined to another with the same question"] += len(rows) - 1
@@ -187,12 +200,12 @@ def _set(rows: list[dict], options: PoolOptions, report: PoolReport) -> Row | No
     report.traces_left_out[DUPLICATE] += len(traces) - len(distinct)
     kept = [t for t in distinct.values() if options.keep_incorrect or t.get("correct") is not False]
     report.traces_left_out[INCORRECT] += len(distinct) - len(kept)
-    chosen = choose_traces(kept, question["id"], options, report.traces_left_out)
+    chosen = choose_traces(kept, str(question["id"]), options, report.traces_left_out)
     if len(chosen) < options.min_traces:
         report.questions_left_out["fewer than --min-traces" if chosen else "without traces"] += 1
         report.traces_left_out["of a question left out"] += len(chosen)
         return None
-    return {**question, "traces": chosen}
+    return {**question, "traces": chosen}, chosen
 
 
 def choose_traces(traces: Sequence[Row], name: str, options: PoolOptions, left_out: Counter[str]) -> list[Row]:
@@ -203,7 +216,7 @@ def choose_traces(traces: Sequence[Row], name: str, options: PoolOptions, left_o
     """
 
     def rank(*parts: object) -> bytes:
-        return hashlib.sha256(json.dumps([options.seed, name, *parts]).encode("ascii")).digest()
+        return json_digest(options.seed, name, *parts)
 
     sources: dict[object, list[Row]] = {}
     for trace in sorted(traces, key=lambda t: rank("trace", t["text"], t.get("answer"))):
@@ -217,10 +230,11 @@ def choose_traces(traces: Sequence[Row], name: str, options: PoolOptions, left_o
     return chosen
 
 
-def _count_kept(question: Row, report: PoolReport) -> None:
+def _count_kept(traces: Sequence[Row], report: PoolReport) -> None:
     report.questions += 1
-    report.traces += len(question["traces"])
-    report.trace_counts[len(question["traces"])] += 1
-    for trace in question["traces"]:
-        verdict = {True: "correct", False: "incorrect"}.get(trace.get("correct"), "unknown")
-        report.by_source.setdefault(trace.get("source", "unknown"), Counter())[verdict] += 1
+    report.traces += len(traces)
+    report.trace_counts[len(traces)] += 1
+    for trace in traces:
+        correct = trace.get("correct")
+        verdict = "unknown" if correct is None else "correct" if correct else "incorrect"
+        report.by_source.setdefault(str(trace.get("source", "unknown")), Counter())[verdict] += 1

@@ -11,7 +11,7 @@ import binascii
 import pickletools
 import zlib
 
-from megatron_ssft.data.jsonl import RowError
+from megatron_ssft.formats.jsonl import RowError
 
 _STRINGS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _NEUTRAL = ("FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT")
@@ -46,6 +46,7 @@ def read_string_pickle(data: bytes, what: str) -> str:
         except ValueError as error:
             raise RowError(f"{what} is no complete pickle; fetch the file again") from error
         if opcode.name == "STOP" and text is not None:
+            assert place is not None, "genops knows the place in bytes"
             if place + 1 < len(data):
                 raise RowError(f"{what} has data behind its end; fetch the file again")
             return text

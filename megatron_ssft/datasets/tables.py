@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from megatron_ssft.data.jsonl import RowError, WrongRows, kind_of, parse_json, parse_row
+from megatron_ssft.data.examples import parse_row
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows, kind_of, parse_json
 
 Row = dict[str, object]
 Progress = Callable[[int], None]
@@ -45,8 +46,13 @@ def check_row(row: Row, *, traces_required: bool = True) -> None:
 
 def question_key(row: Row) -> str:
     """A hash (32 hexadecimal digits) of what is asked, the same for the same words with other spaces between them."""
-    turns = row.get("messages") or [{"role": "user", "content": row.get("question") or ""}]
-    parts: list[object] = [[turn["role"], " ".join(turn["content"].split())] for turn in turns]
+    messages = row.get("messages")
+    turns = (
+        messages
+        if isinstance(messages, list) and messages
+        else [{"role": "user", "content": row.get("question") or ""}]
+    )
+    parts: list[object] = [[turn["role"], " ".join(str(turn["content"]).split())] for turn in turns]
     if row.get("prompt") is not None:
         parts = ["verbatim", row["prompt"]]
     return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:32]
@@ -137,23 +143,29 @@ def _json_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
     line, counted = 1, 0
     try:
         text = data.decode("utf-8")
-        place = _AFTER_ITEM.match(text, text.index("[") + 1).end()
+        _, place = _after_item(text, text.index("[") + 1)
         while not text.startswith("]", place):
             line, counted = line + text.count("\n", counted, place), place
             value, end = json.JSONDecoder().raw_decode(text, place)
             yield line, _as_row(value)
-            separator = _AFTER_ITEM.match(text, end)
-            if separator[1] == "]":
+            separator, place = _after_item(text, end)
+            if separator == "]":
                 return
-            if separator[1] != ",":
+            if separator != ",":
                 raise json.JSONDecodeError("a comma or ] is missing", text, end)
-            place = separator.end()
     except UnicodeDecodeError as error:
         yield 1, RowError(f"not valid UTF-8 at byte {error.start + 1} of the file; save the file as UTF-8")
     except json.JSONDecodeError as error:
         yield error.lineno, RowError(f"not valid JSON at column {error.colno}: {error.msg}")
     except (ValueError, RecursionError):
         yield line, RowError("not usable JSON: a number is too long or brackets are nested too deeply")
+
+
+def _after_item(text: str, place: int) -> tuple[str, int]:
+    """What separates an item from the next one, a comma, ] or nothing, and where that ends; spaces do not count."""
+    match = _AFTER_ITEM.match(text, place)
+    assert match is not None, "the pattern matches the empty text"
+    return match[1], match.end()
 
 
 def _csv_rows(stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, Row | RowError]]:

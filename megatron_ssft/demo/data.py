@@ -21,18 +21,16 @@ no evidence for results on any benchmark.
 from __future__ import annotations
 
 import itertools
-import json
 import operator
-import os
 import random
 import re
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import write_objects
 
 Operation = Callable[[int, int], int]
 Digits = tuple[int, int, int, int]
@@ -154,22 +152,6 @@ def _trace_row(index: int, name: str, digits: Digits, gold: int, rng: random.Ran
     return {"text": f"{teacher.write(OPERATIONS[name], digits)}#{answer}", "source": teacher.name, "correct": correct}
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """One JSON object a line; the file appears complete or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp keeps others out
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def write_demo_data(
     folder: Path, train: int = 2048, held_out: int = 256, traces: int = 4, seed: int = 1234
 ) -> tuple[Path, Path]:
@@ -178,7 +160,7 @@ def write_demo_data(
     paths = folder / "train.jsonl", folder / "heldout.jsonl"
     try:
         for path, rows in zip(paths, (train_rows, held_out_rows)):
-            write_jsonl(path, rows)
+            write_objects(path, rows)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot write the data: {error.strerror}") from error
     return paths

@@ -6,7 +6,6 @@ over its questions of a figure of each question.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ssft.formats.evaluation import MaybeEstimate
+from megatron_ssft.seeded import text_digest
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def best_tag_accuracy(choose: np.ndarray, measure: np.ndarray) -> float:
 
 def question_halves(ids: Sequence[str]) -> np.ndarray:
     """bool [Q]: two halves that depend on the ids alone, not on their order; sizes differ by one at most."""
-    ranked = sorted(range(len(ids)), key=lambda q: hashlib.sha256(ids[q].encode("utf-8", "backslashreplace")).digest())
+    ranked = sorted(range(len(ids)), key=lambda q: text_digest(ids[q], errors="backslashreplace"))
     halves = np.zeros(len(ids), bool)
     halves[ranked[::2]] = True
     return halves

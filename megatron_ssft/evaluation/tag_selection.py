@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ssft.config.flags import ANY_RUN, read_config_file
+from megatron_ssft.config.flags import read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.metrics import Estimate, estimate
 from megatron_ssft.formats.rollouts import OWN_MODES, read_scored
@@ -71,7 +71,7 @@ def select(
 ) -> Selection:
     """Rank the tags of a run; the numbers are those of `persistent_configurations`. Raises UserError."""
     run = load_run(folder)
-    settings = read_config_file(str(folder / "config.yaml"), ANY_RUN) if (folder / "config.yaml").is_file() else {}
+    settings = read_config_file(str(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
     matching = None if settings.get("matching") is None else str(settings["matching"])
     refuse_unmatched(folder, run, matching)
     configured = settings.get("num_forking_tokens")

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import whole_file
 
 Row = TypeVar("Row")
 Count = Annotated[int, Meta(ge=0, description="a whole number from 0")]
@@ -176,6 +177,13 @@ def to_object(record: msgspec.Struct) -> dict[str, object]:
 def to_line(record: msgspec.Struct, *, allow_nan: bool = True) -> str:
     """The record as one line, pure ASCII: texts may hold line separators and halves of surrogate pairs."""
     return json.dumps(to_object(record), allow_nan=allow_nan) + "\n"
+
+
+def write_objects(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write one JSON object per line, letters spelled out; the file appears whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 # -- single values ---------------------------------------------------------------------------------------------------

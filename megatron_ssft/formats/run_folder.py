@@ -12,8 +12,6 @@ STATE = "train_state.json"
 """In a checkpoint's folder, written last: a checkpoint without it is not complete."""
 ASSETS = "hf"
 """In a run: the Hugging Face files besides weights. In a checkpoint: its export."""
-METRICS = "metrics.jsonl"
-ASSIGNMENTS = "assignments.jsonl"
 POLICY = "policy.jsonl"
 FINISHED = "finished.json"
 

@@ -6,11 +6,19 @@ that every sequence's newest token stands in the last place; padding is masked, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from megatron_ssft.errors import UserError
+
+
+class Cache(Protocol):
+    """The part of transformers' cache that is used here."""
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
 
 
 class KVRows:
@@ -18,7 +26,8 @@ class KVRows:
 
     def __init__(self, model: torch.nn.Module, num_rows: int) -> None:
         self._model, self._device = model, next(model.parameters()).device
-        self._cache: object | None = None
+        self._cache_name = cache_name(model.forward)
+        self._cache: Cache | None = None
         self._mask = torch.ones(num_rows, 0, dtype=torch.long, device=self._device)  # [B, L]: 0 for padding
         self._lengths = torch.zeros(num_rows, dtype=torch.long, device=self._device)  # [B], padding not counted
         self._padded = False
@@ -64,16 +73,26 @@ class KVRows:
             input_ids=ids,
             attention_mask=self._mask if self._padded else None,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: self._cache},
         )
+        cache: Cache = getattr(out, self._cache_name)
         if self._cache is None:
-            _check_cache(out.past_key_values)
-        self._cache, self.logits = out.past_key_values, out.logits[:, -1]
+            _check_cache(cache)
+        self._cache, self.logits = cache, out.logits[:, -1]
 
 
-def _check_cache(cache: object) -> None:
+def cache_name(forward: Callable[..., object]) -> str:
+    """The name of the cache in a model's `forward` and in its output: `cache`, or `past_key_values` in the past.
+
+    The signature decides, because models change one by one. transformers 5.24 renamed it in most, warns about the old
+    name, and will take it no more from 5.40.
+    """
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def _check_cache(cache: Cache) -> None:
     """Sliding windows count padding, recurrent states take it in: such models need another program."""
     if any(getattr(cache, "is_sliding", ())) or any(getattr(cache, "is_linear", ())):
         raise UserError("--backend hf: made for full attention in every layer; use --backend vllm or openai")

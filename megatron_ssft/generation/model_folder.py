@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
+from megatron_ssft.formats.hf_json import read_json
 from megatron_ssft.hf.fingerprints import model_fingerprint, tokenizer_fingerprint
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron_ssft.tokenizers.tokenizer_files import read_json
 
 
 @dataclass(frozen=True)

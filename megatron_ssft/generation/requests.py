@@ -6,18 +6,17 @@ requests, nor how they are batched, nor a restart changes what is drawn.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rollouts import Rollout, RolloutKey, mark
 from megatron_ssft.generation.model_folder import ModelFolder
 from megatron_ssft.generation.own_tags import OwnTags
 from megatron_ssft.records import ForkingTokens, SetExample
+from megatron_ssft.seeded import json_digest, whole_number
 
 TAG_MODES = ("each", "fixed", "round-robin", "own", "own-greedy", "none")
 FREE_MODES = ("own", "own-greedy", "none")
@@ -149,9 +148,7 @@ class Generated:
 
 def sample_seed(base: int, name: str, slot: int | None, sample: int) -> int:
     """The seed of one sample, in [0, 2^31): every server takes numbers of that size."""
-    # JSON keeps the parts apart and spells halves of surrogate pairs.
-    text = json.dumps([base, name, slot, sample])
-    return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:4], "big") >> 1
+    return whole_number(json_digest(base, name, slot, sample), bits=31)
 
 
 def build_requests(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
@@ -29,11 +28,12 @@ from megatron_ssft.generation.requests import (
     prompt_mark,
     token_limit,
 )
+from megatron_ssft.progress import Wording, track
 
 BACKENDS = ("hf", "openai", "vllm")
 GREEDY_STEPS = 256
 """Mode own-greedy: most steps until a tag is complete, as in the published evaluation."""
-_PLAIN_SECONDS = 10.0
+_PROGRESS = Wording("generating", "{done} of {total} samples, {speed}", "{done} of {total} samples were there")
 
 
 class Backend(Protocol):
@@ -234,27 +234,15 @@ def _started(
 
 def _shown(console: Console, rollouts: Iterable[Rollout], done: int, total: int) -> Iterator[Rollout]:
     """Pass `rollouts` on: with a bar on a terminal, with a plain line now and then elsewhere."""
-    if console.is_terminal:
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=total, completed=done, speed="")
-            for rollout, speed in _with_speed(rollouts):
-                yield rollout
-                bar.update(task, advance=1, speed=speed)
-        return
-    if done:
-        console.print(f"{done} of {total} samples were there")
-    last = time.monotonic()
-    for count, (rollout, speed) in enumerate(_with_speed(rollouts), start=done + 1):
-        yield rollout
-        if count < total and time.monotonic() - last > _PLAIN_SECONDS:
-            last = time.monotonic()
-            console.print(f"{count} of {total} samples, {speed}", highlight=False)
+    return track(rollouts, console, _PROGRESS, done, total, _Speed())
 
 
-def _with_speed(rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, str]]:
-    """Each rollout with the tokens a second so far."""
-    started, tokens = time.monotonic(), 0
-    for rollout in rollouts:
-        tokens += len(rollout.token_ids)
-        yield rollout, f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s"
+class _Speed:
+    """Tokens per second so far, told after every rollout."""
+
+    def __init__(self) -> None:
+        self._started, self._tokens = time.monotonic(), 0
+
+    def __call__(self, rollout: Rollout) -> str:
+        self._tokens += len(rollout.token_ids)
+        return f"{self._tokens / max(time.monotonic() - self._started, 1e-9):.0f} tokens/s"

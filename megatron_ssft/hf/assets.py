@@ -6,36 +6,24 @@ installed version (class names, key names), which other versions and other progr
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import sync_folder
+from megatron_ssft.formats.files import new_folder, sync_folder
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, write_forking_tokens
+from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.sentencepiece_files import convert_sentencepiece, piece_names
-from megatron_ssft.tokenizers.tokenizer_files import add_forking_tokens, load_tokenizer, read_json, write_json
-
-# tekken.json is left out: where it lies beside a tokenizer.json, machines with mistral-common would read it instead,
-# and it does not know the tags. Code (*.py) is never carried along.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
+from megatron_ssft.tokenizers.hf_folder import (
+    TOKENIZER_FILES,
+    copy_matching,
+    ensure_tokenizer_json,
+    has_vocab_and_merges,
 )
-"""Whatever decides how a folder's text becomes ids."""
+from megatron_ssft.tokenizers.tag_entries import add_forking_tokens
+
 _ASSETS = (
     "config.json",
     "generation_config.json",
@@ -45,7 +33,6 @@ _ASSETS = (
     "USE_POLICY*",
     FORKING_TOKENS,
 )
-_NEVER = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
 def copy_assets(hf_dir: Path, target: Path) -> None:
@@ -59,28 +46,11 @@ def copy_assets(hf_dir: Path, target: Path) -> None:
     if target.is_dir() and target.samefile(hf_dir):
         return
     try:
-        with replacement(target) as fresh:
+        with new_folder(target) as fresh:
             copy_files(hf_dir, fresh)
             ensure_tokenizer_json(fresh, hf_dir)
     except OSError as error:
         raise UserError(f"{target}: cannot copy the files of {hf_dir}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def replacement(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` where the block ends well; else `target` stays. Raises OSError."""
-    old = target.with_name(f"{target.name}.old")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as parent:
-        fresh = Path(parent) / target.name
-        fresh.mkdir()
-        yield fresh
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    sync_folder(target.parent)
 
 
 def write_assets(
@@ -134,90 +104,27 @@ def find_tokenizer(hf_dir: Path) -> tuple[str, Path]:
     Raises UserError for a folder without a tokenizer.
     """
     hf_dir = Path(hf_dir)
-    if any((hf_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) or _has_vocab_and_merges(
-        hf_dir
-    ):
+    single_files = ("tokenizer.json", "tokenizer.model")
+    if any((hf_dir / name).is_file() for name in single_files) or has_vocab_and_merges(hf_dir):
         return "HuggingFaceTokenizer", hf_dir
     raise UserError(f"{hf_dir}: neither tokenizer.json nor tokenizer.model; name a tokenizer by --tokenizer-model")
 
 
 def copy_files(hf_dir: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
     """Copy the assets that are there but for `leave_out`. Raises OSError."""
-    # Contents only: files of a download cache are links, maybe read-only.
-    for pattern in _ASSETS:
-        for file in sorted(hf_dir.glob(pattern)):
-            if file.is_file() and file.suffix not in _NEVER and file.name not in leave_out:
-                copy = target / file.relative_to(hf_dir)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+    copy_matching(hf_dir, target, _ASSETS, leave_out)
 
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
 
 
-def _has_vocab_and_merges(folder: Path) -> bool:
-    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-
-
-def ensure_tokenizer_json(folder: Path, source: Path) -> None:
-    """Write tokenizer.json from the older forms. `source` is where the files come from, for messages.
-
-    Raises UserError where it cannot be written so that it gives the same ids.
-    """
-    if (folder / "tokenizer.json").is_file():
-        return
-    if (folder / "tokenizer.model").is_file():
-        _convert_sentencepiece_folder(folder, source)
-    elif _has_vocab_and_merges(folder):
-        backend = load_tokenizer(folder, source).backend_tokenizer
-        (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-
-
-def _convert_sentencepiece_folder(folder: Path, source: Path) -> None:
-    """tokenizer.json, and a tokenizer_config.json that has it used as it stands."""
-    import tokenizers
-
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    legacy = config.get("legacy") is not False
-    model = folder / "tokenizer.model"
-    converted = convert_sentencepiece(
-        model, config.get("add_bos_token", True) is not False, legacy, source / model.name
-    )
-    for token_id, entry in sorted(_added_tokens(folder, config).items()):
-        if converted.token_to_id(entry["content"]) != token_id or converted.id_to_token(token_id) is None:
-            converted.add_tokens([tokenizers.AddedToken(**entry)])
-        if converted.token_to_id(entry["content"]) != token_id:
-            raise UserError(f"{source}: added token {entry['content']!r} cannot get its id {token_id}; check the files")
-    (folder / "tokenizer.json").write_text(converted.to_str(), encoding="utf-8")
-    # The class written for SentencePiece files would build its own rules, beginning with another first space.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    named = folder / "special_tokens_map.json"
-    elsewhere = read_json(named) if named.is_file() else {}
-    for key, piece in piece_names(model).items():
-        if key not in elsewhere:
-            config.setdefault(key, piece)
-    write_json(path, config)
-
-
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tokens that a SentencePiece checkpoint adds to its model: id -> arguments of tokenizers.AddedToken."""
-    found = {}
-    legacy = folder / "added_tokens.json"
-    for content, token_id in (read_json(legacy) if legacy.is_file() else {}).items():
-        found[int(token_id)] = {"content": content, "normalized": False}
-    for token_id, entry in config.get("added_tokens_decoder", {}).items():
-        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        found[int(token_id)] = {flag: entry[flag] for flag in flags if flag in entry}
-    return found
-
-
 def _update_config(path: Path, vocab_size: int, torch_dtype: str, tied: bool | None) -> None:
     config = read_json(path)
     # transformers 5 writes `dtype`, reads both; older versions know `torch_dtype` only.
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
-    updated = {**config, "vocab_size": vocab_size, **dict.fromkeys(names, torch_dtype)}
+    dtypes: dict[str, Any] = dict.fromkeys(names, torch_dtype)
+    updated = {**config, "vocab_size": vocab_size, **dtypes}
     if tied is not None and tied != bool(config.get("tie_word_embeddings")):  # absent is false, in every family
         updated["tie_word_embeddings"] = tied
     if updated != config:

@@ -222,7 +222,7 @@ def _integer(values: dict[str, object], key: str, where: str) -> int:
 
 def _number(values: dict[str, object], key: str, where: str) -> float:
     value = _given(values, key, where)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UserError(f'{where}: "{key}" must be a positive number, not {value!r}')
     return float(value)
 

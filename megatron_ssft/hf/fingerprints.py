@@ -15,9 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.hf.assets import TOKENIZER_FILES
+from megatron_ssft.formats.hf_json import read_json
 from megatron_ssft.hf.safetensors_io import HFWeights
-from megatron_ssft.tokenizers.tokenizer_files import read_json
+from megatron_ssft.tokenizers.hf_folder import TOKENIZER_FILES
 
 _BLOCK_BYTES = 1 << 24
 _ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -98,4 +98,4 @@ def _blocks(weights: HFWeights, name: str) -> Iterator[Tensor]:
 def _bytes_of(block: Tensor) -> memoryview:
     import torch
 
-    return memoryview(block.reshape(-1).view(torch.uint8).numpy())
+    return block.reshape(-1).view(torch.uint8).numpy().data

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import sync_folder, write_durably
+from megatron_ssft.formats.files import publish_file, sync_file, write_durably
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -262,13 +262,13 @@ class ShardWriter:
         shard, plan = self._coming[self._written]
         assert TensorPlan(name, tensor.dtype, tuple(tensor.shape)) == plan, f"{name} comes where {plan} was planned"
         try:
-            if self._file is None:
-                self._begin(shard)
-            self._file.seek(self._offsets[name])
-            self._file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+            file = self._file = self._file or self._begin(shard)
+            file.seek(self._offsets[name])
+            file.write(_bytes_of(tensor.detach().cpu().contiguous()))
             self._written += 1
             if self._written == len(self._coming) or self._coming[self._written][0] != shard:
-                self._complete(shard)
+                self._file = None
+                self._complete(shard, file)
         except OSError as error:
             raise self._cannot(shard, error) from error
 
@@ -291,8 +291,11 @@ class ShardWriter:
     def _partial(self, shard: int) -> Path:
         return self.folder / f"{self._name(shard)}.partial"
 
-    def _begin(self, shard: int) -> None:
-        """Write the header. In the file wider dtypes come first, so that every tensor is aligned to its own."""
+    def _begin(self, shard: int) -> BinaryIO:
+        """Open the shard's file and write the header.
+
+        In the file wider dtypes come first, so that every tensor is aligned to its own.
+        """
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         names = {dtype: name for name, dtype in DTYPES.items()}
         end = 0
@@ -304,16 +307,14 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         for plan in self._shards[shard]:
             self._offsets[plan.name] += 8 + len(text)
-        self._file = open(self._partial(shard), "wb")  # noqa: SIM115
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        file = open(self._partial(shard), "wb")  # noqa: SIM115
+        file.write(len(text).to_bytes(8, "little") + text)
+        return file
 
-    def _complete(self, shard: int) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        os.replace(self._partial(shard), self.folder / self._name(shard))
-        sync_folder(self.folder)
+    def _complete(self, shard: int, file: BinaryIO) -> None:
+        sync_file(file)
+        file.close()
+        publish_file(self._partial(shard), self.folder / self._name(shard))
 
     def _cannot(self, shard: int, error: OSError) -> UserError:
         return UserError(f"{self.folder / self._name(shard)}: cannot be written: {error.strerror}")
@@ -342,7 +343,7 @@ def _bounds(part: slice | None, size: int) -> tuple[int, int]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not a copy."""
     assert tensor.is_contiguous()
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _listed(names: list[str]) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ssft.config import Config, ModelConfig
+from megatron_ssft.config import ModelConfig, RunConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.hf.assets import copy_files, ensure_tokenizer_json, replacement
+from megatron_ssft.formats.files import new_folder
+from megatron_ssft.formats.hf_json import read_json, write_json
+from megatron_ssft.hf.assets import copy_files
 from megatron_ssft.hf.families import FAMILIES
-from megatron_ssft.tokenizers.sentencepiece_files import PROBES, convert_sentencepiece, piece_names
+from megatron_ssft.tokenizers.hf_folder import ensure_tokenizer_json, load_tokenizer
+from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES, convert_sentencepiece, piece_names
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron_ssft.tokenizers.tokenizer_files import load_tokenizer, read_json, write_json
 
 _PROBES = (*PROBES, "e\u0301 ﬁ \u00a0\r\n\t 1234567", "a<|endoftext|>b")
 """More than what is compared elsewhere: letters in two parts, and a text that looks like a special token."""
@@ -43,6 +45,7 @@ def architecture_of(model: ModelConfig) -> str:
         return "Qwen2ForCausalLM"
     if model.qk_layernorm:
         return "Qwen3ForCausalLM"
+    assert model.hidden_size is not None and model.num_attention_heads is not None, "demanded of every run"
     # The same layers; but transformers refuses a Llama whose width is no multiple of its heads, even with head_dim.
     return "MistralForCausalLM" if model.hidden_size % model.num_attention_heads else "LlamaForCausalLM"
 
@@ -89,7 +92,7 @@ def hf_config(model: ModelConfig, vocab_size: int, max_positions: int, torch_dty
     }
 
 
-def write_scratch_assets(config: Config, tokenizer: Tokenizer, vocab_size: int, target: Path) -> None:
+def write_scratch_assets(config: RunConfig, tokenizer: Tokenizer, vocab_size: int, target: Path) -> None:
     """Replace folder `target` by the Hugging Face files, weights and tags left out, of a run from random weights.
 
     Args:
@@ -102,9 +105,9 @@ def write_scratch_assets(config: Config, tokenizer: Tokenizer, vocab_size: int, 
         OSError: they cannot be written.
     """
     dtype = "bfloat16" if config.parallel.bf16 else "float32"
-    settings = hf_config(config.model, vocab_size, config.data.seq_length, dtype)
-    kind, source = config.data.tokenizer_type, Path(config.data.tokenizer_model or "")
-    with replacement(Path(target)) as fresh:
+    settings = hf_config(config.model, vocab_size, config.tokenizer.seq_length, dtype)
+    kind, source = config.tokenizer.tokenizer_type, Path(config.tokenizer.tokenizer_model or "")
+    with new_folder(Path(target)) as fresh:
         # How transformers reads a tokenizer depends on the model it belongs to.
         write_json(fresh / "config.json", settings)
         if kind == "CharTokenizer":

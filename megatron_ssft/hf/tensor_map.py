@@ -165,7 +165,7 @@ def _walk(model: ModelConfig) -> list[tuple[_Rule, int | None]]:
     first, last = rules.index(inside[0]), rules.index(inside[-1]) + 1
     return [
         *((rule, None) for rule in rules[:first]),
-        *((rule, layer) for layer in range(model.num_layers) for rule in inside),
+        *((rule, layer) for layer in range(_size(model.num_layers)) for rule in inside),
         *((rule, None) for rule in rules[last:]),
     ]
 
@@ -175,16 +175,23 @@ def _has(rule: _Rule, model: ModelConfig) -> bool:
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
+    """Words of `_TENSORS` -> rows, columns or blocks."""
     assert model.vocab_size is not None, "the vocabulary's size must be known"
+    head, groups = _size(model.kv_channels), _size(model.num_query_groups)
     return {
         "vocab": model.vocab_size,
-        "hidden": model.hidden_size,
-        "ffn": model.ffn_hidden_size,
-        "head": model.kv_channels,
-        "query": model.num_attention_heads * model.kv_channels,
-        "key": model.num_query_groups * model.kv_channels,
-        "groups": model.num_query_groups,
+        "hidden": _size(model.hidden_size),
+        "ffn": _size(model.ffn_hidden_size),
+        "head": head,
+        "query": _size(model.num_attention_heads) * head,
+        "key": groups * head,
+        "groups": groups,
     }
+
+
+def _size(value: int | None) -> int:
+    assert value is not None, "ModelConfig fills in or demands every size"
+    return value
 
 
 def _columns(rule: _Rule, sizes: dict[str, int]) -> tuple[int, ...]:

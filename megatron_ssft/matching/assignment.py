@@ -5,7 +5,6 @@ Shapes: N tags (rows), M <= N traces (columns). Costs are in nats.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.seeded import permutation, raw_generator, text_digest, whole_number
 
 MODES = ("optimal", "random", "fixed", "single")
 
@@ -40,9 +40,9 @@ def solve_assignment(cost_NM: np.ndarray, *, seed: int) -> tuple[int, ...]:
     num_tags, num_traces = cost.shape
     # The solver breaks ties by position. Sorting the columns by their content first makes the outcome
     # independent of the order of the traces; shuffling both axes then makes it fair to the tags.
-    draws = _generator(seed)
-    rows = _permutation(draws, num_tags)
-    columns = np.lexsort(cost[::-1])[_permutation(draws, num_traces)]
+    draws = raw_generator(seed)
+    rows = permutation(draws, num_tags)
+    columns = np.lexsort(cost[::-1])[permutation(draws, num_traces)]
     tags = np.empty(num_traces, dtype=np.int64)
     _, _, row_of = lap.lapjv(_excess(cost[np.ix_(rows, columns)]), extend_cost=True)
     tags[columns] = rows[row_of]
@@ -119,7 +119,7 @@ class Matcher:
         order = sorted(range(num_traces), key=lambda j: example.completion_ids[j].tobytes())
         seed = _question_seed(self.seed, visit.epoch, example.id)
         if self.mode == "random":
-            drawn = _permutation(_generator(seed), self.num_tags).tolist()
+            drawn = permutation(raw_generator(seed), self.num_tags).tolist()
         else:
             assert cost is not None, "optimal matching needs the costs"
             drawn = solve_assignment(cost[:, order], seed=seed)
@@ -140,17 +140,8 @@ def _require_finite(example: TokenizedSet, cost_NM: np.ndarray) -> None:
 
 
 def _question_seed(seed: int, epoch: int, question_id: str) -> int:
-    text = f"{seed}/{epoch}/{question_id}"
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "big")
-
-
-def _generator(seed: int) -> np.random.Philox:
-    return np.random.Philox(key=seed % 2**128)
-
-
-def _permutation(draws: np.random.Philox, size: int) -> np.ndarray:
-    """Sorting raw output, not `Generator.permutation`: only the raw streams are promised to outlive a NumPy release."""
-    return np.argsort(draws.random_raw(size), kind="stable")
+    digest = text_digest(seed, epoch, question_id, algorithm="blake2b", size=16, errors="surrogatepass")
+    return whole_number(digest, bits=128)
 
 
 def _excess(cost_NM: np.ndarray) -> np.ndarray:

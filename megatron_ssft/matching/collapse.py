@@ -31,6 +31,7 @@ from megatron_ssft.matching.assignment import MODES, assignment_gap
 from megatron_ssft.matching.coverage import source_labels
 from megatron_ssft.matching.margins import matching_gaps, relative_margins
 from megatron_ssft.records import Assignment
+from megatron_ssft.seeded import raw_generator, two_words
 
 NULLS = 8
 """Random assignments of each question. The spread of their mean is a third of that of the estimate itself."""
@@ -130,7 +131,7 @@ class TagSourceInformation:
 
     def _random_tags(self, step: int, counts: Sequence[int]) -> np.ndarray:
         """int64 [NULLS, n]: for each question, M different tags of N, uniformly."""
-        draws = np.random.Generator(np.random.Philox(key=self.seed % 2**64 | (step % 2**64) << 64))
+        draws = np.random.Generator(raw_generator(two_words(self.seed, step)))
         order = draws.random((NULLS, len(counts), self.num_tags), dtype=np.float32).argsort(axis=-1)
         return order[:, np.arange(self.num_tags) < np.array(counts)[:, None]]
 

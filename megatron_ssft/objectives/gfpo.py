@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig
+from megatron_ssft.formats.metrics import GFPOMetrics
 from megatron_ssft.objectives.formulas.forking_policy import (
     ForkCoefficients,
     ForkObjective,
@@ -32,6 +33,8 @@ from megatron_ssft.tokenizers.vocabulary import Vocabulary
 class GFPO(PolicyObjective):
     """The policy over the tags, exact or from drawn tags (--objective gfpo-exact, gfpo-sampled)."""
 
+    metrics = GFPOMetrics
+
     def __init__(self, config: GFPOConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         super().__init__(config, vocabulary, topology)
         policy = config.policy
@@ -49,7 +52,7 @@ class GFPO(PolicyObjective):
 
     def decide(self, step: StepContext) -> Decision:
         """Ask for the tags' probabilities, take the objective's gradient, weight the tags by it."""
-        policy, seed = self.policy, self.config.training.seed
+        policy, seed = self.policy, self.config.run.training.seed
         number = step.iteration if self.is_exact else step.iteration // self._epochs_per_set
         chosen = nth_batch(len(self.inputs.questions), policy.questions_per_step, number, seed, "questions")
         planned = self.forks.plan(step, [self.inputs.questions[q] for q in chosen])
@@ -68,7 +71,7 @@ class GFPO(PolicyObjective):
             if anchored:
                 row |= self._anchor_figures(sums, anchored)
                 row["loss"] += policy.anchor_coef * row["anchor_kl"]
-            return row | self.scoring_figures(step.accountant.forward(planned.plan))
+            return row | self.common_figures(step.accountant.forward(planned.plan))
 
         return Decision(
             terms=terms,
@@ -84,7 +87,7 @@ class GFPO(PolicyObjective):
 
     def _objective(self, iteration: int, chosen: Sequence[int], logp_QN: np.ndarray) -> ForkObjective:
         """What is maximised and its derivative by `logp_QN`, for the chosen questions."""
-        inputs, seed = self.inputs, self.config.training.seed
+        inputs, seed = self.inputs, self.config.run.training.seed
         assert self.reference.fork_QN is not None
         reference_QN = self.reference.fork_QN[chosen]
         if self.is_exact:

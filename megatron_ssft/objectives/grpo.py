@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ssft.config import GFPOConfig
+from megatron_ssft.formats.metrics import GRPOMetrics
 from megatron_ssft.objectives.formulas.token_policy import clipped_token_loss, group_advantages
 from megatron_ssft.objectives.objective import Decision, Figures, StepContext
 from megatron_ssft.objectives.policy.completion_scoring import count, joined
@@ -28,6 +29,8 @@ GRPO_FIGURES = ("policy_loss", "kl", "clipped", "completion_nll", "completion_to
 class GRPO(PolicyObjective):
     """Group-relative policy optimization over whole completions (--objective grpo)."""
 
+    metrics = GRPOMetrics
+
     def __init__(self, config: GFPOConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         super().__init__(config, vocabulary, topology)
         self.groups: list[list[int]] = [[] for _ in self.inputs.questions]
@@ -40,7 +43,7 @@ class GRPO(PolicyObjective):
 
     def decide(self, step: StepContext) -> Decision:
         """All completions of the step's questions."""
-        per_step, seed = self.policy.questions_per_step, self.config.training.seed
+        per_step, seed = self.policy.questions_per_step, self.config.run.training.seed
         drawn = nth_batch(len(self.inputs.questions), per_step, step.iteration, seed, "questions")
         chosen = list(dict.fromkeys(drawn))  # over the border of an epoch a question may come twice
         which = [number for q in chosen for number in self.groups[q]]
@@ -55,7 +58,7 @@ class GRPO(PolicyObjective):
                 "clip_fraction": sums["clipped"] / tokens,
                 "completion_nll": sums["completion_nll"] / tokens,
                 "completion_nll_shift": (sums["completion_nll"] - before) / tokens,
-                **self.scoring_figures(0.0),
+                **self.common_figures(0.0),
             }
 
         return Decision(terms=[self.token_term(step, which)], figures=figures, questions=len(chosen))

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from megatron_ssft.config import Config
-from megatron_ssft.formats.run_folder import METRICS
+from msgspec import Struct
+
+from megatron_ssft.config import TrainingRun
+from megatron_ssft.formats.metrics import METRICS
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.loss_terms import LossTerm
@@ -82,26 +84,29 @@ class Report:
 
     figures: Figures = field(default_factory=dict)
     """After a step: more figures for its line in metrics.jsonl."""
-    rows: list[tuple[str, list[Figures]]] = field(default_factory=list)
-    """(one of `log_files`, lines for it)"""
+    rows: list[tuple[str, Sequence[Struct]]] = field(default_factory=list)
+    """(one of `log_files`, records of its lines)"""
     remarks: list[str] = field(default_factory=list)
     """Lines for a person."""
 
 
+ConfigT = TypeVar("ConfigT", bound=TrainingRun)
 DecisionT = TypeVar("DecisionT", bound=Decision)
 
 
-class Objective(abc.ABC, Generic[DecisionT]):
+class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
     """Decides what every step trains. Collective throughout: all ranks call the same methods in the same order."""
 
     log_files: ClassVar[tuple[str, ...]] = (METRICS,)
     """JSONL files that it writes into the run's folder; each line has the `iteration` that it belongs to."""
+    metrics: ClassVar[type[Struct] | None] = None
+    """Record of a line of metrics.jsonl (formats/metrics.py); None: whatever figures there are."""
     continues_elsewhere: ClassVar[bool] = True
     """Whether a run may go on in another --save folder than the one it is loaded from."""
     last_layers: int | None = None
     """How many of the last layers train, beside the tags' rows; None: everything."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+    def __init__(self, config: ConfigT, vocabulary: Vocabulary, topology: Topology) -> None:
         """Read and check all input. There is no model yet. Raises UserError."""
         self.config = config
         self.vocabulary = vocabulary
@@ -115,8 +120,8 @@ class Objective(abc.ABC, Generic[DecisionT]):
 
     def train_iters(self, iteration: int) -> int:
         """Optimizer steps of the whole run, `iteration` of them done."""
-        assert self.config.training.train_iters is not None, "an objective that counts epochs says how many steps"
-        return self.config.training.train_iters
+        assert self.config.run.training.train_iters is not None, "an objective that counts epochs says how many steps"
+        return self.config.run.training.train_iters
 
     def is_over(self) -> bool:
         """Whether the run is to end before its last step; the same answer on every rank."""
@@ -168,6 +173,6 @@ class Objective(abc.ABC, Generic[DecisionT]):
         """Further first lines: what was left out, what is unusual."""
         return ()
 
-    def line(self, row: Figures) -> str:
+    def line(self, row: Mapping[str, Any]) -> str:
         """A step for a person."""
         return f"step {row['iteration']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.3e} | {row['seconds']:.2f} s"

@@ -6,19 +6,19 @@ question's traces (equations 3-4).
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.matching.approximation import AssignmentStore, assignment_regret, is_certain, known_cost
 from megatron_ssft.matching.assignment import Matcher, assignment_gap
 from megatron_ssft.objectives.objective import StepContext
 from megatron_ssft.records import Assignment, ForkingTokens, PlannedBatch, QuestionBatch
+from megatron_ssft.seeded import text_digest, whole_number
 
 Decide = Callable[[StepContext, QuestionBatch, "Matched"], "Sequence[tuple[int, ...] | None]"]
 
@@ -41,10 +41,10 @@ class Matched:
 class SetMatching:
     """Matches the questions of a batch, each on its own; the same on every rank."""
 
-    def __init__(self, config: Config, tags: ForkingTokens) -> None:
+    def __init__(self, config: SSFTConfig, tags: ForkingTokens) -> None:
         self.config = config.matching
         self.tags = tags
-        self.matcher = Matcher(config.matching.matching, tags.num_tags, config.training.seed)
+        self.matcher = Matcher(config.matching.matching, tags.num_tags, config.run.training.seed)
         self.store = AssignmentStore(config.matching.matching_interval)
 
     def match(self, step: StepContext, batch: QuestionBatch) -> Matched:
@@ -61,8 +61,8 @@ class SetMatching:
         every = self.config.regret_interval
         if every == 0:
             return False
-        digest = hashlib.blake2b(f"{self.matcher.seed}/{iteration // every}".encode(), digest_size=8).digest()
-        return iteration % every == int.from_bytes(digest, "big") % every
+        digest = text_digest(self.matcher.seed, iteration // every, algorithm="blake2b", size=8)
+        return iteration % every == whole_number(digest, bits=64) % every
 
     def optimal(self, step: StepContext, batch: QuestionBatch) -> list[Assignment]:
         """By the exact costs where the mode asks for costs at all: what an evaluation uses. Collective."""
@@ -117,8 +117,9 @@ class SetMatching:
             certain = sum(t is not None for t in tags) - reused
         self._settle(step, batch, tags, self._all_tokens, matched)
         for visit, tokenized, chosen in zip(batch.visits, batch.sets, tags):
+            assert chosen is not None, "every question is settled by now"
             self.store.remember(visit.epoch, tokenized, chosen)
-        matched.assignments = [Assignment(chosen) for chosen in tags]
+            matched.assignments.append(Assignment(chosen))
         matched.figures = {"matching_reused": reused, "matching_certain": certain}
         return matched
 
@@ -149,7 +150,7 @@ class SetMatching:
     ) -> Sequence[tuple[int, ...] | None]:
         """The assignment by the first tokens where the rest could hardly change it, else None."""
         first, certainty = self.config.matching_first_tokens, self.config.matching_certainty
-        assert first is not None
+        assert first is not None and certainty is not None
         costs = self.costs(step, batch, matched, first)
 
         def decide() -> list[list[int] | None]:
@@ -202,26 +203,11 @@ def cost_matrices(planned: PlannedBatch, nll_sums: np.ndarray) -> list[np.ndarra
     return [cost[:, list(places)] for cost, places in zip(costs, planned.scored_as)]
 
 
-def assignment_rows(
-    iteration: int, batch: QuestionBatch, assignments: Sequence[Assignment]
-) -> Iterator[dict[str, Any]]:
-    """Rows of assignments.jsonl. `tags` are 0-based rows of `cost`: tag k is written <think{k+1}>."""
-    for visit, tokenized, assignment in zip(batch.visits, batch.sets, assignments):
-        cost = None if assignment.cost_NM is None else [[round(float(c), 6) for c in row] for row in assignment.cost_NM]
-        yield {
-            "iteration": iteration,
-            "epoch": visit.epoch,
-            "id": tokenized.id,
-            "tags": [int(tag) for tag in assignment.tags],
-            "sources": list(tokenized.sources),
-            "cost": cost,
-        }
-
-
 def matching_figures(assignments: list[Assignment]) -> dict[str, float | None]:
     """Cost and gap in nats per question, totals over its traces, where costs were evaluated."""
-    measured = [a for a in assignments if a.cost_NM is not None]
+    costs = [a.cost for a in assignments if a.cost is not None]
+    gaps = [assignment_gap(a.cost_NM) for a in assignments if a.cost_NM is not None]
     return {
-        "matching_cost": float(np.mean([a.cost for a in measured])) if measured else None,
-        "matching_gap": float(np.mean([assignment_gap(a.cost_NM) for a in measured])) if measured else None,
+        "matching_cost": float(np.mean(costs)) if costs else None,
+        "matching_gap": float(np.mean(gaps)) if gaps else None,
     }

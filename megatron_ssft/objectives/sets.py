@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.data.cache import SetDataset, build_dataset
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.collectives import on_first_rank, raise_together
 from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.progress import ProgressLines
 from megatron_ssft.records import QuestionBatch, QuestionVisit
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
@@ -20,7 +20,7 @@ from megatron_ssft.tokenizers.vocabulary import Vocabulary
 class TrainingSets:
     """Training and held-out questions with their traces, and the queue that orders them."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+    def __init__(self, config: SSFTConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         """Check and tokenize the files on the first rank, then open them everywhere. Collective. Raises UserError."""
         folders = on_first_rank(lambda: prepare_data(config, vocabulary), topology)
         self.train = open_everywhere(folders["train"], topology)
@@ -53,16 +53,16 @@ def make_batch(dataset: SetDataset, visits: tuple[QuestionVisit, ...]) -> Questi
     return QuestionBatch(visits=visits, sets=tuple(dataset[visit.index] for visit in visits))
 
 
-def cache_folder(config: Config) -> Path:
+def cache_folder(config: SSFTConfig) -> Path:
     """--data-cache-path, else data_cache in the --save folder, else the user's cache folder."""
     if config.data.data_cache_path is not None:
         return Path(config.data.data_cache_path)
-    if config.checkpoint.save is not None:
-        return Path(config.checkpoint.save) / "data_cache"
+    if config.run.checkpoint.save is not None:
+        return Path(config.run.checkpoint.save) / "data_cache"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_ssft"
 
 
-def prepare_data(config: Config, vocabulary: Vocabulary) -> dict[str, str]:
+def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
     """Check and tokenize the training and the held-out files, or find them in the cache; folders by name.
 
     Raises:
@@ -76,36 +76,37 @@ def prepare_data(config: Config, vocabulary: Vocabulary) -> dict[str, str]:
                 vocabulary.tokenizer,
                 vocabulary.tags,
                 config.data,
+                config.run.tokenizer.seq_length,
                 check_num_tags=config.matching.matching != "single",
-                seed=config.training.seed,
+                seed=config.run.training.seed,
                 cache_dir=cache_folder(config),
-                progress=_Progress(name),
+                progress=ProgressLines(f"tokenizing {name} data: {{done}}/{{total}} questions"),
             )
             folders[name] = str(folder)
     check_batch(config, SetDataset.open(Path(folders["train"])))
     return folders
 
 
-def check_batch(config: Config, dataset: SetDataset) -> None:
+def check_batch(config: SSFTConfig, dataset: SetDataset) -> None:
     """Raise UserError if a question has more traces than a step takes."""
     largest = int(dataset.trace_counts.max())
-    if largest > config.training.global_batch_size:
+    if largest > config.batches.global_batch_size:
         where = dataset[int(dataset.trace_counts.argmax())].where
         raise UserError(
-            f"{where}: {largest} traces do not fit into --global-batch-size {config.training.global_batch_size}, "
+            f"{where}: {largest} traces do not fit into --global-batch-size {config.batches.global_batch_size}, "
             "and a question is never split; raise it or sample with --max-traces"
         )
 
 
-def build_queue(config: Config, dataset: SetDataset) -> QuestionQueue:
+def build_queue(config: SSFTConfig, dataset: SetDataset) -> QuestionQueue:
     """The stream of questions, cut into steps."""
-    training = config.training
+    batches = config.batches
     return QuestionQueue(
-        dataset.trace_counts,
-        global_batch_size=training.global_batch_size,
-        lookahead=training.question_lookahead,
-        seed=training.seed,
-        num_epochs=training.train_epochs,
+        dataset.trace_counts.tolist(),
+        global_batch_size=batches.global_batch_size,
+        lookahead=batches.question_lookahead,
+        seed=config.run.training.seed,
+        num_epochs=batches.train_epochs,
     )
 
 
@@ -119,16 +120,3 @@ def open_everywhere(folder: str, topology: Topology) -> SetDataset:
     raise_together(error, topology)
     assert dataset is not None
     return dataset
-
-
-class _Progress:
-    """Plain progress lines of the tokenization, at most one every few seconds."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last > 5.0:
-            self.last = time.monotonic()
-            print(f"tokenizing {self.name} data: {done}/{total} questions", flush=True)

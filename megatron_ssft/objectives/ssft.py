@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.run_folder import ASSIGNMENTS, METRICS
+from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
+from megatron_ssft.formats.metrics import METRICS, SSFTMetrics
 from megatron_ssft.layouts.padded import loss_denominator
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
-from megatron_ssft.objectives.set_matching import Matched, SetMatching, assignment_rows, matching_figures
+from megatron_ssft.objectives.set_matching import Matched, SetMatching, matching_figures
 from megatron_ssft.objectives.sets import TrainingSets
+from megatron_ssft.objectives.step_lines import step_line
 from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.records import Assignment, Microbatch, ModelInput, PlannedBatch, QuestionBatch, SequenceCut
@@ -31,22 +33,23 @@ class SetDecision(Decision):
     assignments: list[Assignment]
 
 
-class SSFT(Objective[SetDecision]):
+class SSFT(Objective[SSFTConfig, SetDecision]):
     """Each trace of a question is trained under the tag that an optimal matching gives it."""
 
     log_files = (METRICS, ASSIGNMENTS)
+    metrics = SSFTMetrics
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+    def __init__(self, config: SSFTConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         super().__init__(config, vocabulary, topology)
         self.tags = vocabulary.tags
         if self.tags.num_tags == 0:
             raise UserError("--num-forking-tokens 0: there is nothing to train the traces under; give at least 1")
         self.sets = TrainingSets(config, vocabulary, topology)
         self.matching = SetMatching(config, self.tags)
-        self.watch = CollapseWatch(self.tags.num_tags, mode=config.matching.matching, seed=config.training.seed)
+        self.watch = CollapseWatch(self.tags.num_tags, mode=config.matching.matching, seed=config.run.training.seed)
         self.cut = SequenceCut(
             train_forking_token=config.data.train_forking_token,
-            loss_normalization=config.training.loss_normalization,
+            loss_normalization=config.batches.loss_normalization,
         )
 
     # -- Algorithm 1 ---------------------------------------------------------------------------------------------
@@ -116,22 +119,22 @@ class SSFT(Objective[SetDecision]):
     def _evaluation_is_due(self, step: StepContext) -> bool:
         if self.sets.held_out is None:
             return False
-        every = self.config.logging.eval_interval
+        every = self.config.data.eval_interval
         return step.iteration == step.train_iters or (every is not None and step.iteration % every == 0)
 
     def evaluate(self, step: StepContext) -> Figures:
         """Loss on the held-out questions, each trace under its matched tag, with the matching's own figures."""
         loss = denominator = cost = gap = 0.0
         questions = 0
-        limit = self.config.logging.eval_questions or len(self.sets.held_out or ())
-        for batch in self.sets.held_out_batches(limit, self.config.training.global_batch_size):
+        limit = self.config.data.eval_questions or len(self.sets.held_out or ())
+        for batch in self.sets.held_out_batches(limit, self.config.batches.global_batch_size):
             assignments = self.matching.optimal(step, batch)
             planned = self.plan(step, batch, assignments)
             loss += step.score(planned).weighted_nll()
             denominator += self.denominator(batch, assignments)
             questions += len(batch.sets)
             for assignment in assignments:
-                if assignment.cost_NM is not None:
+                if assignment.cost is not None and assignment.cost_NM is not None:
                     cost += assignment.cost
                     gap += assignment_gap(assignment.cost_NM)
         figures: Figures = {"eval_loss": loss / denominator}
@@ -143,7 +146,7 @@ class SSFT(Objective[SetDecision]):
 
     def train_iters(self, iteration: int) -> int:
         """--train-iters, else as many steps as the epochs have; the batch size may have changed since the start."""
-        return self.config.training.train_iters or iteration + self.sets.queue.remaining_batches()
+        return self.config.run.training.train_iters or iteration + self.sets.queue.remaining_batches()
 
     @property
     def fingerprint(self) -> str:
@@ -169,26 +172,5 @@ class SSFT(Objective[SetDecision]):
     def introduction(self) -> str:
         return f"{len(self.sets.train)} questions, {int(self.sets.train.trace_counts.sum())} traces"
 
-    def line(self, row: Figures) -> str:
+    def line(self, row: Mapping[str, object]) -> str:
         return step_line(row)
-
-
-def step_line(row: Figures) -> str:
-    """A step for a person."""
-    matching = ""
-    if row["matching_cost"] is not None:
-        matching = f" | matching cost {row['matching_cost']:.4f} gap {row['matching_gap']:.4f}"
-    if row.get("eval_loss") is not None:
-        matching += f" | eval loss {row['eval_loss']:.4f}"
-    if row.get("matching_regret") is not None:
-        saved = row["exact_matching_seconds"] - row["matching_seconds"]
-        matching += f" | regret {row['matching_regret']:.4f} per question, saving {saved:.2f} s"
-    share = row["matching_seconds"] / row["seconds"] if row["seconds"] else 0.0
-    mfu = f" | MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
-    return (
-        f"step {row['iteration']:>6} | loss {row['loss']:.4f} | lr {row['lr']:.3e} | "
-        f"grad norm {row['grad_norm']:.3f}{matching} | "
-        f"PAD {row['pad_sequences']}/{row['pad_lower_bound']} makespan {row['makespan_over_bound']:.3f} | "
-        f"{row['seconds']:.2f} s ({share:.0%} matching) | "
-        f"{row['sequence_tokens'] / max(row['seconds'], 1e-9):.0f} tokens/s{mfu}"
-    )

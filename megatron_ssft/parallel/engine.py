@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
@@ -38,7 +38,7 @@ Step = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, object]]
 class Engine:
     """The model of this rank and everything that runs on it."""
 
-    def __init__(self, config: Config, topology: Topology, vocab_size: int, forking_rows: Sequence[int]) -> None:
+    def __init__(self, config: RunConfig, topology: Topology, vocab_size: int, forking_rows: Sequence[int]) -> None:
         """Build the model without weights; `start` makes it trainable.
 
         Args:
@@ -53,7 +53,7 @@ class Engine:
             chunk.to(topology.device)
         self.attention = self._choose_attention()
         self.wrapped: list[DistributedDataParallel] = []
-        self.optimizer: MegatronOptimizer | None = None
+        self._optimizer: MegatronOptimizer | None = None
         self.last_layers: int | None = None
         """How many of the last layers train; None: everything."""
 
@@ -65,7 +65,7 @@ class Engine:
         self.last_layers = last_layers
         freeze(self.chunks, self.config.model.num_layers, last_layers)
         self.wrapped = wrap_chunks(self.chunks, self.config)
-        self.optimizer = build_optimizer(self.wrapped, self.config)
+        self._optimizer = build_optimizer(self.wrapped, self.config)
         core = self.chunks[0].config
         core.grad_scale_func = self.optimizer.scale_loss
         core.finalize_model_grads_func = finalize_gradients
@@ -83,6 +83,17 @@ class Engine:
             dtype=torch.bfloat16 if self.config.parallel.bf16 else torch.float32,
             device=self.topology.device,
         )
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is an optimizer, so that the model can be trained."""
+        return self._optimizer is not None
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """The optimizer of a started engine."""
+        assert self._optimizer is not None, "the engine is not started"
+        return self._optimizer
 
     @property
     def num_parameters(self) -> int:

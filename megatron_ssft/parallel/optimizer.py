@@ -1,9 +1,14 @@
-"""AdamW from megatron-core over DDP-wrapped model chunks, with a learning rate of their own for the tags' rows."""
+"""AdamW from megatron-core over DDP-wrapped model chunks, and the tags' own learning rate.
+
+`set_hyperparameters` multiplies the learning rate of the tags' rows (model/forking_rows.py) by
+--forking-token-lr-mult.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,16 +18,18 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import Float16Module
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.parallel.model.gpt import SetGPTModel
 
+ShardedState = dict[str, Any]
+"""megatron-core's nested dictionaries of what is saved or loaded, with leaves of its own types."""
 _NOBODY = "nobody"
 """Stands for a parameter in the state of an optimizer that has none."""
 _MASTERS = "fp32_from_fp16_params"
 """Mixed precision's own copies of the parameters, a list for every group."""
 
 
-def wrap_chunks(chunks: list[SetGPTModel], config: Config) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: list[SetGPTModel], config: RunConfig) -> list[DistributedDataParallel]:
     """Mixed precision and data parallelism around every chunk; gradients are summed in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -45,7 +52,7 @@ def wrap_chunks(chunks: list[SetGPTModel], config: Config) -> list[DistributedDa
     return wrapped
 
 
-def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
     """AdamW; --forking-token-lr-mult applies to the parameters named forking_rows."""
     training, parallel = config.training, config.parallel
     optimizer_config = OptimizerConfig(
@@ -74,7 +81,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: Config) -> M
     return get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
 
 
-def set_hyperparameters(optimizer: MegatronOptimizer, config: Config, lr: float) -> None:
+def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig, lr: float) -> None:
     """Put this step's learning rate and the configured AdamW constants into every parameter group.
 
     All of them, every step: groups restored from a checkpoint carry the values of the run that saved it.
@@ -131,9 +138,9 @@ def unpadded_buffers(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def sharded_optimizer_state(
-    optimizer: MegatronOptimizer, model: dict[str, object], is_loading: bool, metadata: dict[str, object]
-) -> dict[str, object]:
-    """What is saved or loaded of the optimizer, as megatron-core's sharded tensors; `model` the same of the model.
+    optimizer: MegatronOptimizer, model: ShardedState, is_loading: bool, metadata: dict[str, object]
+) -> ShardedState:
+    """Collect what is saved or loaded of the optimizer, as megatron-core's sharded tensors; `model` holds the model's.
 
     megatron-core stores one step count for all parameters, that of the first rank, and its distributed optimizer wants
     one on every rank. A pipeline stage whose layers are all frozen has no parameter to count for, so it is told.
@@ -141,27 +148,27 @@ def sharded_optimizer_state(
     if is_loading:
         allocate_state(optimizer)
     inners = _torch_optimizers(optimizer)
-    known = [float(state["step"]) for inner in inners for state in inner.state.values()]
-    count = torch.tensor(max(known, default=0.0), device=torch.cuda.current_device())
+    counts = [float(state["step"]) for inner in inners for state in inner.state.values()]
+    count = torch.tensor(max(counts, default=0.0), device=torch.cuda.current_device())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     idle = [inner for inner in inners if not inner.state]
     for inner in idle:
-        inner.state[_NOBODY] = {"step": count.cpu()}
+        inner.state[_NOBODY] = {"step": count.cpu()}  # type: ignore[index]  # torch stores keys of any type
     with unpadded_buffers(optimizer):
         state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     for inner in idle:
-        inner.state.pop(_NOBODY)
+        inner.state.pop(_NOBODY)  # type: ignore[call-overload]  # as above
     state.get("optimizer", state).get("state", {}).pop(_NOBODY, None)  # mixed precision has it one deeper
     if _MASTERS in state:  # by number, as megatron-core loses count where a group is empty
         state[_MASTERS] = {number: group for number, group in enumerate(state[_MASTERS]) if group}
     return state
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, object]) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, state: ShardedState) -> None:
     """Restore the optimizer from a loaded checkpoint.
 
     With torch's AdamW megatron-core's distributed optimizer cannot place its shards while a step count stands beside
-    them, and lets all parameters share one count, which each step would then advance once a parameter. So the count
+    them, and lets all parameters share one count, which each step would then advance once per parameter. So the count
     is taken out meanwhile, and every parameter gets its own.
     """
     shards = state.pop("param_state", None)
@@ -181,7 +188,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, object])
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
-    """The torch AdamWs inside; none where apex or TransformerEngine provide the optimizer."""
+    """List the torch AdamWs inside; none where apex or TransformerEngine provide the optimizer."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in parts if isinstance(getattr(part, "optimizer", None), torch.optim.AdamW)]
 
@@ -189,7 +196,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
 def finalize_gradients(
     wrapped: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: object
 ) -> None:
-    """Megatron's reductions over DP, TP and tied embeddings, and ours for tied tag rows on first and last stage."""
+    """Reduce gradients as Megatron does, then those of tied tag rows over the first and the last stage."""
     finalize_model_grads(wrapped, num_tokens, **kwargs)
     group = parallel_state.get_embedding_group(check_initialized=False)
     for chunk in wrapped:

@@ -1,4 +1,4 @@
-"""Process groups and this rank's place in the tensor x pipeline x data grid."""
+"""Process groups, and this rank's place in the parallel layout (TP x PP x CP x DP)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.cpu_backend import install_cpu_backend
 
@@ -39,14 +39,14 @@ class Topology:
 
     @property
     def reports_loss(self) -> bool:
-        """One rank for each share of the loss: last stage, first of its tensor-parallel group."""
+        """True for one rank per share of the loss: last stage, first of its tensor-parallel group."""
         return self.is_last_stage and self.tp_rank == 0
 
 
 def launch_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's variables, SLURM's, or a single process.
 
-    Under SLURM (`srun`, one task a GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
+    Under SLURM (`srun`, one task per GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
     """
     env = os.environ
     if "RANK" in env:
@@ -58,7 +58,7 @@ def launch_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def check_world_size(config: Config, world_size: int) -> None:
+def check_world_size(config: RunConfig, world_size: int) -> None:
     """Raise UserError unless the ranks can be arranged as the configuration asks."""
     size = config.parallel.model_parallel_size
     if world_size % size != 0:
@@ -70,22 +70,22 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 
 def _choose_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU where there is none. Raises UserError where there is one that does not work."""
+    """Choose this rank's GPU, or the CPU where there is none. Raises UserError where a GPU does not work."""
     if torch.cuda.is_available():
         visible = torch.cuda.device_count()
         if visible > 1 and local_rank >= visible:
-            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process a GPU")
+            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process per GPU")
         device = torch.device("cuda", local_rank if visible > 1 else 0)  # SLURM may show each task its own GPU only
         torch.cuda.set_device(device)
         return device
-    promised = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
-    if torch.backends.cuda.is_built() and promised:
+    has_gpus = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
+    if torch.backends.cuda.is_built() and has_gpus:
         raise UserError("this machine has GPUs, but CUDA does not work: check driver, container and torch build")
     install_cpu_backend()
     return torch.device("cpu")
 
 
-def initialize_topology(config: Config) -> Topology:
+def initialize_topology(config: RunConfig) -> Topology:
     """Join the process group and build Megatron's parallel groups: NCCL with CUDA, gloo without."""
     rank, world_size, local_rank = launch_environment()
     check_world_size(config, world_size)
@@ -124,7 +124,7 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H20": 148, "A100": 312, 
 """Dense bfloat16 TFLOP/s by what a GPU's name contains, from NVIDIA's data sheets (SXM where they differ)."""
 
 
-def job_peak_flops(config: Config, topology: Topology) -> float | None:
+def job_peak_flops(config: RunConfig, topology: Topology) -> float | None:
     """Peak FLOP/s of all GPUs of the job, for MFU; None on the CPU and for a GPU that is not known."""
     tflops = config.logging.gpu_peak_tflops
     if tflops is None and topology.device.type == "cuda" and config.parallel.bf16:

@@ -26,6 +26,7 @@ from megatron_ssft.matching.coverage import (
     persistent_configurations,
     select_forking_token,
 )
+from megatron_ssft.seeded import permutation, raw_generator
 
 MAX_SOLVED = 20_000
 """Cost matrices that are solved for a report; of more, evenly spaced ones."""
@@ -164,11 +165,11 @@ def matching_costs(run: Run) -> MatchingCosts | None:
     """Costs by step, of the visits that have any. The random assignments are the same in every report."""
     visits = [v for v in run.visits if v.cost_NM is not None and np.isfinite(v.cost_NM).all()]
     visits = visits[:: -(-len(visits) // MAX_SOLVED)] if visits else []
-    draws = np.random.Philox(key=0)
+    draws = raw_generator(0)
     rows = []
     for visit in visits:
         cost = visit.cost_NM
-        drawn = np.argsort(draws.random_raw(len(cost)), kind="stable")
+        drawn = permutation(draws, len(cost))
         if len(visit.tags) > len(cost):  # several traces under one tag: no matching
             continue
         traces = np.arange(len(visit.tags))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.records import (
     WHOLE,
     Assignment,
@@ -30,14 +30,18 @@ SMALLEST_STREAM = 1024
 class Planner:
     """Plans of one job: the same on every rank, a function of the batch alone."""
 
-    def __init__(self, config: Config, vocab_size: int, num_ranks: int) -> None:
+    def __init__(
+        self, config: RunConfig, vocab_size: int, num_ranks: int, cost_tokens_per_microbatch: int | None = None
+    ) -> None:
         """
         Args:
             vocab_size: vocabulary entries in use.
             num_ranks: R, data-parallel ranks.
+            cost_tokens_per_microbatch: of the cost pass; default: what a training microbatch may hold.
         """
         self.config = config
         self.num_ranks = num_ranks
+        self.cost_tokens = cost_tokens_per_microbatch or config.train_tokens_per_microbatch
         self.flops = WorkModel.for_model(config.model, vocab_size)
         """FLOPs of a forward pass, for accounting."""
         self.work = WorkModel.for_model(config.model, vocab_size, config.parallel.attention_efficiency)
@@ -63,7 +67,7 @@ class Planner:
                 tags,
                 matching_tokens=matching_tokens,
                 num_ranks=self.num_ranks,
-                tokens_per_microbatch=self.config.cost_tokens_per_microbatch,
+                tokens_per_microbatch=self.cost_tokens,
                 group_size=self.group_size,
                 work=self.work,
             )
@@ -82,7 +86,7 @@ class Planner:
             tags,
             matching_tokens=matching_tokens,
             num_ranks=self.num_ranks,
-            max_tokens=self.config.cost_tokens_per_microbatch,
+            max_tokens=self.cost_tokens,
             group_size=self.group_size,
             min_microbatches=min_microbatches,
             work=self.work,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rollouts import (
     Rollout,
     RolloutKey,
@@ -24,8 +24,7 @@ from megatron_ssft.formats.rollouts import (
     sample_origin,
     score_rollout,
 )
-from megatron_ssft.scoring.sandbox import probe
-from megatron_ssft.scoring.sandbox import run as sandbox_run
+from megatron_ssft.scoring.sandbox import mechanisms, programs
 from megatron_ssft.scoring.verifiers.common import Question, Settings
 from megatron_ssft.scoring.verifiers.workers import VerifierPool
 
@@ -193,10 +192,10 @@ def choose_walls(data: Path, unsafe: bool) -> str | None:
     """How programs are to be locked in; None with `unsafe`. Raises UserError where that is impossible."""
     if unsafe:
         return None
-    for folder in sandbox_run.readable_paths():
+    for folder in programs.readable_paths():
         if data.resolve().is_relative_to(Path(folder).resolve()):
             raise UserError(f"{data}: lies in {folder}, where programs under test can read; move the file elsewhere")
-    return probe.choose()
+    return mechanisms.choose()
 
 
 def resume(path: Path, *, verifier: str, rollouts: dict[RolloutKey, Expected]) -> set[RolloutKey]:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_ssft.formats.rollouts import ScoredRollout
+from megatron_ssft.progress import Wording, track
 
-_PLAIN_SECONDS = 10.0
+_PROGRESS = Wording("scoring", "scored {done} of {total}", "scored {done} of {total} before", last_line=True)
 _MAX_VERDICTS = 12
 
 
 def shown(console: Console, scored: Iterable[ScoredRollout], done: int, total: int) -> Iterator[ScoredRollout]:
     """Pass `scored` on: with a bar on a terminal, with a plain line now and then elsewhere."""
-    if console.is_terminal:
-        columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=total, completed=done)
-            for row in scored:
-                yield row
-                bar.advance(task)
-        return
-    last = time.monotonic()
-    if done:
-        console.print(f"scored {done} of {total} before")
-    for count, row in enumerate(scored, start=done + 1):
-        yield row
-        if count == total or time.monotonic() - last > _PLAIN_SECONDS:
-            last = time.monotonic()
-            console.print(f"scored {count} of {total}")
+    return track(scored, console, _PROGRESS, done, total)
 
 
 def print_tables(

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, parse_forking_tokens
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.tokenizer_files import load_tokenizer
+from megatron_ssft.tokenizers.hf_folder import load_tokenizer
 
 
 def read_forking_tokens(folder: Path) -> ForkingTokens:

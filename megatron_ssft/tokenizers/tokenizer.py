@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.hf.assets import copy_assets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_ssft.tokenizers.hf_folder import load_tokenizer
 
 
 class Tokenizer(Protocol):
@@ -132,7 +128,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         # The library drops control pieces; spell them, so that a decoded text shows where a turn ended.
-        text, ordinary = "", []
+        text = ""
+        ordinary: list[int] = []
         for i in (int(i) for i in ids if i < self.vocab_size):
             if self._processor.is_control(i):
                 text += self._processor.decode(ordinary) + self._processor.id_to_piece(i)
@@ -142,8 +139,8 @@ class SentencePieceTokenizer:
         return text + self._processor.decode(ordinary)
 
     def token_to_id(self, token: str) -> int | None:
-        found = self._processor.piece_to_id(token)  # the unknown piece for a stranger
-        return found if self._processor.id_to_piece(found) == token else None
+        piece_id = self._processor.piece_to_id(token)  # the unknown piece for a stranger
+        return piece_id if self._processor.id_to_piece(piece_id) == token else None
 
     def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
         return None
@@ -152,36 +149,13 @@ class SentencePieceTokenizer:
         return self._fingerprint
 
 
-def _load(folder: Path) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer of a folder. Raises UserError."""
-    from huggingface_hub import errors
-    from transformers import AutoTokenizer  # here: takes seconds
-
-    # Configurations that contradict themselves raise an error of their own, which older versions do not have.
-    strict = getattr(errors, "StrictDataclassError", ValueError)
-    with tempfile.TemporaryDirectory() as parent:
-        readable = folder
-        alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-        if alone and (folder / "config.json").is_file():
-            # transformers' own conversion of a SentencePiece model may give other ids; ours is checked against it.
-            readable = Path(parent) / "assets"
-            copy_assets(folder, readable)
-        try:
-            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
-            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(": ")
-            raise UserError(
-                f"--tokenizer-model {folder}: no usable tokenizer: {type(error).__name__}: {reason}"
-            ) from error
-
-
 class HuggingFaceTokenizer:
     """A local Hugging Face folder, read by transformers without network and without code from the folder."""
 
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise UserError(f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer folder")
-        self._tokenizer = _load(Path(path))
+        self._tokenizer = load_tokenizer(Path(path), Path(path), flag="--tokenizer-model ")
         vocabulary = self._tokenizer.get_vocab()
         # Without vocabulary files some tokenizer classes come up with nothing but their special tokens.
         if not set(vocabulary.values()) - set(self._tokenizer.added_tokens_decoder):
@@ -201,13 +175,16 @@ class HuggingFaceTokenizer:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = [int(i) for i in ids if i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        own = [int(i) for i in ids if i < self.vocab_size]
+        text = self._tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "ids of one text make one text"
+        return text
 
     def token_to_id(self, token: str) -> int | None:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        known = found is not None and (found != self._tokenizer.unk_token_id or token == self._tokenizer.unk_token)
-        return found if known else None
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        assert token_id is None or isinstance(token_id, int), "one token has one id"
+        is_unknown = token_id == self._tokenizer.unk_token_id and token != self._tokenizer.unk_token
+        return None if is_unknown else token_id
 
     def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
         if self._tokenizer.chat_template is None:
@@ -219,6 +196,7 @@ class HuggingFaceTokenizer:
         except (TemplateError, ValueError) as error:  # ValueError: several templates, none of them the default
             reason = " ".join(str(error).split())
             raise UserError(f"the tokenizer's chat template refuses the messages: {reason}") from error
+        assert isinstance(text, str), "not tokenized"
         return self.encode(text)
 
     def fingerprint(self) -> str:

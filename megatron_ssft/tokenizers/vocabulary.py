@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig, StartConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
@@ -25,16 +25,19 @@ class Vocabulary:
     """Row the tags start from with --forking-token-init copy:<token>."""
 
 
-def build_vocabulary(config: Config) -> Vocabulary:
-    """Raises UserError for an unusable tokenizer or tag."""
+def build_vocabulary(config: RunConfig, start: StartConfig | None = None) -> Vocabulary:
+    """The vocabulary of a run. Raises UserError for an unusable tokenizer or tag.
+
+    `start`: how the tags' rows begin, which decides `copy_id`.
+    """
     forking = config.forking
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer = build_tokenizer(config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model)
     tags = build_forking_tokens(
         tokenizer, forking.num_forking_tokens, forking.forking_token_format, forking.forking_token_template
     )
     copy_id = None
-    if forking.forking_token_init.startswith("copy:"):
-        token = forking.forking_token_init.removeprefix("copy:")
+    if start is not None and start.forking_token_init.startswith("copy:"):
+        token = start.forking_token_init.removeprefix("copy:")
         copy_id = tokenizer.token_to_id(token)
         if copy_id is None:
             raise UserError(f"--forking-token-init copy:{token}: the tokenizer has no such token")

@@ -9,12 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from megatron_ssft.config import Config
-from megatron_ssft.config.flags import ANY_RUN, build_config, read_config_file
+from megatron_ssft.config import ConversionConfig, RunConfig
+from megatron_ssft.config.flags import build_config, read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
@@ -33,13 +34,9 @@ from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.startup import complete_values
 
-_NOT_FOR_CONVERSION = {"data_path": ["-"], "train_iters": 1}
-"""A configuration needs data and a length; a conversion has neither."""
 
-
-def import_hf(source: Path, target: Path, options: dict[str, object]) -> None:
+def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     """A Hugging Face folder to a run folder with a checkpoint 0 of weights only, without tags unless asked for."""
-    options = {"num_forking_tokens": 0} | options
     verify = not options.pop("no_verify", False)
     if is_hf_folder(target) or (target.exists() and any(target.glob("iter_*"))):
         raise UserError(f"{target}: already holds a checkpoint; choose another folder")
@@ -47,15 +44,15 @@ def import_hf(source: Path, target: Path, options: dict[str, object]) -> None:
         bf16 = torch.bfloat16 in weights.dtypes.values()
     config, topology, vocabulary, engine = _start(source, {"bf16": bf16} | options)
     load_hf_weights(engine, source)
-    initialize_forking_rows(engine.chunks, vocabulary.tags, vocabulary.known_rows, vocabulary.copy_id, config)
+    initialize_forking_rows(engine.chunks, vocabulary, config.start, config.run.training.seed)
     on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
-    folder = save_checkpoint(engine, target, 0, weights_state(config, vocabulary))
-    on_first_rank(lambda: _write_config(target, config), topology)
+    folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))
+    on_first_rank(lambda: _write_config(target, config.run), topology)
     _say(topology, f"imported {source} to {folder}")
     if verify:
         load_folder(engine, folder)  # what is compared is what stands on the disk
         try:
-            _verify(config, engine, vocabulary, source, folder)
+            _verify(config.run, engine, vocabulary, source, folder)
         except UserError:  # on all ranks alike
             if topology.is_first_rank:
                 shutil.rmtree(folder)
@@ -64,37 +61,37 @@ def import_hf(source: Path, target: Path, options: dict[str, object]) -> None:
     destroy_topology()
 
 
-def export_run(source: Path, target: Path, options: dict[str, object]) -> None:
+def export_run(source: Path, target: Path, options: dict[str, Any]) -> None:
     """The newest checkpoint of a run folder to a Hugging Face folder."""
     verify = not options.pop("no_verify", False)
     if target.exists():
         raise UserError(f"{target}: exists; choose another folder")
     config, topology, vocabulary, engine = _start(source, _precision(source) | options)
-    with _assets_of(source, config, vocabulary, topology) as assets:
+    with _assets_of(source, config.run, vocabulary, topology) as assets:
         folder = checkpoint_folder(source, _load(engine, source))
-        report = export_hf(engine, config, vocabulary, assets, target, folder if verify else None)
+        report = export_hf(engine, config.run, vocabulary, assets, target, folder if verify else None)
     _say(topology, f"exported {folder} to {target}" + (f"; verified: {report}" if report else "; not verified"))
     destroy_topology()
 
 
-def verify(source: Path, target: Path, options: dict[str, object]) -> None:
+def verify(source: Path, target: Path, options: dict[str, Any]) -> None:
     """Whether a Hugging Face folder and the newest checkpoint of a run folder are the same model."""
     config, _, vocabulary, engine = _start(target, _precision(target) | options)
     folder = checkpoint_folder(target, _load(engine, target))
-    _verify(config, engine, vocabulary, source, folder)
+    _verify(config.run, engine, vocabulary, source, folder)
     destroy_topology()
 
 
-def _start(folder: Path, options: dict[str, object]) -> tuple[Config, Topology, Vocabulary, Engine]:
+def _start(folder: Path, options: dict[str, Any]) -> tuple[ConversionConfig, Topology, Vocabulary, Engine]:
     values = complete_values({"load": str(folder)} | options)
-    config = build_config(values | _NOT_FOR_CONVERSION)
-    topology = initialize_topology(config)
-    vocabulary = build_vocabulary(config)
-    return config, topology, vocabulary, Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
+    config = build_config(values, ConversionConfig)
+    topology = initialize_topology(config.run)
+    vocabulary = build_vocabulary(config.run, config.start)
+    return config, topology, vocabulary, Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)
 
 
 @contextlib.contextmanager
-def _assets_of(run: Path, config: Config, vocabulary: Vocabulary, topology: Topology) -> Iterator[Path]:
+def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: Topology) -> Iterator[Path]:
     """The folder of a run's Hugging Face files, made for the occasion where the run has none. Collective."""
     with tempfile.TemporaryDirectory() as parent:
         made = Path(parent) / ASSETS
@@ -102,11 +99,11 @@ def _assets_of(run: Path, config: Config, vocabulary: Vocabulary, topology: Topo
         def find() -> bool:
             if (run / ASSETS).is_dir():
                 return True
-            trained = read_config_file(str(run / "config.yaml"), ANY_RUN).get("seq_length", config.data.seq_length)
-            data = dataclasses.replace(config.data, seq_length=trained)
+            trained = read_config_file(str(run / "config.yaml")).get("seq_length", config.tokenizer.seq_length)
+            tokenizer = dataclasses.replace(config.tokenizer, seq_length=trained)
             try:
                 write_scratch_assets(
-                    dataclasses.replace(config, data=data), vocabulary.tokenizer, vocabulary.size, made
+                    dataclasses.replace(config, tokenizer=tokenizer), vocabulary.tokenizer, vocabulary.size, made
                 )
             except NotExpressible as error:
                 raise UserError(f"{run}: cannot be exported: {error}") from error
@@ -115,7 +112,7 @@ def _assets_of(run: Path, config: Config, vocabulary: Vocabulary, topology: Topo
         yield run / ASSETS if on_first_rank(find, topology) else made
 
 
-def _precision(run: Path) -> dict[str, object]:
+def _precision(run: Path) -> dict[str, Any]:
     """The precision of a run's weights, from its newest checkpoint's state."""
     return {"bf16": bool(read_state(run, find_latest(run)).get("bf16"))}
 
@@ -126,7 +123,7 @@ def _load(engine: Engine, run: Path) -> int:
     return iteration
 
 
-def _verify(config: Config, engine: Engine, vocabulary: Vocabulary, hf: Path, checkpoint: Path) -> None:
+def _verify(config: RunConfig, engine: Engine, vocabulary: Vocabulary, hf: Path, checkpoint: Path) -> None:
     """Both proofs, printed. A folder without the tags is compared without their rows."""
     rows = int(read_hf_config(hf)["vocab_size"])
     stored = rows if _knows_tags(hf, vocabulary) else min(rows, vocabulary.known_rows)
@@ -146,12 +143,12 @@ def _knows_tags(hf: Path, vocabulary: Vocabulary) -> bool:
     return set(vocabulary.tags.strings) <= {str(token.get("content")) for token in added}
 
 
-def _write_config(target: Path, config: Config) -> None:
+def _write_config(target: Path, config: RunConfig) -> None:
     """The shape, tokenizer and tags, for whoever loads the folder; how to train is not decided here."""
     kept = dataclasses.asdict(config.model)
     kept |= {name: getattr(config.forking, name) for name in ("num_forking_tokens", "forking_token_format")}
     kept["forking_token_template"] = config.forking.forking_token_template
-    kept["tokenizer_type"] = config.data.tokenizer_type
+    kept["tokenizer_type"] = config.tokenizer.tokenizer_type
     kept["tokenizer_model"] = str((target / ASSETS).resolve())
     write_durably(target / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.matching.assignment import Matcher
-from megatron_ssft.objectives.sets import build_queue, prepare_data
+from megatron_ssft.objectives.sets import build_queue, make_batch, prepare_data
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
@@ -20,14 +19,13 @@ from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.lr_schedule import warmup_iterations
 
 
-def print_description(config: Config, describe: Callable[[Config], str]) -> None:
-    """Print what `describe` says of a configuration on the first rank. Raises UserError on all."""
-    text = describe(config)
+def print_description(text: str) -> None:
+    """Print the description of a configuration on the first rank."""
     if launch_environment()[0] == 0:
         print(text)
 
 
-def described_world_size(config: Config) -> int:
+def described_world_size(config: RunConfig) -> int:
     """Ranks of the job that is described: started without a launcher, the smallest that fits. Raises UserError."""
     _, world_size, _ = launch_environment()
     if world_size == 1:
@@ -36,63 +34,64 @@ def described_world_size(config: Config) -> int:
     return world_size
 
 
-def describe(config: Config) -> str:
+def describe(config: SSFTConfig) -> str:
     """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
-    world_size = described_world_size(config)
-    vocabulary = build_vocabulary(config)
+    world_size = described_world_size(config.run)
+    vocabulary = build_vocabulary(config.run, config.start)
     lines = [to_yaml(config), "# what follows from it"]
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
         dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
-        lines += _data_lines(config, dataset)
+        lines += _data_lines(dataset)
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
-        lines.append(f"parameters: about {count_parameters(config, vocabulary.size):,}")
+        lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
         lines += _step_lines(config, dataset, vocabulary, world_size)
     return "\n".join(lines)
 
 
-def _data_lines(config: Config, dataset: SetDataset) -> list[str]:
+def _data_lines(dataset: SetDataset) -> list[str]:
     counts = dataset.trace_counts.tolist()
     return [
         f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} a question "
         f"(median {statistics.median(counts):g})",
-        "data summary: " + ", ".join(f"{key} {value}" for key, value in dataset.summary.items()),
+        "data summary: " + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items()),
     ]
 
 
-def _step_lines(config: Config, dataset: SetDataset, vocabulary: Vocabulary, world_size: int) -> list[str]:
+def _step_lines(config: SSFTConfig, dataset: SetDataset, vocabulary: Vocabulary, world_size: int) -> list[str]:
     """The number of steps and the plan of the first one, tags drawn at random: lengths do not depend on them."""
     queue = build_queue(config, dataset)
-    sizes, first = [], None
+    sizes: list[int] = []
+    batch: QuestionBatch | None = None
     while sum(sizes) < dataset.trace_counts.sum() and (visits := queue.next_batch()) is not None:
-        first = first or visits
+        batch = batch or make_batch(dataset, visits)
         sizes.append(sum(int(dataset.trace_counts[visit.index]) for visit in visits))
-    batch = QuestionBatch(first, tuple(dataset[visit.index] for visit in first))
+    assert batch is not None, "a data set has questions"
     mode = "single" if config.matching.matching == "single" else "random"
-    matcher = Matcher(mode, vocabulary.tags.num_tags, config.training.seed)
-    ranks = world_size // config.parallel.model_parallel_size
-    planner = Planner(config, vocabulary.size, ranks)
+    matcher = Matcher(mode, vocabulary.tags.num_tags, config.run.training.seed)
+    ranks = world_size // config.run.parallel.model_parallel_size
+    planner = Planner(config.run, vocabulary.size, ranks, config.cost_tokens_per_microbatch)
     tags = vocabulary.tags
     plan = planner.plan_sequences(batch, matcher.assign(batch, [None] * len(batch.sets)), tags).plan
     cost_plan = planner.plan_costs(batch, tags, config.matching.matching_tokens).plan
     accountant = FlopAccountant(planner.flops)
     matching = accountant.forward(cost_plan) / accountant.training(plan)
-    training = config.training
-    total = training.train_iters or training.train_epochs * len(sizes)
+    training, epochs = config.run.training, config.batches.train_epochs
+    total = training.train_iters or (epochs or 0) * len(sizes)
     about = "" if training.train_iters else "about "
     return [
         f"ranks: {world_size}, data-parallel {ranks}",
-        f"steps: about {len(sizes)} an epoch, {about}{total} in all, warm-up {warmup_iterations(training, total)}",
-        f"first step: {len(first)} questions, {sizes[0]} traces, {len(plan.ranks[0])} microbatches on the first rank, "
-        f"{plan.pad_sequences} PAD sequences (at least {plan.pad_lower_bound}), makespan "
+        f"steps: about {len(sizes)} per epoch, {about}{total} in all, warm-up {warmup_iterations(training, total)}",
+        f"first step: {len(batch.sets)} questions, {sizes[0]} traces, {len(plan.ranks[0])} microbatches on the first "
+        f"rank, {plan.pad_sequences} PAD sequences (at least {plan.pad_lower_bound}), makespan "
         f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound; optimal matching takes {matching:.1%} of "
         "the training's FLOPs",
     ]
 
 
-def count_parameters(config: Config, vocab_size: int) -> int:
+def count_parameters(config: RunConfig, vocab_size: int) -> int:
     """Weights of the matrices (norms and biases left out)."""
     m = config.model
     query, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels

@@ -8,25 +8,24 @@ from megatron_ssft.objectives.policy.inputs import PolicyInputs, read_inputs
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.describe import count_parameters, described_world_size
 from megatron_ssft.training.lr_schedule import warmup_iterations
-from megatron_ssft.training.startup import POLICY_PROGRAM
 
 
 def describe(config: GFPOConfig) -> str:
     """Everything resolved, as text. Reads and checks all input, writes nothing. Raises UserError."""
-    world_size = described_world_size(config)
-    vocabulary = build_vocabulary(config)
-    inputs = read_inputs(config, vocabulary, config.training.train_iters)
+    world_size = described_world_size(config.run)
+    vocabulary = build_vocabulary(config.run)
+    inputs = read_inputs(config, vocabulary, config.train_iters)
     tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
-    iters = config.training.train_iters
+    iters = config.train_iters
     lines = [
-        to_yaml(config, POLICY_PROGRAM),
+        to_yaml(config),
         "# what follows from it",
         f"questions: {len(inputs.questions)} with rewards, {len(inputs.held_out)} held out",
         f"stored completions in use: {len(inputs.completions)}",
         f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags),
-        f"parameters: about {count_parameters(config, vocabulary.size):,}",
-        f"ranks: {world_size}, data-parallel {world_size // config.parallel.model_parallel_size}",
-        f"steps: {iters}, warm-up {warmup_iterations(config.training, iters)}",
+        f"parameters: about {count_parameters(config.run, vocabulary.size):,}",
+        f"ranks: {world_size}, data-parallel {world_size // config.run.parallel.model_parallel_size}",
+        f"steps: {iters}, warm-up {warmup_iterations(config.run.training, iters)}",
         f"a step: {_step(config, inputs)}",
         *inputs.notes,
     ]
@@ -45,6 +44,6 @@ def _step(config: GFPOConfig, inputs: PolicyInputs) -> str:
         return f"{questions} questions, about {tokens:,.0f} completion tokens"
     text = f"{questions} questions, about {prompts:,.0f} prompt tokens (scored, then trained)"
     if policy.anchor == "kl":
-        anchored = min(policy.anchor_completions, len(lengths)) * mean
+        anchored = min(policy.anchor_completions or 0, len(lengths)) * mean
         text += f", about {anchored:,.0f} tokens of completions for the anchor"
     return text

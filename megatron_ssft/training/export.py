@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.assets import write_assets
 from megatron_ssft.hf.scratch_assets import check_tokenizer
@@ -27,7 +27,7 @@ SAMPLE = (
 
 
 def export_hf(
-    engine: Engine, config: Config, vocabulary: Vocabulary, assets: Path, target: Path, verify_with: Path | None
+    engine: Engine, config: RunConfig, vocabulary: Vocabulary, assets: Path, target: Path, verify_with: Path | None
 ) -> LogitReport | None:
     """Write `target` from the engine's weights and the files in `assets`. Collective.
 
@@ -47,7 +47,7 @@ def export_hf(
         tags = vocabulary.tags if vocabulary.tags.num_tags else None
         tied = not config.model.untie_embeddings_and_output_weights
         write_assets(assets, partial, tags, engine.vocab_size, dtype, tied)
-        if config.data.tokenizer_type != "HuggingFaceTokenizer":  # whose files are the run's own
+        if config.tokenizer.tokenizer_type != "HuggingFaceTokenizer":  # whose files are the run's own
             check_tokenizer(partial, vocabulary.tokenizer)
 
     on_first_rank(prepare, topology)
@@ -67,7 +67,7 @@ def export_hf(
 
 
 def verify_folder(
-    config: Config,
+    config: RunConfig,
     engine: Engine,
     vocabulary: Vocabulary,
     folder: Path,

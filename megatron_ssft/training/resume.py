@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.hf.assets import copy_assets
@@ -20,7 +20,7 @@ from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 STATE_FORMAT = 1
 
 
-def run_state(config: Config, vocabulary: Vocabulary, iteration: int, data: str) -> dict[str, Any]:
+def run_state(config: RunConfig, vocabulary: Vocabulary, iteration: int, data: str) -> dict[str, Any]:
     """Everything that decides the future of a run besides weights, optimizer and the objective's own state, as JSON.
 
     There is no random state: every draw is a function of the seed, the epoch and the question. Nor is there one of
@@ -37,7 +37,7 @@ def run_state(config: Config, vocabulary: Vocabulary, iteration: int, data: str)
     }
 
 
-def weights_state(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
+def weights_state(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a checkpoint of weights alone says of itself, as JSON."""
     return {
         "format": STATE_FORMAT,
@@ -99,65 +99,68 @@ def refuse_contradictions(
         )
 
 
-def resumable(config: Config) -> Config:
+def resumable(config: TrainingRun) -> TrainingRun:
     """The configuration as a later run needs it: how this one was started (--load, --finetune) is left out."""
-    start = dataclasses.replace(config.checkpoint, load=None, finetune=False)
-    return dataclasses.replace(config, checkpoint=start)
+    run = dataclasses.replace(config.run, checkpoint=dataclasses.replace(config.run.checkpoint, load=None))
+    if isinstance(config, SSFTConfig):
+        return dataclasses.replace(config, run=run, start=dataclasses.replace(config.start, finetune=False))
+    return dataclasses.replace(config, run=run)
 
 
-def check_writable(config: Config) -> None:
+def check_writable(config: TrainingRun) -> None:
     """Write where the --save folder is or will be, before anything expensive, and leave nothing. Raises OSError."""
-    if config.checkpoint.save is not None:
-        folder = Path(config.checkpoint.save).absolute()
+    if config.run.checkpoint.save is not None:
+        folder = Path(config.run.checkpoint.save).absolute()
         while not folder.exists():
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
 
 
-def keep_assets(config: Config) -> None:
+def keep_assets(config: TrainingRun) -> None:
     """Put the Hugging Face files that an export needs besides weights into the run, where the model has such files.
 
     They come from what the run is loaded from, else they are made for its model and tokenizer. Raises UserError, for
     --export-hf-at-save also where there are none, and OSError.
     """
-    if config.checkpoint.save is None:
+    if config.run.checkpoint.save is None:
         return
-    target, exporting = Path(config.checkpoint.save) / ASSETS, config.checkpoint.export_hf_at_save
+    target, exporting = Path(config.run.checkpoint.save) / ASSETS, config.run.checkpoint.export_hf_at_save
     try:
-        if not config.checkpoint.continues_in_place or (exporting and not target.is_dir()):
+        if not config.run.checkpoint.continues_in_place or (exporting and not target.is_dir()):
             _place_assets(config, target)
-        if exporting and config.data.tokenizer_type != "HuggingFaceTokenizer":
+        if exporting and config.run.tokenizer.tokenizer_type != "HuggingFaceTokenizer":
             # Found out before the training rather than after it.
-            check_tokenizer(target, build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model))
+            settings = config.run.tokenizer
+            check_tokenizer(target, build_tokenizer(settings.tokenizer_type, settings.tokenizer_model))
     except NotExpressible as error:
         if exporting:
             raise UserError(f"--export-hf-at-save: {error}") from error
         shutil.rmtree(target, ignore_errors=True)  # of another model, left by a start that came to nothing
 
 
-def _place_assets(config: Config, target: Path) -> None:
-    if config.checkpoint.load is not None:
-        source = Path(config.checkpoint.load)
+def _place_assets(config: TrainingRun, target: Path) -> None:
+    if config.run.checkpoint.load is not None:
+        source = Path(config.run.checkpoint.load)
         source = source if is_hf_folder(source) else source / ASSETS
         if source.is_dir():
             copy_assets(source, target)
             return
-    vocabulary = build_vocabulary(config)
-    write_scratch_assets(config, vocabulary.tokenizer, vocabulary.size, target)
+    vocabulary = build_vocabulary(config.run, config.start)
+    write_scratch_assets(config.run, vocabulary.tokenizer, vocabulary.size, target)
 
 
-def refuse_occupied_folder(config: Config) -> None:
+def refuse_occupied_folder(config: TrainingRun) -> None:
     """A new run must not write over another one's checkpoints. Raises UserError."""
-    save = config.checkpoint.save
+    save = config.run.checkpoint.save
     if save is not None and Path(save).exists() and not Path(save).is_dir():
         raise UserError(f"--save {save}: is a file; name a folder")
-    if save is None or (config.checkpoint.continues_in_place and not config.checkpoint.finetune):
+    if save is None or (config.run.checkpoint.continues_in_place and not config.start.finetune):
         return
     folders = sorted(Path(save).glob("iter_*")) if Path(save).is_dir() else []
     if folders:
         raise UserError(
             f"--save {save}: already holds {folders[-1].name}; continue that run with --load {save} "
-            f"{'--no-finetune' if config.checkpoint.finetune else ''}".rstrip()
+            f"{'--no-finetune' if config.start.finetune else ''}".rstrip()
             + ", or choose another folder"
         )

@@ -1,7 +1,7 @@
-"""What a run writes beside its checkpoints: JSONL files, TensorBoard, W&B, a progress bar or plain lines.
+"""A run's log: JSONL files, TensorBoard, W&B, a progress bar or plain lines.
 
-Only the first rank writes. The JSONL files are cut back to the checkpoint a run resumes from, so that a joined run
-reads like an uninterrupted one.
+Only the first rank writes; the others have a `NullLog`. The JSONL files are cut back to the checkpoint that a run
+resumes from, so that a joined run reads like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -9,15 +9,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Protocol
 
+from msgspec import Struct
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_ssft.config import LoggingConfig
-from megatron_ssft.formats.run_folder import METRICS
+from megatron_ssft.formats.jsonl import to_object
+from megatron_ssft.formats.metrics import METRICS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Row = Struct | Mapping[str, object]
+"""A record of formats/, or the same as a mapping: figures of an objective that has no record yet."""
+Fields = Mapping[str, object]
+
+
+class WandbRun(Protocol):
+    """The part of W&B's run that is used; the package is optional and has no stubs here."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Log(Protocol):
+    """What a trainer may do with its log, on every rank."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+
+    def step(self, row: Row) -> None:
+        """Log one optimizer step."""
+
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        """Append lines to one of the files."""
+
+    def sync(self) -> None:
+        """Bring the files onto the disk."""
 
 
 class RunLog:
@@ -30,7 +63,7 @@ class RunLog:
         first_iteration: int,
         train_iters: int,
         files: Sequence[str],
-        line: Callable[[dict[str, Any]], str],
+        line: Callable[[Fields], str],
     ) -> None:
         """
         Args:
@@ -40,8 +73,9 @@ class RunLog:
         """
         self._line = line
         self.console = Console()
-        self._files = {}
-        self._tensorboard = self._wandb = None
+        self._files: dict[str, IO[str]] = {}
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: WandbRun | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for name in files:
@@ -84,29 +118,31 @@ class RunLog:
             self._wandb.finish()
 
     def say(self, text: str) -> None:
-        """One line on the terminal or in the job's log."""
+        """Print one line on the terminal or into the job's log."""
         if self.console.is_terminal:
             self.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, row: Row) -> None:
         """Log one optimizer step everywhere."""
-        self.rows(METRICS, [metrics])
-        iteration = metrics["iteration"]
-        values = {k: v for k, v in metrics.items() if k != "iteration" and isinstance(v, int | float)}
+        fields = _fields(row)
+        self.rows(METRICS, [fields])
+        iteration = fields["iteration"]
+        assert isinstance(iteration, int), iteration
+        values = {k: v for k, v in fields.items() if k != "iteration" and isinstance(v, int | float)}
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
         self._progress.update(self._task, completed=iteration)
-        self.say(self._line(metrics))
+        self.say(self._line(fields))
 
-    def rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
         """Append lines to one of the files; each has the `iteration` that it belongs to."""
         if name in self._files:
-            self._files[name].writelines(json.dumps(row) + "\n" for row in rows)
+            self._files[name].writelines(json.dumps(_fields(row)) + "\n" for row in rows)
             self._files[name].flush()
 
     def sync(self) -> None:
@@ -115,13 +151,29 @@ class RunLog:
             os.fsync(file.fileno())
 
 
-class NoLog:
-    """What ranks other than the first open instead of a log."""
+class NullLog:
+    """A log that keeps nothing: that of all ranks but the first. Use as a context manager."""
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> NullLog:
+        return self
 
     def __exit__(self, *_: object) -> None: ...
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+    def step(self, row: Row) -> None:
+        """Log nothing."""
+
+    def rows(self, name: str, rows: Iterable[Row]) -> None:
+        """Write nothing; `rows` are not even made."""
+
+    def sync(self) -> None:
+        """Nothing is to be brought onto the disk."""
+
+
+def _fields(row: Row) -> dict[str, object]:
+    return to_object(row) if isinstance(row, Struct) else dict(row)
 
 
 def truncate_from(path: Path, iteration: int) -> None:
@@ -139,6 +191,6 @@ def truncate_from(path: Path, iteration: int) -> None:
 
 def _is_before(line: bytes, iteration: int) -> bool:
     try:
-        return json.loads(line)["iteration"] < iteration
+        return bool(json.loads(line)["iteration"] < iteration)
     except (ValueError, KeyError, TypeError):
         return False

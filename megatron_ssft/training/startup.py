@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_ssft.config import Config, GFPOConfig, MatchingConfig, ModelConfig, ParallelConfig
-from megatron_ssft.config.flags import ANY_RUN, PRETRAIN, Program, read_config_file
+from megatron_ssft.config import ModelConfig, ParallelConfig
+from megatron_ssft.config.flags import read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
 from megatron_ssft.formats.run_folder import ASSETS
@@ -25,25 +26,9 @@ _LAYOUT = (
     *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
     _IMPLEMENTATION,
 )
-_OF_SSFT = (
-    *(field.name for field in dataclasses.fields(MatchingConfig)),
-    *("data_path", "eval_data_path", "data_cache_path", "overlong_traces", "max_traces", "trace_filter"),
-    *("answer_separator", "train_forking_token", "forking_token_init", "forking_token_noise"),
-    *("global_batch_size", "train_epochs", "question_lookahead", "loss_normalization"),
-    *("finetune", "eval_interval", "eval_questions"),
-)
-POLICY_PROGRAM = Program(
-    GFPOConfig, frozenset(_OF_SSFT), {"weight_decay": 0.0, "lr_decay_style": "constant", "seq_length": 4096}
-)
-"""What tools/train_gfpo.py is configured by. There is nothing to match, and traces are not trained."""
 
 
-def program_of(config: Config) -> Program:
-    """The program that a configuration belongs to."""
-    return POLICY_PROGRAM if isinstance(config, GFPOConfig) else PRETRAIN
-
-
-def complete_values(values: dict[str, object]) -> dict[str, object]:
+def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     """The given configuration values, completed by what the folder named by `load` fixes.
 
     A Hugging Face folder fixes the model's shape (a value that contradicts it is refused) and proposes its tokenizer;
@@ -70,21 +55,19 @@ def complete_values(values: dict[str, object]) -> dict[str, object]:
         return values
     stored = folder / "config.yaml"
     if stored.is_file():
-        proposed = read_config_file(str(stored), ANY_RUN)
-        shape = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
-        values = {k: v for k, v in proposed.items() if k in shape or k in _TAGS or k in _TOKENIZER} | values
+        proposed = read_config_file(str(stored))
+        of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
+        values = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER} | values
     tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
     if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
         values = values | {"tokenizer_model": str(own)}  # the run was moved, or what it started from is gone
     return values
 
 
-def complete_policy_values(values: dict[str, object]) -> dict[str, object]:
+def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
     """The same for policy learning, which takes a run's layout over as well, and an export's tags. Raises UserError."""
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
-    if values.get("train_iters") is None:
-        raise UserError("--train-iters is required: the number of optimizer steps")
     load = Path(str(values["load"]))
     values = complete_values(values)
     if is_hf_folder(load):
@@ -92,10 +75,9 @@ def complete_policy_values(values: dict[str, object]) -> dict[str, object]:
         proposed = {}
     else:
         _check_run(load)
-        proposed = read_config_file(str(load / "config.yaml"), ANY_RUN)
+        proposed = read_config_file(str(load / "config.yaml"))
     _check_neighbours(values, load, started_here="objective" in proposed)
-    values = {name: value for name, value in proposed.items() if name in _LAYOUT} | values
-    return values | {"data_path": [str(values.get("data"))]}
+    return {name: value for name, value in proposed.items() if name in _LAYOUT} | values
 
 
 def _check_run(folder: Path) -> None:
@@ -109,7 +91,7 @@ def _check_run(folder: Path) -> None:
         raise UserError(f"--load {folder}: holds no checkpoint (iter_*); give the run that it was to start from")
 
 
-def _check_neighbours(values: dict[str, object], load: Path, started_here: bool) -> None:
+def _check_neighbours(values: dict[str, Any], load: Path, started_here: bool) -> None:
     """Raise UserError where --save or --reference cannot be; `started_here`: --load is a run of this program."""
     save, reference = values.get("save"), values.get("reference")
     continues = save is not None and Path(str(save)).resolve() == load.resolve()
@@ -119,7 +101,7 @@ def _check_neighbours(values: dict[str, object], load: Path, started_here: bool)
         raise UserError(f"--reference {reference}: no such folder")
 
 
-def _complete_tags(values: dict[str, object], folder: Path) -> dict[str, object]:
+def _complete_tags(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The values with the tags that an export names; others are refused. Raises UserError."""
     path = folder / FORKING_TOKENS
     if not path.is_file():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_ssft.config import Config
+import msgspec
+
+from megatron_ssft.config import SSFTConfig, TrainingRun
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
 from megatron_ssft.hf.folder import is_hf_folder
-from megatron_ssft.objectives import objective_of
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
+from megatron_ssft.objectives.registry import objective_of
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -31,16 +33,15 @@ from megatron_ssft.training.resume import (
     resumable,
     run_state,
 )
-from megatron_ssft.training.run_log import NoLog, RunLog
+from megatron_ssft.training.run_log import Log, NullLog, RunLog
 from megatron_ssft.training.signals import StopSignal
-from megatron_ssft.training.startup import program_of
 from megatron_ssft.training.weights import take_weights
 
 
 class Trainer:
     """One training run on one rank. Everything but the model's shards is the same on every rank."""
 
-    def __init__(self, config: Config, topology: Topology, objective: type[Objective] | None = None) -> None:
+    def __init__(self, config: TrainingRun, topology: Topology, objective: type[Objective] | None = None) -> None:
         """Check and open all input, then build the model. Raises UserError before any of it is slow.
 
         `objective`: by default the one that the configuration asks for.
@@ -49,13 +50,14 @@ class Trainer:
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
-        self.vocabulary = build_vocabulary(config)
+        self.vocabulary = build_vocabulary(config.run, config.start)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
         on_first_rank(lambda: keep_assets(config), topology)
-        self.engine = Engine(config, topology, self.vocabulary.size, self.vocabulary.tags.row_ids)
-        self.planner = Planner(config, self.vocabulary.size, topology.dp_size)
+        self.engine = Engine(config.run, topology, self.vocabulary.size, self.vocabulary.tags.row_ids)
+        cost_tokens = config.cost_tokens_per_microbatch if isinstance(config, SSFTConfig) else None
+        self.planner = Planner(config.run, self.vocabulary.size, topology.dp_size, cost_tokens)
         self.accountant = FlopAccountant(self.planner.flops)
-        self.peak_flops = job_peak_flops(config, topology)
+        self.peak_flops = job_peak_flops(config.run, topology)
         self.iteration = 0
         """Optimizer steps done."""
         self.train_iters = self.objective.train_iters(0)
@@ -80,7 +82,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Learning rate of the step that is being made."""
-        return learning_rate(self.config.training, self.iteration + 1, self.train_iters)
+        return learning_rate(self.config.run.training, self.iteration + 1, self.train_iters)
 
     def _row(self, decision: Decision, metrics: StepMetrics) -> Figures:
         """A line of metrics.jsonl, without times. What an objective says of the loss takes the engine's place."""
@@ -112,14 +114,14 @@ class Trainer:
 
     def run(self, stop: StopSignal) -> None:
         """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
-        checkpoint = self.config.checkpoint
-        folder = Path(checkpoint.save) if checkpoint.save and self.topology.is_first_rank else None
+        checkpoint = self.config.run.checkpoint
+        folder = self.folder if checkpoint.save and self.topology.is_first_rank else None
         # Before the first step there is nothing to save: the command that started the run starts it anew.
         saved_at = self.iteration if checkpoint.continues_in_place or not self.iteration else -1
         with self._open_log(folder) as log:
             self._greet(log, folder)
             if checkpoint.continues_in_place and self._export_is_missing():
-                self._export(checkpoint_folder(Path(checkpoint.save), self.iteration), log)
+                self._export(checkpoint_folder(self.folder, self.iteration), log)
             stopped = False
             while self.iteration < self.train_iters and not self.objective.is_over():
                 if stopped := any_rank(stop.received, self.topology):
@@ -129,48 +131,44 @@ class Trainer:
                     saved_at = self._save(log)
             if checkpoint.save and saved_at != self.iteration:
                 self._save(log)
-            if log is not None:
-                end = "stopped by SIGTERM" if stopped else "finished"
-                log.say(f"{end} at step {self.iteration} of {self.train_iters}")
+            end = "stopped by SIGTERM" if stopped else "finished"
+            log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
 
-    def _advance(self, log: RunLog | None) -> None:
+    def _advance(self, log: Log) -> None:
         """A step, and its lines in the log."""
         self._write(log, self.objective.before_step(self.context()))
         decision, row = self.train_step()
         report = self.objective.after_step(self.context(), decision)
         self._write(log, report, row)
 
-    @staticmethod
-    def _write(log: RunLog | None, report: Report, row: Figures | None = None) -> None:
-        if log is None:
-            return
+    def _write(self, log: Log, report: Report, row: Figures | None = None) -> None:
         for file, rows in report.rows:
             log.rows(file, rows)
-        if row is not None:
-            log.step(row | report.figures)
+        if row is not None and self.topology.is_first_rank:
+            figures = row | report.figures
+            record = self.objective.metrics
+            log.step(figures if record is None else msgspec.convert(figures, record))
         for remark in report.remarks:
             log.say(remark)
 
-    def _open_log(self, folder: Path | None) -> RunLog | NoLog:
+    def _open_log(self, folder: Path | None) -> RunLog | NullLog:
         """JSONL files, trackers and progress; nothing on ranks other than the first."""
         if not self.topology.is_first_rank:
-            return NoLog()
+            return NullLog()
         return RunLog(
             folder,
-            self.config.logging,
+            self.config.run.logging,
             self.iteration + 1,
             self.train_iters,
             files=self.objective.log_files,
             line=self.objective.line,
         )
 
-    def _greet(self, log: RunLog | None, folder: Path | None) -> None:
+    def _greet(self, log: Log, folder: Path | None) -> None:
         """What is trained, on what, how; and the configuration that a later run goes on with."""
-        if log is None:
-            return
         if folder is not None:
-            write_durably(folder / "config.yaml", to_yaml(resumable(self.config), program_of(self.config)))
+            write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
         log.say(f"{self.objective.introduction()} | {self._describe_job()}")
         log.say(self._describe_layout())
         for note in self.objective.notes():
@@ -178,7 +176,7 @@ class Trainer:
 
     def _describe_job(self) -> str:
         """Vocabulary, ranks, parameters and steps."""
-        t, p = self.topology, self.config.parallel
+        t, p = self.topology, self.config.run.parallel
         steps = f"steps {self.iteration + 1} to {self.train_iters}"
         return (
             f"{self.vocabulary.size} vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | "
@@ -190,20 +188,25 @@ class Trainer:
 
     def _describe_layout(self) -> str:
         """How sequences are laid out, and the attention's kernel."""
-        layout, attention = self.config.training.sequence_layout, self.engine.attention
+        layout, attention = self.config.run.training.sequence_layout, self.engine.attention
         kernel = "" if layout == "padded" else f" | attention of streams through {attention.name} ({attention.why})"
         return f"{layout} sequences{kernel}"
+
+    @property
+    def folder(self) -> Path:
+        """The --save folder of a run that has one."""
+        assert self.config.run.checkpoint.save is not None
+        return Path(self.config.run.checkpoint.save)
 
     # -- start and resume ----------------------------------------------------------------------------------------
 
     def _start_or_resume(self) -> None:
         """Put weights into the model: new ones, loaded ones, or those of a run that goes on, with all its state."""
-        load = self.config.checkpoint.load
+        load = self.config.run.checkpoint.load
         if load is None:
-            initialize_weights(self.engine.chunks, self.config)
-            vocabulary = self.vocabulary
-            rows, copy_id = vocabulary.known_rows, vocabulary.copy_id
-            initialize_forking_rows(self.engine.chunks, vocabulary.tags, rows, copy_id, self.config)
+            run = self.config.run
+            initialize_weights(self.engine.chunks, run)
+            initialize_forking_rows(self.engine.chunks, self.vocabulary, self.config.start, run.training.seed)
             self.engine.start(self.objective.last_layers)
         else:
             self.engine.start(self.objective.last_layers)
@@ -214,12 +217,12 @@ class Trainer:
         self.objective.begin(self.context(), self._load_weights)
 
     def _load_weights(self, source: Path, flag: str) -> None:
-        take_weights(self.engine, self.vocabulary, source, flag)
+        take_weights(self.engine, self.vocabulary, self.config.start, source, flag)
 
     def _goes_on(self, run: Path) -> bool:
         """Whether the run in this folder is continued, rather than its weights taken to start from."""
-        checkpoint = self.config.checkpoint
-        if is_hf_folder(run) or checkpoint.finetune:
+        checkpoint = self.config.run.checkpoint
+        if is_hf_folder(run) or self.config.start.finetune:
             return False
         if not self.objective.continues_elsewhere:
             return checkpoint.continues_in_place
@@ -244,42 +247,39 @@ class Trainer:
 
     def state(self) -> dict[str, object]:
         """What a checkpoint stores besides weights and optimizer, as JSON."""
-        return run_state(self.config, self.vocabulary, self.iteration, self.objective.fingerprint) | (
+        return run_state(self.config.run, self.vocabulary, self.iteration, self.objective.fingerprint) | (
             self.objective.state()
         )
 
     def _save_is_due(self) -> bool:
-        every = self.config.checkpoint.save_interval
+        every = self.config.run.checkpoint.save_interval
         return every is not None and self.iteration % every == 0
 
     def _export_is_missing(self) -> bool:
         """Whether the checkpoint that the run goes on from was not exported any more before a kill."""
-        if not self.config.checkpoint.export_hf_at_save:
+        if not self.config.run.checkpoint.export_hf_at_save:
             return False
-        export = checkpoint_folder(Path(self.config.checkpoint.save), self.iteration) / ASSETS
+        export = checkpoint_folder(self.folder, self.iteration) / ASSETS
         return not on_first_rank(export.is_dir, self.topology)
 
-    def _save(self, log: RunLog | None) -> int:
+    def _save(self, log: Log) -> int:
         begin = time.perf_counter()
-        if log is not None:
-            log.sync()
-        folder = save_checkpoint(self.engine, Path(self.config.checkpoint.save), self.iteration, self.state())
-        if log is not None:
-            log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
-        if self.config.checkpoint.export_hf_at_save:
+        log.sync()
+        folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
+        log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
+        if self.config.run.checkpoint.export_hf_at_save:
             self._export(folder, log)
         return self.iteration
 
-    def _export(self, folder: Path, log: RunLog | None) -> None:
+    def _export(self, folder: Path, log: Log) -> None:
         begin = time.perf_counter()
         report = export_hf(
             self.engine,
-            self.config,
+            self.config.run,
             self.vocabulary,
-            assets=Path(self.config.checkpoint.save) / ASSETS,
+            assets=self.folder / ASSETS,
             target=folder / ASSETS,
-            verify_with=folder if self.config.checkpoint.verify_hf else None,
+            verify_with=folder if self.config.run.checkpoint.verify_hf else None,
         )
-        if log is not None:
-            verified = f"verified: {report}" if report is not None else "not verified"
-            log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")
+        verified = f"verified: {report}" if report is not None else "not verified"
+        log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")

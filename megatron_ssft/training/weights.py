@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from megatron_ssft.config import StartConfig
 from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
@@ -18,12 +20,13 @@ from megatron_ssft.training.resume import refuse_contradictions, weights_state
 _UNTIED = "untie_embeddings_and_output_weights"
 
 
-def take_weights(engine: Engine, vocabulary: Vocabulary, source: Path, flag: str) -> None:
+def take_weights(engine: Engine, vocabulary: Vocabulary, start: StartConfig, source: Path, flag: str) -> None:
     """Fill a started engine with the newest weights of a run, or those of a Hugging Face folder. Collective.
 
     Where the engine's output head is its own and the source's is tied, it becomes a copy of the embedding.
 
     Args:
+        start: how rows of tags that the source does not know begin.
         flag: by which `source` was given, for messages.
 
     Raises:
@@ -34,11 +37,11 @@ def take_weights(engine: Engine, vocabulary: Vocabulary, source: Path, flag: str
     if is_hf_folder(source):
         stored_own = model_values(read_hf_config(source), str(source / "config.json"))[_UNTIED]
         load_hf_weights(engine, source, untie=own_head and not stored_own)
-        initialize_forking_rows(engine.chunks, vocabulary.tags, vocabulary.known_rows, vocabulary.copy_id, config)
+        initialize_forking_rows(engine.chunks, vocabulary, start, config.training.seed)
         engine.optimizer.reload_model_params()
         return
     iteration = int(on_first_rank(lambda: find_latest(source), topology))
-    state = on_first_rank(lambda: read_state(source, iteration), topology)
+    state: dict[str, Any] = on_first_rank(lambda: read_state(source, iteration), topology)
     untie = own_head and not state.get("model", {}).get(_UNTIED, True)
     if untie:
         state["model"][_UNTIED] = True

@@ -14,7 +14,7 @@ import pytest
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.formats.rollouts import Rollout, read_scored
 from megatron_ssft.scoring.run import LocatedQuestion, Marks
-from megatron_ssft.scoring.sandbox import probe as isolation
+from megatron_ssft.scoring.sandbox import mechanisms
 from megatron_ssft.scoring.verifiers.common import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +282,7 @@ def test_groups_come_from_scores_and_questions(tmp_path):
 
 
 def test_programs_are_scored_behind_walls(tmp_path):
-    if all(isolation.probe(kind) is not None for kind in isolation.KINDS):
+    if all(mechanisms.probe(kind) is not None for kind in mechanisms.KINDS):
         pytest.skip("this machine cannot isolate programs")
     questions = write(
         tmp_path / "q.jsonl",

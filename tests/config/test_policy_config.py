@@ -7,10 +7,10 @@ import json
 import pytest
 import yaml
 
-from megatron_ssft.config import PolicyConfig
-from megatron_ssft.config.flags import ANY_RUN, PRETRAIN, parse_arguments, read_config_file, to_yaml
+from megatron_ssft.config import GFPOConfig, PolicyConfig, SSFTConfig
+from megatron_ssft.config.flags import parse_arguments, read_config_file, to_yaml
 from megatron_ssft.errors import UserError
-from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values, tag_template
+from megatron_ssft.training.startup import complete_policy_values, tag_template
 from tests.helpers.policy_files import MODEL
 
 RUN_CONFIG = MODEL | {
@@ -41,7 +41,7 @@ def make_run(folder, **changes):
 def parse(*words, config=None):
     """The resolved configuration of a command line."""
     given = [] if config is None else ["--config", str(config)]
-    return parse_arguments("", [*given, *map(str, words)], complete_policy_values, POLICY_PROGRAM)[0]
+    return parse_arguments("", GFPOConfig, [*given, *map(str, words)], complete_policy_values)[0]
 
 
 def start(run, *words):
@@ -60,16 +60,22 @@ def refusal(make):
 
 def test_layout_model_tokenizer_and_tags_come_from_the_run(run):
     config = start(run)
-    assert config.parallel.tensor_model_parallel_size == 2
-    assert config.training.sequence_layout == "concatenated" and config.training.max_tokens_per_microbatch == 500
-    assert (config.model.hidden_size, config.data.seq_length) == (16, 64)
-    assert config.model.make_vocab_size_divisible_by == 8 and config.model.init_method_std == 0.25
-    assert (config.data.tokenizer_type, config.forking.num_forking_tokens) == ("CharTokenizer", 3)
+    assert config.run.parallel.tensor_model_parallel_size == 2
+    assert (
+        config.run.training.sequence_layout == "concatenated" and config.run.training.max_tokens_per_microbatch == 500
+    )
+    assert (config.run.model.hidden_size, config.run.tokenizer.seq_length) == (16, 64)
+    assert config.run.model.make_vocab_size_divisible_by == 8 and config.run.model.init_method_std == 0.25
+    assert (config.run.tokenizer.tokenizer_type, config.run.forking.num_forking_tokens) == ("CharTokenizer", 3)
 
 
 def test_how_the_run_was_trained_is_not_taken_over(run):
     config = start(run)
-    assert (config.training.lr, config.training.weight_decay, config.training.lr_decay_style) == (1e-5, 0.0, "constant")
+    assert (config.run.training.lr, config.run.training.weight_decay, config.run.training.lr_decay_style) == (
+        1e-5,
+        0.0,
+        "constant",
+    )
     assert config.matching.matching == "optimal"
 
 
@@ -77,11 +83,11 @@ def test_flags_override_the_run_and_the_file(run, tmp_path):
     file = tmp_path / "gfpo.yaml"
     file.write_text(f"load: {run}\nsave: x\nrewards: W\ndata: Q\ntrain-iters: 9\nkl_coef: 0.5\nlr: 1e-3\n")
     config = parse(config=file)
-    assert (config.training.train_iters, config.policy.kl_coef, config.training.lr) == (9, 0.5, 1e-3)
-    assert config.parallel.tensor_model_parallel_size == 2
+    assert (config.run.training.train_iters, config.policy.kl_coef, config.run.training.lr) == (9, 0.5, 1e-3)
+    assert config.run.parallel.tensor_model_parallel_size == 2
     config = parse("--kl-coef", 0.25, "--tensor-model-parallel-size", 1, "--seq-length", 32, config=file)
-    assert (config.policy.kl_coef, config.training.lr) == (0.25, 1e-3)
-    assert (config.parallel.tensor_model_parallel_size, config.data.seq_length) == (1, 32)
+    assert (config.policy.kl_coef, config.run.training.lr) == (0.25, 1e-3)
+    assert (config.run.parallel.tensor_model_parallel_size, config.run.tokenizer.seq_length) == (1, 32)
 
 
 SETTINGS = [
@@ -98,9 +104,9 @@ SETTINGS = [
 def test_yaml_gives_the_same_configuration_again(run, tmp_path, words):
     config = start(run, *words)
     file = tmp_path / "written.yaml"
-    file.write_text(to_yaml(config, POLICY_PROGRAM))
+    file.write_text(to_yaml(config))
     assert parse(config=file) == config
-    assert read_config_file(str(file), ANY_RUN)["objective"] == config.policy.objective
+    assert read_config_file(str(file), None)["objective"] == config.policy.objective
 
 
 # -- another program's settings --------------------------------------------------------------------------------------
@@ -118,11 +124,11 @@ def test_flags_of_ssft_are_refused_in_two_short_lines(run, flag, capsys):
 @pytest.mark.parametrize(
     ("program", "key", "inside"),
     [
-        (POLICY_PROGRAM, "matching: random", "'matching' is for another program"),
-        (POLICY_PROGRAM, "global-batch-size: 3", "'global-batch-size' is for another program"),
-        (PRETRAIN, "kl_coef: 1", "'kl_coef' is for another program"),
-        (POLICY_PROGRAM, "kl_coeff: 1", "unknown key 'kl_coeff'"),
-        (PRETRAIN, "kl_coeff: 1", "unknown key 'kl_coeff'"),
+        (GFPOConfig, "matching: random", "'matching' is for another program"),
+        (GFPOConfig, "global-batch-size: 3", "'global-batch-size' is for another program"),
+        (SSFTConfig, "kl_coef: 1", "'kl_coef' is for another program"),
+        (GFPOConfig, "kl_coeff: 1", "unknown key 'kl_coeff'"),
+        (SSFTConfig, "kl_coeff: 1", "unknown key 'kl_coeff'"),
     ],
 )
 def test_keys_of_another_program_and_of_none(tmp_path, program, key, inside):
@@ -233,7 +239,7 @@ def test_context_parallelism_of_the_run_is_refused_by_its_own_name(tmp_path):
     run = make_run(tmp_path / "run", context_parallel_size=2, transformer_impl="transformer_engine")
     assert refusal(lambda: start(run)).startswith("--context-parallel-size 2: the tags")
     config = start(run, "--context-parallel-size", 1)
-    assert (config.parallel.context_parallel_size, config.model.transformer_impl) == (1, "transformer_engine")
+    assert (config.run.parallel.context_parallel_size, config.run.model.transformer_impl) == (1, "transformer_engine")
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ def test_load_that_is_no_run(run, tmp_path):
 def test_saving_into_the_run_to_start_from(run):
     assert refusal(lambda: start(run, "--save", run / ".")).startswith(f"--save {run}: is what to start from")
     started = make_run(run.parent / "gfpo", objective="gfpo-exact")
-    (started / "config.yaml").write_text(to_yaml(start(run), POLICY_PROGRAM))
+    (started / "config.yaml").write_text(to_yaml(start(run)))
     assert start(started, "--save", started).checkpoint.save == str(started)
 
 

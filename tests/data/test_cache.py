@@ -17,8 +17,8 @@ from megatron_ssft.data.cache import SetDataset, build_dataset
 from megatron_ssft.errors import UserError
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
 from megatron_ssft.tokenizers.tokenizer import CharTokenizer
+from tests.helpers.teacher_sets import EXAMPLE, TEACHER_SETS
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_teachers.jsonl"
 EOS = 256
 
 
@@ -89,7 +89,7 @@ def test_sets_come_back_as_they_are_in_the_file(tmp_path, path):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     expected = {"questions": 4, "traces": 5, "trace_count_histogram": {1: 3, 2: 1}, "longest_sequence": 5 + 1 + 12}
     expected |= {"traces_truncated": 0, "total_tokens": (5 + 12 + 4) + (4 + 2) + (3 + 3) + (8 + 4)}
-    assert expected.items() <= dataset.summary.items()
+    assert expected.items() <= vars(dataset.summary).items()
 
 
 def test_items_are_read_only_int32_views_of_the_file(tmp_path, path):
@@ -176,15 +176,15 @@ def test_the_length_rule_at_its_edge(tmp_path, format, tag_length):
     full = [[*b"x" * 9, EOS], [*b"y" * 10, EOS]]
     for mode in ("truncate", "drop", "refuse"):
         kept, summary = completions(exact, overlong_traces=mode)
-        assert kept == full and summary["longest_sequence"] == exact
+        assert kept == full and summary.longest_sequence == exact
     kept, summary = completions(exact - 1)
-    assert kept == [full[0], [*b"y" * 10]] and summary["traces_truncated"] == 1  # cut: the end of turn is gone
+    assert kept == [full[0], [*b"y" * 10]] and summary.traces_truncated == 1  # cut: the end of turn is gone
     kept, summary = completions(exact - 1, overlong_traces="drop")
-    assert kept == [full[0]] and summary["traces_dropped_overlong"] == 1 and summary["traces"] == 1
+    assert kept == [full[0]] and summary.traces_dropped_overlong == 1 and summary.traces == 1
     message = error_of(path, tmp_path / "cache", format=format, seq_length=exact - 1, overlong_traces="refuse")
     assert message.startswith(f"{path}:1: a trace of question 'q' is 11 tokens") and f"{exact}, more than" in message
     kept, summary = completions(4 + tag_length + 1)
-    assert kept == [[*b"x"], [*b"y"]] and summary["traces_truncated"] == 2
+    assert kept == [[*b"x"], [*b"y"]] and summary.traces_truncated == 2
     message = error_of(path, tmp_path / "cache", format=format, seq_length=4 + tag_length)
     assert message == (
         f"{path}:1: prompt of question 'q' is 4 tokens, with its tag it leaves no room in --seq-length "
@@ -204,7 +204,7 @@ def test_dropping_overlong_traces_drops_questions_and_refuses_to_drop_all(tmp_pa
     dataset = SetDataset.open(build(path, tmp_path / "cache", seq_length=12, overlong_traces="drop"))
     assert [(s.id, s.line, s.sources) for s in dataset] == [("b", 2, ("s1",))]
     counters = {"questions": 1, "traces": 1, "questions_dropped_overlong": 2, "traces_dropped_overlong": 3}
-    assert counters.items() <= dataset.summary.items()
+    assert counters.items() <= vars(dataset.summary).items()
     message = error_of(path, tmp_path / "cache", seq_length=4, overlong_traces="drop")
     assert (
         message.startswith("--overlong-traces drop: no trace of 3 questions fits --seq-length 4")
@@ -368,10 +368,11 @@ def test_random_data_survives_the_round_trip(tmp_path):
         assert all(c[-1] == EOS for c in item.completion_ids)
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="the multi-teacher data is not here")
-def test_real_multi_teacher_data(tmp_path):
-    rows = [json.loads(line) for line in REAL.read_text(encoding="utf-8").split("\n") if line]
-    dataset = SetDataset.open(build(REAL, tmp_path, num_tags=8, trace_filter="correct=true", seq_length=1024))
+@pytest.mark.parametrize("path", TEACHER_SETS)
+def test_multi_teacher_data(tmp_path, path):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    length = 200 if path == EXAMPLE else 1024
+    dataset = SetDataset.open(build(path, tmp_path, num_tags=8, trace_filter="correct=true", seq_length=length))
     by_id = {r["id"]: [t for t in r["traces"] if t["correct"]] for r in rows}
     assert len(dataset) == sum(bool(traces) for traces in by_id.values())
     truncated = 0
@@ -379,6 +380,6 @@ def test_real_multi_teacher_data(tmp_path):
         assert count == item.num_traces == len(by_id[item.id])
         for ids, source, trace in zip(item.completion_ids, item.sources, by_id[item.id], strict=True):
             full = [*trace["text"].encode(), EOS]
-            assert source == trace["source"] and ids.tolist() == full[: 1023 - len(item.prompt_ids)]
+            assert source == trace["source"] and ids.tolist() == full[: length - 1 - len(item.prompt_ids)]
             truncated += len(ids) < len(full)
-    assert dataset.summary["traces_truncated"] == truncated
+    assert dataset.summary.traces_truncated == truncated > 0

@@ -1,99 +1,18 @@
-"""Evaluation sets from local files: every release's fields, hostile payloads, rows that the verifiers accept."""
+"""Released evaluation sets to questions, and what is wrong with them."""
 
 from __future__ import annotations
 
-import base64
-import csv
 import gzip
-import io
 import json
-import pickle
-import zlib
 from collections import Counter
 
 import pytest
 
-from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, read_benchmark, write_benchmark
-from megatron_ssft.datasets.string_pickle import decode_payload, read_string_pickle
+from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
 from megatron_ssft.errors import UserError
 from megatron_ssft.scoring.run import read_questions
-from megatron_ssft.scoring.verifiers import choice, code, exact, mathematics
-from megatron_ssft.scoring.verifiers.common import Settings
-
-GPQA = {
-    "Question": "Which of these is a metal?",
-    "Correct Answer": "iron\n",
-    "Incorrect Answer 1": "neon",
-    "Incorrect Answer 2": " sulphur",
-    "Incorrect Answer 3": "argon",
-    "Record ID": "rec1",
-    "Subdomain": "Inorganic",
-    "High-level domain": "Chemistry",
-    "Extra Revised Question": "",
-}
-
-
-def pack(text, protocol=4):
-    return base64.b64encode(zlib.compress(pickle.dumps(text, protocol))).decode()
-
-
-def lcb(kind="stdin", packed=True, **fields):
-    public = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
-    hidden = [{"input": "4 5\n", "output": "9\n", "testtype": "stdin"}]
-    row = {"starter_code": "", "metadata": "{}"}
-    if kind == "functional":
-        public = [{"input": '[1, 2]\n"a"', "output": "[1, 2, 1]", "testtype": kind}]
-        hidden = [{"input": '[]\n"b\\n"', "output": "[0]", "testtype": kind}]
-        starter = "class Solution:\n    def grow(self, xs: List[int], s: str) -> List[int]:\n        "
-        row = {"starter_code": starter, "metadata": '{"func_name": "grow"}'}
-    return {
-        "question_title": "Sums",
-        "question_content": "Add them.",
-        "platform": "atcoder",
-        "question_id": "abc1_a",
-        "contest_date": "2024-08-10T00:00:00",
-        "difficulty": "easy",
-        "public_test_cases": json.dumps(public),
-        "private_test_cases": pack(json.dumps(hidden)) if packed else json.dumps(hidden),
-        **row,
-        **fields,
-    }
-
-
-HUMANEVAL = {
-    "task_id": "HumanEval/900",
-    "prompt": "import math\n\n\ndef twice(x):\n    return 2 * x\n\n\n"
-    'def root(x: float):\n    """ The root of\n    twice x."""\n',
-    "canonical_solution": "    return helper(x)\n\n\ndef helper(x):\n    return math.sqrt(twice(x))\n",
-    "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(3) == math.sqrt(twice(3))\n",
-    "entry_point": "root",
-}
-
-
-def save(path, *rows):
-    if path.name.endswith(".csv"):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        path.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())
-    elif path.name.endswith(".json"):
-        path.write_text(json.dumps(rows, indent=1))
-    else:
-        data = b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
-        path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
-    return path
-
-
-def read(path, name, **options):
-    return list(read_benchmark([path], name, BenchmarkOptions(**options)))
-
-
-def error_of(path, name, **options):
-    with pytest.raises(UserError) as caught:
-        read(path, name, **options)
-    return str(caught.value)
-
+from megatron_ssft.scoring.verifiers import choice, exact, mathematics
+from tests.helpers.benchmark_rows import GPQA, HUMANEVAL, error_of, lcb, pack, read, save
 
 MATH = {
     "maxwell-jia": ("aime24", {"ID": "24-I-4", "Problem": "p?", "Solution": "s", "Answer": 33}, "aime24-24-I-4", "33"),
@@ -154,167 +73,6 @@ def test_gpqa(tmp_path, suffix):
     assert read(save(tmp_path / "one.jsonl", rows[7]), "gpqa", seed=3) == [got[7]]
     changed = read(save(tmp_path / f"a.{suffix}", *rows), "gpqa", seed=4)
     assert sum(a["choices"] != b["choices"] for a, b in zip(got, changed)) > 350
-
-
-def test_livecodebench_programs(tmp_path):
-    for packed in (True, False):
-        (row,) = read(save(tmp_path / "a.jsonl", lcb(packed=packed)), "livecodebench")
-        assert row["tests"]["cases"] == [{"input": "1 2\n", "output": "3\n"}, {"input": "4 5\n", "output": "9\n"}]
-        code.check_question(row)
-    assert (row["id"], row["difficulty"], row["platform"]) == ("livecodebench-abc1_a", "easy", "atcoder")
-    assert "# YOUR CODE HERE" in row["question"] and "stdin" in row["question"] and "Add them." in row["question"]
-
-
-def test_livecodebench_functions(tmp_path):
-    (row,) = read(save(tmp_path / "a.jsonl", lcb("functional")), "livecodebench")
-    tests = row["tests"]
-    code.check_question(row)
-    assert tests["entry_point"] == "grow" and "def grow(self" in row["question"] and "stdin" not in row["question"]
-
-    def run(body):
-        """As the release does: the preamble, the solution, a call for each test."""
-        names = {}
-        exec(
-            f"{tests['preamble']}\nclass Solution:\n    def grow(self, xs: List[int], s: str) -> List[int]:\n{body}",
-            names,
-        )
-        exec(tests["code"], {"candidate": names["Solution"]().grow})
-
-    run("        return xs + [int(s == 'a')]")
-    run("        return tuple(xs) + (Counter(s)['a'],)")
-    for wrong in ("        return xs", "        return xs + [1]", "        return str(xs)"):
-        with pytest.raises(AssertionError):
-            run(wrong)
-
-
-def test_livecodebench_dates(tmp_path):
-    dates = ("2024-07-31", "2024-08-01", "2025-02-01", "2025-02-02")
-    path = save(tmp_path / "a.jsonl", *(lcb(question_id=d, contest_date=f"{d}T23:00:00") for d in dates))
-    ids = [r["id"] for r in read(path, "livecodebench", since="2024-08-01", until="2025-02-01")]
-    assert ids == ["livecodebench-2024-08-01", "livecodebench-2025-02-01"]
-    assert len(read(path, "livecodebench", until="2024-07-31")) == 1 and len(read(path, "livecodebench")) == 4
-    with pytest.raises(UserError, match="no question is left"):
-        write_benchmark([path], tmp_path / "q", "livecodebench", BenchmarkOptions(since="2030-01-01"))
-    with pytest.raises(UserError, match="gsm8k has no contest dates"):
-        write_benchmark([path], tmp_path / "q", "gsm8k", BenchmarkOptions(since="2030-01-01"))
-    assert not (tmp_path / "q").exists()
-    undated = save(tmp_path / "b.jsonl", lcb(contest_date=None))
-    assert "'contest_date' is missing" in error_of(undated, "livecodebench", since="2024-08-01")
-    assert len(read(undated, "livecodebench")) == 1
-
-
-def test_humaneval_takes_the_prompt_s_helpers_to_tests_and_solution_alone(tmp_path):
-    for row in (HUMANEVAL, {**HUMANEVAL, "canonical_solution": None}):
-        (got,) = read(save(tmp_path / "a.jsonl", row), "humaneval")
-        code.check_question(got)
-        assert got["id"] == "HumanEval/900" and HUMANEVAL["prompt"].strip() in got["question"]
-        assert "return math" not in json.dumps(got) and "helper" not in json.dumps(got)
-        names = {}
-        exec(got["tests"]["preamble"] + "def root(x): return math.sqrt(twice(x))", names)
-        exec(got["tests"]["code"], {"candidate": names["root"]})
-        with pytest.raises(AssertionError):
-            exec(got["tests"]["code"], {"candidate": lambda x: x})
-
-
-JUDGED = {
-    "humaneval": (HUMANEVAL, "import math\ndef root(x):\n    return math.sqrt(2 * x)", "def root(x):\n    return x"),
-    "livecodebench": (lcb(), "a, b = map(int, input().split())\nprint(a + b)", "print(3)"),
-    "livecodebench functions": (
-        lcb("functional"),
-        "class Solution:\n    def grow(self, xs, s):\n        return xs + [int(s == 'a')]",
-        "class Solution:\n    def grow(self, xs, s):\n        return xs + [1]",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", JUDGED)
-def test_the_code_verifier_judges_by_the_rows(tmp_path, name):
-    row, right, wrong = JUDGED[name]
-    (question,) = read(save(tmp_path / "a.jsonl", row), name.split()[0])
-    for source, verdict in ((right, "correct"), (wrong, "wrong")):
-        assert code.judge(f"So:\n```python\n{source}\n```", question, Settings(timeout=30.0)).verdict == verdict
-
-
-class Hostile:
-    """Unpickling it writes the file `ran`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_a_string_is_read_from_any_pickle_protocol():
-    for text in ("", "a", "é\u2028\x00", "x" * 300, "y" * 70_000, "\\u0041\nb"):
-        for protocol in range(6):
-            assert read_string_pickle(pickle.dumps(text, protocol), "it") == text
-    assert decode_payload(pack("[]"), "it") == "[]"
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_no_other_pickle_is_read_and_nothing_runs(tmp_path, protocol):
-    ran = tmp_path / "ran"
-    for value in (
-        Hostile(ran),
-        ["a"],
-        ("a", "a"),
-        {"a": "b"},
-        b"abc",
-        7,
-        None,
-        True,
-        [],
-        str,
-        print,
-        ["a", Hostile(ran)],
-    ):
-        with pytest.raises(UserError, match="is not read"):
-            read_string_pickle(pickle.dumps(value, protocol), "it")
-    assert not ran.exists()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b".",
-        b"X",
-        b"\x80\x04.",
-        pickle.dumps("abc")[:-1],
-        pickle.dumps("abc") + b".",
-        pickle.dumps("abc") + b"cos\nsystem\n(S'true'\ntR.",
-        b"cos\nsystem\n(S'true'\ntR.",
-        b"cos\nsystem\n\x8c\x04true\x85R.",
-        b"\x8c\x02os\x93.",
-        b"(\x8c\x01at.",
-        b"\x8c\x01a\x8c\x01b.",
-        b"\x8c\x01aq\x00h\x00.",
-        b"\x8c\x01a0\x8c\x01b.",
-        b"S'old'\n.",
-        b"\x8c\x01a\x80\x04.",
-        b"Pid\n.",
-        b"\x82\x01.",
-        b"X\xff\xff\xff\x7fabc.",
-        b"\x8c\x02\xff\xfe.",
-        b"q\x00" * 100 + b"\x8c\x01a.",
-        b"\xff\xff",
-    ],
-)
-def test_damaged_and_hand_written_pickles_are_refused(data):
-    with pytest.raises(UserError) as caught:
-        read_string_pickle(data, "it")
-    assert str(caught.value).startswith("it ") and "\n" not in str(caught.value)
-
-
-def test_payloads_that_are_no_payloads(monkeypatch):
-    cut = base64.b64encode(zlib.compress(pickle.dumps("abc"))[:-3]).decode()
-    for payload, reason in ((cut, "cut off"), ("!!", "neither JSON"), ("AAAA", "neither JSON"), ("é", "neither JSON")):
-        with pytest.raises(UserError, match=reason):
-            decode_payload(payload, "it")
-    monkeypatch.setattr("megatron_ssft.datasets.string_pickle.MAX_BYTES", 1 << 20)
-    with pytest.raises(UserError, match="larger than 1 MiB"):
-        decode_payload(pack("x" * (1 << 21)), "it")
 
 
 BAD_CASES = '[{"input": "x", "output": "1", "testtype": "functional"}]'
@@ -403,7 +161,7 @@ def test_files_that_cannot_be_read(tmp_path):
         write_benchmark([empty], empty, "gsm8k", BenchmarkOptions())
 
 
-def test_parquet(tmp_path, monkeypatch):
+def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"no parquet")
     pyarrow = pytest.importorskip("pyarrow")
@@ -415,6 +173,11 @@ def test_parquet(tmp_path, monkeypatch):
     assert [r["answer"] for r in read(path, "aime24")] == [str(i) for i in range(600)]
     parquet.write_table(pyarrow.Table.from_pylist([*rows, {"problem": "x", "answer": None}]), path)
     assert error_of(path, "aime24").startswith(f"{path}:601: 'answer' is missing")
+
+
+def test_parquet_without_its_library(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"no parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     assert "takes pyarrow, which is not installed" in error_of(path, "aime24")
 

@@ -1,4 +1,4 @@
-"""Training sets from pools: every release's fields, sampling, independence of the order, and the training reader."""
+"""Training sets from pools: grouped, sampled, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,212 +6,17 @@ import itertools
 import json
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from megatron_ssft.data.jsonl import read_examples
 from megatron_ssft.datasets import pools
-from megatron_ssft.datasets.pool_formats import FormatOptions, final_answer, split_reasoning
 from megatron_ssft.datasets.pool_tables import pool_tables
 from megatron_ssft.datasets.pools import PoolOptions, build_pool
 from megatron_ssft.datasets.tables import question_key
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.errors import UserError
-
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_teachers.jsonl"
-
-
-def save(path, *rows):
-    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
-    return path
-
-
-def build(tmp_path, *files, source=None, keep_system=False, **options):
-    """The rows of the set, each accepted by the training reader, and the report."""
-    tmp_path.mkdir(exist_ok=True)
-    paths = [save(tmp_path / f"in{n}.jsonl", *rows) for n, rows in enumerate(files)]
-    return build_from(paths, tmp_path / "out" / "set.jsonl", source=source, keep_system=keep_system, **options)
-
-
-def build_from(paths, out, source=None, keep_system=False, **options):
-    report = build_pool(paths, out, PoolOptions(reading=FormatOptions(source, keep_system), **options))
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
-    examples, read_report = read_examples([out], num_tags=None, max_traces=None, trace_filter=None, seed=1)
-    assert [e.id for e in examples] == [r["id"] for r in rows]
-    assert [[t.text for t in e.traces] for e in examples] == [[t["text"] for t in r["traces"]] for r in rows]
-    assert (read_report.questions, read_report.traces) == (report.questions, report.traces)
-    assert read_report.trace_count_histogram == dict(sorted(report.trace_counts.items()))
-    left = report.traces_left_out.total()
-    assert report.traces_read == report.traces + left, report.traces_left_out
-    assert report.questions_read == report.questions + report.questions_left_out.total()
-    assert {path.name for path in out.parent.iterdir() if path.name.startswith(".")} == set()
-    return rows, report
-
-
-def error_of(tmp_path, *files, **options):
-    with pytest.raises(UserError) as caught:
-        build(tmp_path, *files, **options)
-    assert not (tmp_path / "out" / "set.jsonl").exists()
-    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
-    return str(caught.value)
-
-
-def own(name="q1", question=None, traces=("t",), **fields):
-    traces = [{"text": t} if isinstance(t, str) else t for t in traces]
-    return {"id": name, "question": question or f"what is {name}?", "traces": traces, **fields}
-
-
-def pool_row(name, sizes):
-    """A row with so many traces of each source: {"a": 2} gives a0 and a1 of source a."""
-    traces = [{"text": f"{s}{i}", "source": s, "correct": i % 2 == 0} for s, n in sizes.items() for i in range(n)]
-    return own(name, traces=traces)
-
-
-def s1k(question="How many?", solution="It is $\\boxed{12}$.", **fields):
-    return {
-        "question": question,
-        "solution": solution,
-        "cot_type": "math",
-        "source_type": "somewhere",
-        "metadata": "{}",
-        "deepseek_thinking_trajectory": "d thinks",
-        "deepseek_attempt": "d says 12",
-        "gemini_thinking_trajectory": "g thinks",
-        "gemini_attempt": "g says 13",
-        "deepseek_grade": "Yes",
-        "deepseek_grade_reason": "fine",
-        "gemini_grade": "No",
-        **fields,
-    }
-
-
-def openr1(generations=2, **fields):
-    texts = [f"<think>\nthought {i}\n</think>\n\nanswer {i}" for i in range(generations)]
-    return {
-        "problem": "Find x.",
-        "solution": "long",
-        "answer": "4",
-        "problem_type": "Algebra",
-        "source": "olympiads",
-        "uuid": "u-1",
-        "generations": texts,
-        "correctness_math_verify": [True] * generations,
-        "correctness_llama": None,
-        "is_reasoning_complete": [True] * generations,
-        "messages": [{"role": "user", "content": "Find x."}],
-        **fields,
-    }
-
-
-def talk(question="Why?", reply="<think>hm</think>so", **fields):
-    return {"conversations": [{"from": "user", "value": question}, {"from": "assistant", "value": reply}], **fields}
-
-
-def traces_of(row):
-    return {(t["source"], t["text"], t.get("answer"), t.get("correct")) for t in row["traces"]}
-
-
-def test_s1k(tmp_path):
-    (row,), report = build(tmp_path, [s1k()])
-    assert traces_of(row) == {
-        ("deepseek", "d thinks", "d says 12", True),
-        ("gemini", "g thinks", "g says 13", False),
-    }
-    assert (row["question"], row["answer"], row["subject"], row["origin"]) == ("How many?", "12", "math", "somewhere")
-    assert report.by_source == {"deepseek": {"correct": 1}, "gemini": {"incorrect": 1}}
-
-
-def test_s1k_with_more_sources_several_traces_of_one_and_missing_ones(tmp_path):
-    row = s1k(
-        claude_thinking_trajectory=["c1", "c2", None],
-        claude_attempt=["1", "2", "3"],
-        claude_grade=["No", None, "perhaps"],
-        gemini_thinking_trajectory="",
-        gemini_grade=None,
-        deepseek_attempt=None,
-        gpt_thinking_trajectory="<think>no attempt field</think> but a response",
-    )
-    (got,), report = build(tmp_path, [row])
-    assert traces_of(got) == {
-        ("claude", "c1", "1", False),
-        ("claude", "c2", "2", None),
-        ("gpt", "no attempt field", "but a response", None),
-    }
-    assert +report.traces_left_out == {"empty": 2, "no response after the reasoning": 1}
-    assert +report.notes == {"grades other than Yes and No": 1}
-
-
-def test_final_answers_of_solutions():
-    assert final_answer("so \\boxed{\\frac{1}{2}} and done") == "\\frac{1}{2}"
-    assert final_answer(" 42 ") == "42"
-    assert final_answer("first\nsecond") is None and final_answer("x" * 101) is None
-    assert final_answer("\\boxed{1} or rather \\boxed{2}") == "2"
-
-
-def test_openr1(tmp_path):
-    row = openr1(
-        5,
-        correctness_math_verify=[True, False, False, True, None],
-        correctness_llama=[None, True, False, True, None],
-        is_reasoning_complete=[True, True, True, False, None],
-    )
-    (got,), report = build(tmp_path, [row])
-    assert traces_of(got) == {
-        ("deepseek-r1", "thought 0", "answer 0", True),
-        ("deepseek-r1", "thought 1", "answer 1", True),
-        ("deepseek-r1", "thought 2", "answer 2", False),
-        ("deepseek-r1", "thought 4", "answer 4", None),
-    }
-    assert +report.traces_left_out == {"unfinished reasoning": 1}
-    assert (got["answer"], got["subject"], got["origin"], got["uuid"]) == ("4", "Algebra", "olympiads", "u-1")
-    (got,), _ = build(tmp_path, [openr1(1, correctness_math_verify=None)], source="r1")
-    assert traces_of(got) == {("r1", "thought 0", "answer 0", None)}
-
-
-def test_openthoughts(tmp_path):
-    marked = "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nso\n\n<|end_of_solution|>"
-    (row,), report = build(tmp_path, [talk(reply=marked, system="Write <|begin_of_thought|>.")])
-    assert (row["question"], traces_of(row)) == ("Why?", {("deepseek-r1", "hm", "so", None)})
-    assert +report.notes == {"system prompts left out": 1} and report.formats == {"openthoughts": 1}
-    (row,), _ = build(tmp_path, [talk(system="Be brief.")], keep_system=True)
-    assert row["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    turns = [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "<think>d</think>e")]
-    (row,), _ = build(tmp_path, [{"conversations": [{"from": f, "value": v} for f, v in turns]}])
-    assert [t["content"] for t in row["messages"]] == ["a", "b", "c"] and row["traces"][0]["text"] == "d"
-
-
-def test_openthoughts3_groups_replies_to_one_question(tmp_path):
-    rows = [
-        talk(q, f"<think>{q}{i}</think>r", domain="math", difficulty=7, source="s") for q in "AB" for i in range(16)
-    ]
-    random.Random(1).shuffle(rows)
-    got, report = build(tmp_path, rows[:20], rows[20:])
-    assert {r["question"]: len(r["traces"]) for r in got} == {"A": 16, "B": 16}
-    assert all({t["text"][0] for t in r["traces"]} == {r["question"]} for r in got)
-    assert report.formats == {"openthoughts3": 32} and set(report.by_source) == {"qwq-32b"}
-    assert (got[0]["subject"], got[0]["difficulty"], got[0]["origin"]) == ("math", 7, "s")
-    got, _ = build(tmp_path, rows, source="other", traces=4)
-    assert [len(r["traces"]) for r in got] == [4, 4] and got[0]["traces"][0]["source"] == "other"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain", ("plain", None, None)),
-        (" plain ", (" plain ", None, None)),
-        ("<think>a</think>b", ("a", "b", None)),
-        ("\n<think>\na\n</think>\n\nb\n", ("a", "b", None)),
-        ("a</think>b", ("a", "b", None)),
-        ("<think>a", ("<think>a", None, "unfinished reasoning")),
-        ("<think>a</think> \n", ("a", None, "no response after the reasoning")),
-        ("<think>a</think>b<think>c</think>d", ("a", "b<think>c</think>d", "several blocks of reasoning")),
-        ("<think>a<think>b</think>c", ("a<think>b", "c", "several blocks of reasoning")),
-        ("say <think> once", ("say <think> once", None, None)),
-    ],
-)
-def test_reasoning_and_response(text, expected):
-    assert split_reasoning(text) == expected
+from tests.helpers.pool_rows import build, build_from, error_of, openr1, own, pool_row, s1k, save, talk
+from tests.helpers.teacher_sets import TEACHER_SETS
 
 
 def test_own_rows_keep_everything_but_what_is_chosen_away(tmp_path):
@@ -403,7 +208,7 @@ def test_a_failing_write_leaves_the_old_set(tmp_path, monkeypatch):
     out = tmp_path / "out" / "set.jsonl"
     build(tmp_path, [own()])
     before = out.read_bytes()
-    monkeypatch.setattr(pools, "_set", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(pools, "_join", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         build_pool([save(tmp_path / "b.jsonl", own("x"))], out, PoolOptions())
     assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]
@@ -422,17 +227,17 @@ def test_demo_data_and_its_report(tmp_path):
     assert titles == ["Pool", "Traces a question", "Sources"]
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="the multi-teacher data is not here")
-def test_real_multi_teacher_data(tmp_path):
-    source = {r["id"]: r for r in map(json.loads, REAL.read_text(encoding="utf-8").split("\n")[:-1])}
-    rows, report = build_from([REAL], tmp_path / "all.jsonl")
+@pytest.mark.parametrize("path", TEACHER_SETS)
+def test_multi_teacher_data(tmp_path, path):
+    source = {r["id"]: r for r in map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])}
+    rows, report = build_from([path], tmp_path / "all.jsonl")
     assert len(rows) == len(source) and report.rows == len(source)
     for row in rows:
         given = source[row["id"]]
         assert {**row, "traces": 0} == {**given, "traces": 0}
         assert {t["text"] for t in row["traces"]} == {t["text"] for t in given["traces"]}
     rows, report = build_from(
-        [REAL], tmp_path / "some.jsonl", traces=4, per_source=1, keep_incorrect=False, min_traces=2
+        [path], tmp_path / "some.jsonl", traces=4, per_source=1, keep_incorrect=False, min_traces=2
     )
     for row in rows:
         right = [t for t in source[row["id"]]["traces"] if t["correct"]]

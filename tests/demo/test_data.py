@@ -9,8 +9,9 @@ from collections import Counter
 
 import pytest
 
-from megatron_ssft.demo.data import make_demo_sets, write_demo_data, write_jsonl
+from megatron_ssft.demo.data import make_demo_sets, write_demo_data
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import write_objects
 
 OPS = {"sum": lambda x, y: min(7, x + y), "or": lambda x, y: x | y, "max": max, "min": min}
 SYNTAX = {
@@ -185,14 +186,14 @@ def test_files_hold_the_rows_and_nothing_else_is_left(tmp_path):
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "train.jsonl"
-    write_jsonl(path, [{"id": "old"}])
+    write_objects(path, [{"id": "old"}])
 
     def rows():
         yield {"id": "new"}
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError):
-        write_jsonl(path, rows())
+        write_objects(path, rows())
     assert path.read_text() == '{"id": "old"}\n'
     assert list(tmp_path.iterdir()) == [path]
 

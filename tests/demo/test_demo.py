@@ -232,13 +232,14 @@ def test_bits_between_tag_and_style():
 
 
 def test_the_flags_given_to_the_trainer_exist(demo, tmp_path):
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import parse_arguments
 
     for matching in demo.MATCHINGS:
         command = demo.training_command(tmp_path / "a b", matching, 2, 256, Path("train"), Path("held"))
-        config, _ = parse_arguments("", command[command.index("train") + 1 :])
+        config, _ = parse_arguments("", SSFTConfig, command[command.index("train") + 1 :])
         assert config.matching.matching == matching
-        assert config.checkpoint.save == str(tmp_path / "a b" / matching)
+        assert config.run.checkpoint.save == str(tmp_path / "a b" / matching)
         assert config.data.data_cache_path == str(tmp_path / "a b" / "data_cache")
 
 

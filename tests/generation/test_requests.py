@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from megatron_ssft.data.jsonl import read_examples
+from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError

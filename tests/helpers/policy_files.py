@@ -92,7 +92,6 @@ def score(rollout):
 def make_config(files, **changes):
     """A configuration of policy learning on the files; None leaves a value out."""
     values = MODEL | {
-        "data_path": [str(files.data)],
         "data": str(files.data),
         "rewards": str(files.rewards),
         "save": str(files.data.parent / "run"),
@@ -105,7 +104,7 @@ def make_config(files, **changes):
 def read(files, planned_iters=3, **changes):
     """`read_inputs` of such a configuration."""
     config = make_config(files, **changes)
-    return read_inputs(config, build_vocabulary(config), planned_iters)
+    return read_inputs(config, build_vocabulary(config.run), planned_iters)
 
 
 def edit_lines(path, edit):

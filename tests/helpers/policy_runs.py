@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ssft.config import GFPOConfig
+from megatron_ssft.config import GFPOConfig, SSFTConfig
 from megatron_ssft.config.flags import build_config, to_yaml
 from megatron_ssft.formats.rollouts import mark
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
@@ -18,7 +18,6 @@ from megatron_ssft.parallel.model.initialization import initialize_forking_rows,
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.resume import weights_state
-from megatron_ssft.training.startup import POLICY_PROGRAM
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.training_runs import MODEL, weight_shards, write_rows
 
@@ -30,7 +29,7 @@ MODEL_VALUES = {
     "num_forking_tokens": TAGS,
     "init_method_std": 0.3,  # so that tags differ, and two models do
 }
-RUN_VALUES = dict(POLICY_PROGRAM.defaults) | {
+RUN_VALUES = dict(GFPOConfig.defaults) | {
     **MODEL_VALUES,
     "train_iters": 3,
     "lr": 3e-3,
@@ -57,13 +56,13 @@ def write_models(folder: str) -> None:
         for number in range(2):
             run = Path(folder) / f"{name} {number}"
             values = {**MODEL_VALUES, **kind, "seed": 50 + number, "train_iters": 1, "data_path": ["unused"]}
-            config = build_config(values | {"save": str(run)})
-            topology = topology or initialize_topology(config)
-            vocabulary = build_vocabulary(config)
-            engine = Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
-            initialize_weights(engine.chunks, config)
-            initialize_forking_rows(engine.chunks, vocabulary.tags, vocabulary.known_rows, None, config)
-            save_checkpoint(engine, run, 0, weights_state(config, vocabulary))
+            config = build_config(values | {"save": str(run)}, SSFTConfig)
+            topology = topology or initialize_topology(config.run)
+            vocabulary = build_vocabulary(config.run)
+            engine = Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)
+            initialize_weights(engine.chunks, config.run)
+            initialize_forking_rows(engine.chunks, vocabulary, config.start, config.run.training.seed)
+            save_checkpoint(engine, run, 0, weights_state(config.run, vocabulary))
             (run / "config.yaml").write_text(to_yaml(config))
     destroy_topology()
 
@@ -101,7 +100,7 @@ def write_inputs(folder: Path, questions: int = 6, seed: int = 0) -> dict[str, s
 
 def run_values(models: Path, kind: str, inputs: dict[str, str], save: Path | str, **overrides: object) -> dict:
     """Flat values of a run that starts from model 0 of its kind."""
-    start = {"load": str(models / f"{kind} 0"), "save": str(save), "data_path": [inputs["data"]]}
+    start = {"load": str(models / f"{kind} 0"), "save": str(save)}
     return RUN_VALUES | KINDS[kind] | inputs | start | overrides
 
 
@@ -160,7 +159,7 @@ def run_and_tell(cases):
 
     Runs on every rank; all cases have the same arrangement of ranks.
     """
-    topology = initialize_topology(policy_config(cases[0]))
+    topology = initialize_topology(policy_config(cases[0]).run)
     told = []
     for values in cases:
         trainer = build_trainer(values, topology)

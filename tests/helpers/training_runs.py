@@ -8,6 +8,7 @@ import random
 import numpy as np
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.parallel.model.initialization import fold_forking_rows
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
@@ -60,11 +61,11 @@ def make_rows(count=30, max_traces=5, seed=0):
 
 def train_and_tell(values):
     """Train; return losses, gradient norms, costs, tags and this rank's weight shards. Runs on every rank."""
-    config = build_config(values)
-    topology = initialize_topology(config)
+    config = build_config(values, SSFTConfig)
+    topology = initialize_topology(config.run)
     trainer = Trainer(config, topology)
     history = []
-    for _ in range(config.training.train_iters):
+    for _ in range(config.run.training.train_iters):
         decision, row = trainer.train_step()
         history.append(
             {

@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.objectives.objective import Decision, Objective
 from megatron_ssft.objectives.sets import TrainingSets
@@ -18,7 +19,7 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.training_runs import BASE, assemble, make_rows, weight_shards, write_rows
 
 
-class ShorterFirst(Objective[Decision]):
+class ShorterFirst(Objective[SSFTConfig, Decision]):
     """Every trace under the tag of its rank by length; long traces weigh less. Reports the mean NLL by itself."""
 
     def __init__(self, config, vocabulary, topology):
@@ -48,9 +49,9 @@ class ShorterFirst(Objective[Decision]):
 
 def train_and_tell(values):
     """Rows of the log and weight shards. Runs on every rank."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config), ShorterFirst)
-    rows = [trainer.train_step()[1] for _ in range(config.training.train_iters)]
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run), ShorterFirst)
+    rows = [trainer.train_step()[1] for _ in range(config.run.training.train_iters)]
     shards = weight_shards(trainer.engine)
     destroy_topology()
     return {"rows": rows, "shards": shards}

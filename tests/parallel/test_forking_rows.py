@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.topology import initialize_topology
@@ -25,8 +26,8 @@ def data(tmp_path_factory):
 
 def tables(values, steps):
     """The vocabulary tables' shards before training and after `steps`, and the tags' own rows."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
     shards = [weight_shards(trainer.engine)]
     if steps:
         for _ in range(steps):
@@ -93,7 +94,7 @@ def test_text_tags_have_no_rows_and_no_rate(data):
     (_,), rows = run(1, BASE | data | {"forking_token_format": "text"})
     assert rows == [None]
     with pytest.raises(UserError, match="--forking-token-lr-mult needs --forking-token-format special"):
-        build_config(BASE | data | {"forking_token_format": "text", "forking_token_lr_mult": 2.0})
+        build_config(BASE | data | {"forking_token_format": "text", "forking_token_lr_mult": 2.0}, SSFTConfig)
 
 
 def test_unknown_token_to_copy_is_refused(data):
@@ -103,10 +104,12 @@ def test_unknown_token_to_copy_is_refused(data):
 
 def gradient_of_rows_reference(values):
     """The tied rows' gradient against autograd through a copy of the table that holds them."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
     (chunk,) = trainer.engine.chunks
-    hidden = torch.randn(40, config.model.hidden_size, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    hidden = torch.randn(
+        40, config.run.model.hidden_size, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
     targets = torch.arange(230, 270)[:40] % 262
     nll = chunk.head.nll(hidden, chunk.vocab_tables()[0], targets, chunk.forking_rows.weight)
     trainer.engine.wrapped[0].zero_grad_buffer()

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ssft.errors import UserError
 from megatron_ssft.hf import tensor_map
 from megatron_ssft.parallel.checkpoint import hf as hf_checkpoint
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.topology import destroy_topology
 from megatron_ssft.training import conversion
+from tests.helpers.conversions import export_run, import_hf, verify, weights_of
 from tests.helpers.distributed import RankFailure, run_ranks
 from tests.helpers.hf_models import random_model
 from tests.helpers.training_runs import make_rows, write_rows
@@ -49,31 +49,6 @@ def models(tmp_path_factory):
         return made[architecture, tied]
 
     return model
-
-
-def weights_of(folder):
-    """All tensors of a folder by name."""
-    tensors = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def import_hf(source, target, options):
-    conversion.import_hf(Path(source), Path(target), dict(options))
-
-
-def export_run(source, target, options):
-    conversion.export_run(Path(source), Path(target), dict(options))
-
-
-def verify(source, target, options):
-    """The refusal, or None."""
-    try:
-        conversion.verify(Path(source), Path(target), dict(options))
-    except UserError as error:
-        return str(error)
-    return None
 
 
 @pytest.mark.slow
@@ -140,7 +115,7 @@ def tamper(folder, target, fault):
             weight.copy_(weight.roll(len(weight) // 2, 0))
         elif fault == "embedding untied":
             chunk.embedding.word_embeddings.weight[7] += 1.0
-    save_checkpoint(engine, Path(target), 0, conversion.weights_state(config, vocabulary))
+    save_checkpoint(engine, Path(target), 0, conversion.weights_state(config.run, vocabulary))
     conversion._write_config(Path(target), config)
     destroy_topology()
 
@@ -254,14 +229,15 @@ def test_a_moved_run_still_exports(models, tmp_path):
 
 def train(values):
     """Losses and gaps of a run by the trainer's own entry."""
+    from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import build_config
     from megatron_ssft.parallel.topology import initialize_topology
     from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 
-    config = build_config(complete_values(values))
-    trainer = Trainer(config, initialize_topology(config))
-    rows = [trainer.train_step()[1] for _ in range(config.training.train_iters)]
+    config = build_config(complete_values(values), SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
+    rows = [trainer.train_step()[1] for _ in range(config.run.training.train_iters)]
     return [(row["loss"], row["matching_gap"]) for row in rows]
 
 

@@ -6,19 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.conversions import export_run, import_hf, verify
 from tests.helpers.distributed import run_ranks
 from tests.helpers.hf_models import smollm2
-from tests.parallel.test_hf_checkpoint import export_run, import_hf, verify
+from tests.helpers.paths import ROOT, SHARED
+from tests.helpers.teacher_rows import teacher_rows
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data" / "gsm8k_teachers.jsonl"
 TP3 = {"tensor_model_parallel_size": 3}
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -78,10 +77,12 @@ def test_round_trip_is_bitwise_and_generates_the_same(model, imported, tmp_path)
     assert first == second
 
 
-@pytest.mark.skipif(not DATA.is_file(), reason="the shared data set is not here")
 def test_training_starts_where_the_model_stands(model, tmp_path):
     """The first loss is the model's own mean NLL on the same tokens; the export generates with every tag."""
-    questions = [json.loads(line) for line in DATA.read_text().splitlines()[:8]]
+    questions = teacher_rows()
+    if SHARED is not None:
+        lines = (SHARED / "data" / "gsm8k_teachers.jsonl").read_text().splitlines()
+        questions = [json.loads(line) for line in lines[:8]]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(q) + "\n" for q in questions))
     run = tmp_path / "run"

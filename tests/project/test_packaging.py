@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import megatron_ssft
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _files(new: bool = True) -> list[str]:
-    """Files of the repository: tracked and, with `new`, those that are not ignored."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "ls-files",
-        "-z",
-        "--cached",
-        *(["--others", "--exclude-standard"] if new else []),
-    ]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout")
-    return sorted(f for f in listing.split("\0") if f and (ROOT / f).is_file())
+from tests.helpers.wheels import ROOT, build_wheel, repository_files
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +38,29 @@ def _requirements(metadata: dict[str, list[str]]) -> dict[str, str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> dict[str, str]:
+    """Files of the wheel, by name."""
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"))) as archive:
+        return {name: archive.read(name).decode("utf-8") for name in archive.namelist()}
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel):
+    shipped = {name for name in wheel if not name.split("/")[0].endswith(".dist-info")}
+    assert shipped == {file for file in repository_files() if file.startswith("megatron_ssft/")}
+    for name in shipped:
+        assert wheel[name] == (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_the_wheel_has_the_console_script(wheel):
+    (entry_points,) = (text for name, text in wheel.items() if name.endswith(".dist-info/entry_points.txt"))
+    assert entry_points.split("\n\n")[0].split() == [
+        "[console_scripts]", "megatron-ssft", "=", "megatron_ssft.cli.main:main"
+    ]  # fmt: skip
+    module, _, function = entry_points.split()[-1].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_version_is_the_package_s(metadata):
     assert metadata["Name"] == ["megatron-ssft"]
     assert metadata["Version"] == [megatron_ssft.__version__]
@@ -75,7 +81,7 @@ def test_every_imported_package_is_required(metadata):
     """Third-party imports at the top of a module must be installed by a plain `pip install megatron-ssft`."""
     modules = {"yaml": "pyyaml", "megatron": "megatron-core"}
     requirements = _requirements(metadata)
-    for file in _files():
+    for file in repository_files():
         if not file.startswith("megatron_ssft/") or not file.endswith(".py"):
             continue
         for name in re.findall(r"^(?:from|import) ([a-zA-Z_0-9]+)", (ROOT / file).read_text(), re.MULTILINE):
@@ -86,7 +92,7 @@ def test_every_imported_package_is_required(metadata):
 
 def test_every_code_folder_is_a_package():
     """find_packages leaves folders without __init__.py out, silently."""
-    folders = {Path(f).parent for f in _files() if f.startswith("megatron_ssft/") and f.endswith(".py")}
+    folders = {Path(f).parent for f in repository_files() if f.startswith("megatron_ssft/") and f.endswith(".py")}
     assert {str(f) for f in folders if not (ROOT / f / "__init__.py").exists()} == set()
 
 
@@ -102,8 +108,8 @@ def test_top_level():
         "docs",
         "benchmarks",
     }
-    assert fixed - {Path(f).parts[0] for f in _files()} == set()
-    tracked = {Path(f).parts[0] for f in _files(new=False)}
+    assert fixed - {Path(f).parts[0] for f in repository_files()} == set()
+    tracked = {Path(f).parts[0] for f in repository_files(new=False)}
     assert {f for f in tracked - fixed - beside if not f.startswith(".")} == set()
 
 
@@ -113,7 +119,7 @@ def test_files_name_no_machine_and_no_package_registry():
     # Put together here so that this file passes its own check.
     registries = re.compile("|".join([r"(?:test\.)?pypi\." + "org", "python" + "hosted", r"download\.py" + r"torch\."]))
     wrong = []
-    for file in _files():
+    for file in repository_files():
         try:
             text = (ROOT / file).read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -138,7 +144,7 @@ def test_licence_is_the_whole_apache_text():
 
 
 def test_scripts_are_executable():
-    scripts = [".ci/run", *(f for f in _files() if f.endswith((".sh", ".sbatch")))]
+    scripts = [".ci/run", *(f for f in repository_files() if f.endswith((".sh", ".sbatch")))]
     assert len(scripts) >= 5
     for script in scripts:
         assert (ROOT / script).stat().st_mode & 0o111, script

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,15 +129,20 @@ def test_rendezvous_and_flags(start, script):
     assert not any(a.startswith("--container") for a in arguments)
     assert arguments[arguments.index("some-python") + 1] == str(ROOT / "pretrain_ssft.py")
 
-    config, dry_run = parse_arguments("", job.trainer_flags())  # every flag exists and the whole is consistent
+    # Every flag exists, and the whole is consistent.
+    config, dry_run = parse_arguments("", SSFTConfig, job.trainer_flags())
     assert not dry_run
-    assert config.checkpoint.save == str(job.run_dir) and config.checkpoint.load is None
-    assert config.checkpoint.save_interval is not None
-    assert config.parallel.bf16 and config.parallel.use_distributed_optimizer and config.parallel.sequence_parallel
-    assert config.parallel.recompute_granularity == "full"
+    assert config.run.checkpoint.save == str(job.run_dir) and config.run.checkpoint.load is None
+    assert config.run.checkpoint.save_interval is not None
+    assert (
+        config.run.parallel.bf16
+        and config.run.parallel.use_distributed_optimizer
+        and config.run.parallel.sequence_parallel
+    )
+    assert config.run.parallel.recompute_granularity == "full"
     gpus = _directive(script, "nodes") * _directive(script, "ntasks-per-node")
-    assert gpus % config.parallel.model_parallel_size == 0
-    assert config.parallel.tensor_model_parallel_size <= _directive(script, "gpus-per-node")
+    assert gpus % config.run.parallel.model_parallel_size == 0
+    assert config.run.parallel.tensor_model_parallel_size <= _directive(script, "gpus-per-node")
 
 
 def _directive(script: str, name: str) -> int:
@@ -253,7 +259,7 @@ def test_sentencepiece_example_flags(tmp_path):
     command = ["bash", str(script), "data.jsonl", "tok.model", "run", "--train-iters", "3"]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     assert out[:2] == ["--nproc-per-node", "4"]
-    config, _ = parse_arguments("", out[3:])
-    assert config.parallel.model_parallel_size == 4
-    assert config.training.train_iters == 3
-    assert config.data.data_path == ["data.jsonl"] and config.checkpoint.save == "run"
+    config, _ = parse_arguments("", SSFTConfig, out[3:])
+    assert config.run.parallel.model_parallel_size == 4
+    assert config.run.training.train_iters == 3
+    assert config.data.data_path == ["data.jsonl"] and config.run.checkpoint.save == "run"

@@ -8,15 +8,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import vs_trl
+import vs_trl_rows
 from rich.console import Console
 
-from benchmarks import vs_trl
 from megatron_ssft.errors import UserError
 from megatron_ssft.layouts.padded import collate, loss_denominator
 from megatron_ssft.records import Assignment, Microbatch, SequenceSpec, Size
 from tests.layouts.test_padded import SPECIAL, TEXT, make_batch
 
-TRL_ROWS = {name: row for name, row in (vs_trl.ROWS | vs_trl.MORE_ROWS).items() if row.side == "trl"}
+TRL_ROWS = {name: row for name, row in (vs_trl_rows.ROWS | vs_trl_rows.MORE_ROWS).items() if row.side == "trl"}
 
 
 def draw_tags(batch, tags):
@@ -26,7 +27,7 @@ def draw_tags(batch, tags):
 
 
 def sequences_of(batch, tags=SPECIAL):
-    return vs_trl.sequences_of(batch.sets, draw_tags(batch, tags), tags)
+    return vs_trl_rows.sequences_of(batch.sets, draw_tags(batch, tags), tags)
 
 
 def unpacked(rows):
@@ -60,7 +61,7 @@ def test_both_sides_see_the_same_tokens_and_targets(tags):
         loss_normalization="token",
         pad_to_multiple=1,
     )
-    theirs = vs_trl.sequences_of(batch.sets, tags_of, tags)
+    theirs = vs_trl_rows.sequences_of(batch.sets, tags_of, tags)
     assert len(theirs) == len(specs)
     for row, (spec, sequence) in enumerate(zip(specs, theirs)):
         ids, labels = sequence["input_ids"], np.array(sequence["labels"][1:])
@@ -74,7 +75,7 @@ def test_both_sides_see_the_same_tokens_and_targets(tags):
     )
     tokens = sum(len(s.prompt_ids) + len(tags.ids[t]) + len(s.completion_ids[j])
                  for s, chosen in zip(batch.sets, tags_of) for j, t in enumerate(chosen))  # fmt: skip
-    assert vs_trl.count(theirs) == (tokens, denominator)
+    assert vs_trl_rows.count(theirs) == (tokens, denominator)
 
 
 @pytest.mark.parametrize("name", TRL_ROWS)
@@ -83,7 +84,7 @@ def test_every_row_trains_every_sequence_once(name):
     size = row.settings.get("per_device_train_batch_size", 8)
     for seed in range(3):
         sequences = sequences_of(make_batch(seed, questions=8))
-        made = vs_trl.microbatches(sequences, row)
+        made = vs_trl_rows.microbatches(sequences, row)
         assert unpacked(r for microbatch in made for r in microbatch) == unpacked(sequences)
         assert all(1 <= len(microbatch) <= size for microbatch in made)
         packed = [r for microbatch in made for r in microbatch]
@@ -94,29 +95,29 @@ def test_every_row_trains_every_sequence_once(name):
 
 def test_sorting_puts_like_lengths_together():
     sequences = sequences_of(make_batch(1, questions=12))
-    row = vs_trl.Row("trl", "", {"per_device_train_batch_size": 4}, sort=True)
-    lengths = [len(r["input_ids"]) for microbatch in vs_trl.microbatches(sequences, row) for r in microbatch]
+    row = vs_trl_rows.Row("trl", "", {"per_device_train_batch_size": 4}, sort=True)
+    lengths = [len(r["input_ids"]) for microbatch in vs_trl_rows.microbatches(sequences, row) for r in microbatch]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths != [len(s["input_ids"]) for s in sequences]
 
 
 def test_packing_is_best_fit_decreasing():
-    assert vs_trl.pack([2, 5, 6, 3, 1], 8) == [[2, 0], [1, 3], [4]]
-    assert vs_trl.pack([2, 5, 6], 8) == [[2, 0], [1]]
+    assert vs_trl_rows.pack([2, 5, 6, 3, 1], 8) == [[2, 0], [1, 3], [4]]
+    assert vs_trl_rows.pack([2, 5, 6], 8) == [[2, 0], [1]]
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths = rng.integers(1, 60, rng.integers(1, 30)).tolist()
-        bins = vs_trl.pack(lengths, 64)
+        bins = vs_trl_rows.pack(lengths, 64)
         assert sorted(i for chosen in bins for i in chosen) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in chosen) for chosen in bins) <= 64
         rows = int(rng.integers(1, 6))
-        tight = vs_trl.pack_into(lengths, rows)
+        tight = vs_trl_rows.pack_into(lengths, rows)
         capacity = max(sum(lengths[i] for i in chosen) for chosen in tight)
         assert len(tight) == min(rows, len(lengths))
         smaller = range(max(max(lengths), -(-sum(lengths) // rows)), capacity)
-        assert all(len(vs_trl.pack(lengths, c)) > rows for c in smaller)
+        assert all(len(vs_trl_rows.pack(lengths, c)) > rows for c in smaller)
     with pytest.raises(UserError, match="65 tokens does not fit"):
-        vs_trl.pack([3, 65], 64)
+        vs_trl_rows.pack([3, 65], 64)
 
 
 def test_questions_have_the_same_number_of_different_traces():
@@ -124,10 +125,10 @@ def test_questions_have_the_same_number_of_different_traces():
         return json.dumps({"id": name, "traces": [{"text": text} for text in texts]})
 
     lines = [line("a", "1", "2", "1", "3"), line("b", "1", "1", "1"), line("c", "7", "8", "9"), line("d", "1", "2")]
-    chosen = vs_trl.choose_questions(lines, 2, 2)
+    chosen = vs_trl_rows.choose_questions(lines, 2, 2)
     assert [(row["id"], [t["text"] for t in row["traces"]]) for row in chosen] == [("a", ["1", "2"]), ("c", ["7", "8"])]
     with pytest.raises(UserError, match="2 questions of 3 traces, 3 are needed"):
-        vs_trl.choose_questions(lines, 3, 3)
+        vs_trl_rows.choose_questions(lines, 3, 3)
 
 
 def visit(seconds, loss, peak=2.0):
@@ -157,7 +158,7 @@ def test_table_compares_with_the_fastest_correct_row_of_released_trl():
         figures = vs_trl.summarise([visit([1.0, 1.0], loss)], [(1, 1), (speed, speed // 2)], 1, reference=1.5)
         return {"about": row.about, "released_trl": row.side == "trl" and row.head == "all", **figures}
 
-    rows = vs_trl.ROWS
+    rows = vs_trl_rows.ROWS
     speeds = {"trl-default": 1000, "trl-packing": 9000, "trl-best": 2000, "trl-patched": 3000, "ours-optimal": 12345}
     losses = {"trl-packing": 1.6}
     lines = rendered({name: result(rows[name], speed, losses.get(name, 1.5)) for name, speed in speeds.items()})
@@ -175,7 +176,7 @@ def test_command_line():
     given = vs_trl.parse([*needed, "--set", "sequence-layout=packed", "--set", "lr=0.5", "--rows", "ours-single"])
     assert dict(given.set) == {"sequence_layout": "packed", "lr": 0.5}
     assert given.names == ["ours-single"]
-    assert vs_trl.parse(needed).names == list(vs_trl.ROWS)
+    assert vs_trl.parse(needed).names == list(vs_trl_rows.ROWS)
     with pytest.raises(UserError, match="--rows: there is no nothing"):
         vs_trl.parse([*needed, "--rows", "ours-single,nothing"])
 

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from megatron_ssft.boxed import last_boxes
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.scoring.verifiers import choice, exact, mathematics
-from megatron_ssft.scoring.verifiers.common import Settings, UnusableQuestion, last_boxes
+from megatron_ssft.scoring.verifiers.common import Settings, UnusableQuestion
 from tests.helpers.math_pairs import DIFFERENT, EQUAL, HUGE, KNOWN_DEVIATIONS
 
 PLAIN = Settings()

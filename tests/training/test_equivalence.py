@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
@@ -190,8 +191,8 @@ def test_bf16_follows_fp32(references, data, overrides):
 
 def costs_after(values, changed):
     """Costs of the first batch, and again with one token of one question's prompt changed. Runs on every rank."""
-    config = build_config(values)
-    topology = initialize_topology(config)
+    config = build_config(values, SSFTConfig)
+    topology = initialize_topology(config.run)
     trainer = Trainer(config, topology)
     batch = trainer.objective.sets.next_batch()
     before = [a.cost_NM for a in trainer.objective.matching.optimal(trainer.context(), batch)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
 from megatron_ssft.training.trainer import Trainer
@@ -25,8 +26,8 @@ LAYOUTS = {
 
 def first_step(values):
     """Costs, loss, and this rank's gradients of the first step, summed over data-parallel ranks. On every rank."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
     gradients = {}
 
     def keep(*_):

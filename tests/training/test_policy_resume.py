@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import find_latest
@@ -21,7 +22,7 @@ from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.signals import StopSignal
-from megatron_ssft.training.startup import POLICY_PROGRAM, complete_policy_values
+from megatron_ssft.training.startup import complete_policy_values
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import RankFailure, run_ranks
 from tests.helpers.policy_runs import write_inputs, write_models
@@ -62,19 +63,19 @@ def flags(models, inputs, save, *more, kind="tied special", load=None, steps=STE
 
 def run_body(argv):
     """tools/train_gfpo.py without a process of its own. Runs on every rank."""
-    config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
-    trainer = Trainer(config, initialize_topology(config))
+    config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
+    trainer = Trainer(config, initialize_topology(config.run))
     trainer.run(StopSignal())
     destroy_topology()
 
 
 def final_weights(argv, runs):
     """The weight shards of each run's newest checkpoint. Runs on one rank."""
-    config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
-    topology, vocabulary = initialize_topology(config), build_vocabulary(config)
+    config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
+    topology, vocabulary = initialize_topology(config.run), build_vocabulary(config.run)
     shards = []
     for run in map(Path, runs):
-        engine = Engine(config, topology, vocabulary.size, vocabulary.tags.row_ids)
+        engine = Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)
         load_checkpoint(engine, run, find_latest(run), weights_only=True)
         shards.append(weight_shards(engine))
     return shards
@@ -195,8 +196,8 @@ def test_killed_before_the_first_checkpoint(models, inputs, tmp_path, place):
 
 def run_stopped(argv):
     """A SIGTERM comes before the first step. Runs on every rank."""
-    config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
-    trainer, stop = Trainer(config, initialize_topology(config)), StopSignal()
+    config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
+    trainer, stop = Trainer(config, initialize_topology(config.run)), StopSignal()
     stop.received = True
     trainer.run(stop)
     destroy_topology()
@@ -352,8 +353,8 @@ def run_several(argvs):
     """One run after the other; the final weights' shards of each. Runs on every rank."""
     topology, shards = None, []
     for argv in argvs:
-        config, _ = parse_arguments("", argv, complete_policy_values, POLICY_PROGRAM)
-        topology = topology or initialize_topology(config)
+        config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
+        topology = topology or initialize_topology(config.run)
         trainer = Trainer(config, topology)
         trainer.run(StopSignal())
         shards.append(weight_shards(trainer.engine))

@@ -175,7 +175,7 @@ def expected_rewards(logp_QN, trainer):
 def sampled_rewards(logp_QN, old_QN, trainer):
     """PPO's clipped surrogate over the tags that were drawn for the first steps."""
     policy, inputs = trainer.config.policy, trainer.objective.inputs
-    rngs = [generator(trainer.config.training.seed, "tags", 0, question.id) for question in inputs.questions]
+    rngs = [generator(trainer.config.run.training.seed, "tags", 0, question.id) for question in inputs.questions]
     drawn = sample_tags(old_QN.numpy(), inputs.n_QN, inputs.sum_QN, policy.samples_per_question, rngs)
     tags_QG, r_QG = map(torch.tensor, drawn)
     advantage_QG = (r_QG - r_QG.mean(-1, keepdim=True)) / (r_QG.std(-1, keepdim=True) + 1e-4)
@@ -238,7 +238,7 @@ def token_loss(models, trainer):
 
 def against_autograd(cases):
     """(row of the log, plain loss, relative error of every weight's gradient) of the third step. Runs on one rank."""
-    topology = initialize_topology(build_config(cases[0], GFPOConfig))
+    topology = initialize_topology(build_config(cases[0], GFPOConfig).run)
     found = []
     for values in cases:
         trainer = build_trainer(values, topology)
@@ -298,7 +298,7 @@ def test_gradient_is_that_of_the_objective(models, inputs, tmp_path):
 
 def start_and_end(cases):
     """For each case: weights before the first and after the last step, the log's rows. Runs on every rank."""
-    topology = initialize_topology(build_config(cases[0], GFPOConfig))
+    topology = initialize_topology(build_config(cases[0], GFPOConfig).run)
     told = []
     for values in cases:
         trainer = build_trainer(values, topology)
@@ -365,7 +365,7 @@ def test_only_what_is_trainable_moves(models, inputs, tmp_path, layout):
 
 def gradients_with_and_without(pairs):
     """For each pair of runs their first gradients as assembled tensors. Runs on one rank."""
-    topology = initialize_topology(build_config(pairs[0][0], GFPOConfig))
+    topology = initialize_topology(build_config(pairs[0][0], GFPOConfig).run)
     found = []
     for pair in pairs:
         shards = [next_gradients(build_trainer(values, topology))[1] for values in pair]
@@ -415,7 +415,7 @@ def test_fewer_trainable_weights_have_the_same_gradients(models, inputs, tmp_pat
 
 def drift_of(cases):
     """What `rescore` says before and after the steps of each case. Runs on every rank."""
-    topology = initialize_topology(build_config(cases[0], GFPOConfig))
+    topology = initialize_topology(build_config(cases[0], GFPOConfig).run)
     told = []
     for values in cases:
         trainer = build_trainer(values, topology)
@@ -452,7 +452,7 @@ def test_drift_is_seen(models, inputs, tmp_path, overrides):
 
 def untied_start(cases):
     """First rows of runs, the head and the embedding that a tied model's weights became, and both after the steps."""
-    topology = initialize_topology(build_config(cases[0], GFPOConfig))
+    topology = initialize_topology(build_config(cases[0], GFPOConfig).run)
     told = []
     for values in cases:
         trainer = build_trainer(values, topology)

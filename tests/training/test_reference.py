@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.parallel.topology import initialize_topology
 from megatron_ssft.training.lr_schedule import learning_rate
@@ -22,23 +23,23 @@ def plain_model(engine):
 
 def compare_training(values, rows):
     """Train both side by side; (engine's, plain's) losses and gradient norms, and the largest weight difference."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
     plain = plain_model(trainer.engine)
-    optimizer = PlainAdamW(plain.weights, config.training.weight_decay)
+    optimizer = PlainAdamW(plain.weights, config.run.training.weight_decay)
     texts = {row["id"]: row for row in rows}
     pairs = []
-    for step in range(1, config.training.train_iters + 1):
+    for step in range(1, config.run.training.train_iters + 1):
         decision, row = trainer.train_step()
         batch, assignments = decision.batch, decision.assignments
         nll = []
         for tokenized, assignment in zip(batch.sets, assignments):
             for trace, tag in zip(texts[tokenized.id]["traces"], assignment.tags):
                 nll.append(plain.completion_nll(texts[tokenized.id]["question"], tag, trace["text"], 262))
-        per_token = config.training.loss_normalization == "token"
+        per_token = config.batches.loss_normalization == "token"
         loss = torch.cat(nll).mean() if per_token else torch.stack([x.mean() for x in nll]).mean()
         loss.backward()
-        norm = optimizer.step(learning_rate(config.training, step, config.training.train_iters))
+        norm = optimizer.step(learning_rate(config.run.training, step, config.run.training.train_iters))
         pairs.append((row["loss"], float(loss.detach()), row["grad_norm"], norm))
         assert row["trained_tokens"] == sum(len(x) for x in nll)
     ours = assemble([{"shards": weight_shards(trainer.engine)}])
@@ -67,8 +68,8 @@ def test_training_equals_plain_sft(tmp_path, matching, normalization):
 
 
 def compare_costs(values, rows):
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
     plain = plain_model(trainer.engine)
     texts = {row["id"]: row for row in rows}
     batch = trainer.objective.sets.next_batch()
@@ -79,7 +80,7 @@ def compare_costs(values, rows):
         row = texts[tokenized.id]
         expected = np.empty_like(cost)
         with torch.no_grad():
-            for i in range(config.forking.num_forking_tokens):
+            for i in range(config.run.forking.num_forking_tokens):
                 for j, trace in enumerate(row["traces"]):
                     nll = plain.completion_nll(row["question"], i, trace["text"], 262)
                     expected[i, j] = float(nll[: config.matching.matching_tokens].double().mean())

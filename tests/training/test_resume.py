@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.topology import initialize_topology
@@ -150,16 +151,16 @@ def test_a_finished_run_is_left_alone(data, tmp_path):
 
 def final_state(values, steps_until, overrides):
     """Train to a step, save, and count what a resumed trainer with other settings plans to do."""
-    trainer = Trainer(build_config(values), initialize_topology(build_config(values)))
+    trainer = Trainer(build_config(values, SSFTConfig), initialize_topology(build_config(values, SSFTConfig).run))
     for _ in range(steps_until):
         trainer.train_step()
     run = Path(values["save"])
     save_checkpoint(trainer.engine, run, trainer.iteration, trainer.state())
-    resumed = Trainer(build_config(values | {"load": str(run)} | overrides), trainer.topology)
+    resumed = Trainer(build_config(values | {"load": str(run)} | overrides, SSFTConfig), trainer.topology)
     steps, visits = resumed.train_iters - resumed.iteration, []
     for _ in range(steps):
-        visits += [visit.index for visit in resumed.next_batch().visits]
-    return resumed.iteration, steps, visits, resumed.queue.next_batch()
+        visits += [visit.index for visit in resumed.objective.sets.next_batch().visits]
+    return resumed.iteration, steps, visits, resumed.objective.sets.queue.next_batch()
 
 
 @pytest.mark.parametrize("size", [6, 12, 24])

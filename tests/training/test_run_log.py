@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from megatron_ssft.config import LoggingConfig
-from megatron_ssft.formats import run_folder
-from megatron_ssft.objectives.set_matching import assignment_rows
-from megatron_ssft.objectives.ssft import step_line
+from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
+from megatron_ssft.formats.jsonl import to_object
+from megatron_ssft.formats.metrics import GRPOMetrics, SSFTMetrics
+from megatron_ssft.objectives.step_lines import policy_line, step_line
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
-from megatron_ssft.training.run_log import RunLog, truncate_from
+from megatron_ssft.training.run_log import NullLog, RunLog, truncate_from
 
-FILES = (run_folder.METRICS, run_folder.ASSIGNMENTS)
+FILES = ("metrics.jsonl", ASSIGNMENTS)
 
 
 def line(iteration, **more):
@@ -102,7 +103,7 @@ COST = np.array([[1.5, 2.0], [1 / 3, 0.25], [1e-9, 1234.5678901]])
 
 def test_assignment_rows():
     assignments = [Assignment((np.int64(2), 0), COST), Assignment((1,))]
-    first, second = assignment_rows(7, BATCH, assignments)
+    first, second = map(to_object, assignment_rows(7, BATCH, assignments))
     assert first == {
         "iteration": 7,
         "epoch": 0,
@@ -115,7 +116,8 @@ def test_assignment_rows():
 
 
 def test_assignment_rows_survive_json():
-    rows = list(assignment_rows(7, BATCH, [Assignment((np.int64(2), 0), COST.astype(np.float32)), Assignment((1,))]))
+    assignments = [Assignment((np.int64(2), 0), COST.astype(np.float32)), Assignment((1,))]
+    rows = list(map(to_object, assignment_rows(7, BATCH, assignments)))
     assert json.loads(json.dumps(rows)) == rows
     assert np.array(rows[0]["cost"]).shape == COST.shape
 
@@ -172,6 +174,25 @@ def test_step_line_at_clock_resolution():
     assert "step     12" in step_line(METRICS | {"seconds": 0.0, "matching_seconds": 0.0})
 
 
+STORED = GRPOMetrics(
+    iteration=3, objective="grpo", loss=0.5, lr=1e-5, grad_norm=1.5, reward_stored=0.25, kl=0.001, clip_fraction=0.125,
+    completion_nll=0.75, completion_nll_shift=-0.01, questions=4, pad_sequences=0, makespan_over_bound=1.0,
+    trained_sequences=16, trained_tokens=99, seconds=1.25,
+)  # fmt: skip
+
+
+def test_policy_line_of_a_record_with_unset_figures():
+    assert policy_line(to_object(STORED)) == (
+        "step    3 | loss 0.5000 | lr 1.00e-05 | grad norm 1.500 | reward of the stored samples 0.2500 kl 0.0010 | "
+        "clipped 12.5% | NLL of completions -0.0100 | 1.25 s"
+    )
+
+
+def test_policy_line_of_an_objective_without_a_record():
+    row = {"iteration": 3, "loss": 0.5, "lr": 1e-5, "grad_norm": 1.5, "surprise": 7.0, "seconds": 1.25}
+    assert policy_line(row) == "step    3 | loss 0.5000 | lr 1.00e-05 | grad norm 1.500 | 1.25 s"
+
+
 # -- the log ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,10 +227,8 @@ def test_files_go_on_where_the_checkpoint_was_taken(tmp_path, capsys):
     def run(folder, first, last):
         with RunLog(folder, LoggingConfig(), first, 6, FILES, step_line) as log:
             for iteration in range(first, last + 1):
-                log.rows(
-                    run_folder.ASSIGNMENTS,
-                    assignment_rows(iteration, BATCH, [Assignment((2, 0), COST), Assignment((1,))]),
-                )
+                assignments = [Assignment((2, 0), COST), Assignment((1,))]
+                log.rows(ASSIGNMENTS, assignment_rows(iteration, BATCH, assignments))
                 log.step(METRICS | {"iteration": iteration})
             log.sync()
 
@@ -238,6 +257,43 @@ def test_run_without_a_folder_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with RunLog(None, LoggingConfig(), 1, 2, FILES, step_line) as log:
         log.step(METRICS | {"iteration": 1})
-        log.rows(run_folder.ASSIGNMENTS, assignment_rows(1, BATCH, [Assignment((2, 0), COST), Assignment((1,))]))
+        assignments = [Assignment((2, 0), COST), Assignment((1,))]
+        log.rows(ASSIGNMENTS, assignment_rows(1, BATCH, assignments))
         log.sync()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_and_a_mapping_write_the_same_line(tmp_path, capsys):
+    fields = METRICS | {
+        "epoch": 0,
+        "questions": 4,
+        "solving_seconds": 0.1,
+        "training_flops": 1e9,
+        "matching_flops": 5.0,
+    }
+    record = SSFTMetrics(**fields, eval_loss=0.5)
+    lines = {}
+    for name, row in (("record", record), ("mapping", to_object(record))):
+        with RunLog(tmp_path / name, LoggingConfig(), 12, 20, FILES, step_line) as log:
+            log.step(row)
+        lines[name] = (tmp_path / name / "metrics.jsonl").read_text(), capsys.readouterr().out
+    assert lines["record"] == lines["mapping"]
+    assert "mfu" not in lines["record"][0] and "eval loss 0.5000" in lines["record"][1]
+
+
+def test_all_ranks_but_the_first_log_into_nothing(tmp_path, monkeypatch, capsys):
+    """Not even what makes the rows is called."""
+    monkeypatch.chdir(tmp_path)
+
+    def rows():
+        raise AssertionError("made")
+        yield {}
+
+    with NullLog() as log:
+        log.say("x")
+        log.step(METRICS)
+        assignments = [Assignment((2, 0), COST), Assignment((1,))]
+        log.rows(ASSIGNMENTS, assignment_rows(1, BATCH, assignments))
+        log.rows("policy.jsonl", rows())
+        log.sync()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.matching.approximation import assignment_regret, is_certain, known_cost
 from megatron_ssft.matching.assignment import solve_assignment
@@ -26,10 +27,10 @@ def data(tmp_path_factory):
 
 def steps_of(values):
     """Rows of the log, and (id, epoch, tags, exact costs, costs of the first tokens, lengths) of every visit."""
-    config = build_config(values)
-    trainer = Trainer(config, initialize_topology(config))
+    config = build_config(values, SSFTConfig)
+    trainer = Trainer(config, initialize_topology(config.run))
     rows, visits = [], []
-    for _ in range(config.training.train_iters):
+    for _ in range(config.run.training.train_iters):
         objective, step = trainer.objective, trainer.context()
         before = objective.sets.queue.state_dict()
         batch = objective.sets.next_batch()

@@ -17,6 +17,7 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollouts import (
     OWN_MODES,
     Rollout,
+    Sample,
     differences,
     mark,
     read_rollouts,
@@ -119,7 +120,7 @@ class StoredCompletions:
             raise UserError(f"{self.path}: changed while it was read; start again when it is finished")
         return [found[place] for place in chosen]
 
-    def _place(self, sample: Rollout) -> Place:
+    def _place(self, sample: Sample) -> Place:
         return Place(self._number[sample.id], sample.tag or 0, sample.sample)
 
     def _set_origin(self, first: Rollout) -> None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
+
+from megatron_ssft import seeded
 
 
 def generator(seed: int, *what: object) -> np.random.Generator:
     """A generator for one purpose: different purposes, and different seeds, are independent."""
-    return np.random.default_rng(np.frombuffer(_key(seed, what), dtype=np.uint32))
+    return seeded.generator(_key(seed, what))
 
 
 def permutation(count: int, seed: int, *what: object) -> np.ndarray:
-    """A random order of `count` items for one purpose, int64 [count].
-
-    It sorts the raw output of a counter-based generator: NumPy promises the raw streams, but not its own shuffle, to
-    be the same in every release, and a resumed run must find the same order.
-    """
-    draws = np.random.Philox(key=np.frombuffer(_key(seed, what)[:16], dtype=np.uint64))
-    return np.argsort(draws.random_raw(count), kind="stable").astype(np.int64)
+    """A random order of `count` items for one purpose, int64 [count]."""
+    key = seeded.whole_number(_key(seed, what), bits=128, byteorder="little")
+    return seeded.permutation(seeded.raw_generator(key), count)
 
 
 def nth_batch(count: int, size: int, number: int, seed: int, what: str) -> list[int]:
@@ -41,4 +37,4 @@ def first_draws(count: int, number: int, seed: int, what: str) -> list[int]:
 
 def _key(seed: int, what: tuple[object, ...]) -> bytes:
     """32 bytes."""
-    return hashlib.sha256("\0".join(map(str, (seed, *what))).encode()).digest()
+    return seeded.text_digest(seed, *what, joined_by="\0")

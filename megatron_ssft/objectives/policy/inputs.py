@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
-from megatron_ssft.data.jsonl import RowError, WrongRows
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
 from megatron_ssft.hf.fingerprints import model_fingerprint
@@ -105,7 +105,8 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
 
     `planned_iters`: steps that the run was started for, which decide how many completions it uses.
     """
-    policy, seed, notes = config.policy, config.training.seed, []
+    policy, seed = config.policy, config.run.training.seed
+    notes: list[str] = []
     prompts = _read_prompts(Path(policy.data), config, vocabulary)
     held_out = _read_prompts(Path(policy.eval_data), config, vocabulary) if policy.eval_data is not None else ()
     if policy.objective == "grpo":
@@ -134,7 +135,7 @@ def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tup
     """Questions in token ids. Raises one UserError for all wrong rows."""
     wrong, sets = WrongRows(), []
     longest = max(map(len, vocabulary.tags.ids), default=0)
-    room = config.data.seq_length - longest
+    room = config.run.tokenizer.seq_length - longest
     for example in read_questions(path):
         try:
             ids = np.asarray(encode_prompt(example, vocabulary.tokenizer), dtype=np.int32)
@@ -143,7 +144,7 @@ def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tup
             if len(ids) > room:
                 raise RowError(
                     f"the prompt is {len(ids)} tokens and a tag up to {longest}, more than --seq-length "
-                    f"{config.data.seq_length}; raise it or remove the row"
+                    f"{config.run.tokenizer.seq_length}; raise it or remove the row"
                 )
             sets.append(TokenizedSet(example.id, example.file, example.line, ids, (), ()))
         except UserError as error:
@@ -164,6 +165,7 @@ def _for_tags(
 ) -> _Lesson:
     """Rewards of every question and tag, and completions for the anchor and for rescoring. Raises UserError."""
     policy = config.policy
+    assert policy.rewards is not None, "refused by the configuration"
     table = read_rewards(Path(policy.rewards), vocabulary.tags.num_tags)
     questions = _rewarded(prompts, table, notes)
     rows = [table.rows[question.id] for question in questions]
@@ -177,11 +179,11 @@ def _for_tags(
     completions: tuple[Completion, ...] = ()
     path = _file_to_watch(policy, table, notes)
     if path is not None:
-        store = StoredCompletions(path, questions, vocabulary, config.data.seq_length)
+        store = StoredCompletions(path, questions, vocabulary, config.run.tokenizer.seq_length)
         if not store.tagged:
             raise UserError(f"{path}: completions without tags, of which there is nothing to choose; --tags each has")
         _check_store(store, table, notes)
-        chosen = [store.places[i] for i in _pool(policy, len(store.places), planned_iters, config.training.seed)]
+        chosen = [store.places[i] for i in _pool(policy, len(store.places), planned_iters, config.run.training.seed)]
         completions = tuple(Completion(p.question, p.tag, ids, 0.0) for p, ids in zip(chosen, store.token_ids(chosen)))
     return _Lesson(questions, n_QN, sum_QN, completions, True, table.model)
 
@@ -218,7 +220,7 @@ def _file_to_watch(policy: PolicyConfig, table: RewardTable, notes: list[str]) -
 
 def _pool(policy: PolicyConfig, count: int, planned_iters: int, seed: int) -> list[int]:
     """Which of the stored completions a run uses: those that are scored again, and those of its anchor."""
-    anchored = 0 if policy.anchor == "none" else policy.anchor_completions * planned_iters
+    anchored = 0 if policy.anchor == "none" else (policy.anchor_completions or 0) * planned_iters
     rescored = policy.rescore_completions if policy.rescore_interval else 0
     return first_draws(count, rescored + anchored, seed, "completions")
 
@@ -238,7 +240,7 @@ def _for_tokens(
         if path is None:
             raise UserError(f"{lacks}; give --{name}")
         files.append(path)
-    store = StoredCompletions(files[0], prompts, vocabulary, config.data.seq_length)
+    store = StoredCompletions(files[0], prompts, vocabulary, config.run.tokenizer.seq_length)
     _check_store(store, source, notes)
     reward_C = store.rewards(files[1])
     question_C = np.array([place.question for place in store.places])
@@ -248,7 +250,7 @@ def _for_tokens(
         notes.append(f"{len(prompts) - len(kept)} of {len(prompts)} questions without completions{others} are left out")
     renumbered = {old: new for new, old in enumerate(kept)}
     of_kept = np.flatnonzero(np.isin(question_C, kept))
-    order = of_kept[first_draws(len(of_kept), len(of_kept), config.training.seed, "completions")]
+    order = of_kept[first_draws(len(of_kept), len(of_kept), config.run.training.seed, "completions")]
     chosen = [store.places[i] for i in order]
     completions = tuple(
         Completion(renumbered[place.question], place.tag, ids, reward)
@@ -278,6 +280,7 @@ def _companion(given: str | None, source: RewardSource | None, name: str) -> tup
     """The file given by a flag, else the one that the rewards name, if it is there; else what they lack."""
     if given is not None:
         return Path(given), ""
+    assert source is not None, "the configuration asks for --rewards, or for both files"
     named = getattr(source, name)
     if named is None:
         return None, f"{source.path}: does not say where its {name} are"
@@ -317,7 +320,8 @@ def check_rewards_model(config: GFPOConfig, model: str | None) -> str | None:
     Raises:
         UserError: they are of another model.
     """
-    source = Path(config.checkpoint.load)
+    assert config.run.checkpoint.load is not None, "a policy starts from a model"
+    source = Path(config.run.checkpoint.load)
     folder = source if is_hf_folder(source) else checkpoint_folder(source, find_latest(source)) / ASSETS
     if model is None or not is_hf_folder(folder):
         return "no exported model beside the weights: whether the rewards are theirs is not checked"

@@ -6,60 +6,75 @@ The reference is asked once, before the first step, by the engine itself; its an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from megatron_ssft.config import Config, GFPOConfig
+from megatron_ssft.config import GFPOConfig
 from megatron_ssft.errors import UserError, shared_error
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import FINISHED, METRICS, POLICY
+from megatron_ssft.formats.metrics import METRICS
+from megatron_ssft.formats.policy import PolicyLine, Split, policy_lines
+from megatron_ssft.formats.run_folder import FINISHED, POLICY
 from megatron_ssft.objectives.formulas.drift import measure_drift
 from megatron_ssft.objectives.formulas.forking_policy import log_policy
 from megatron_ssft.objectives.objective import Decision, Figures, LoadWeights, Objective, Report, StepContext
 from megatron_ssft.objectives.policy.completion_scoring import CompletionScorer
 from megatron_ssft.objectives.policy.forks import Forks
 from megatron_ssft.objectives.policy.inputs import PolicyInputs, check_rewards_model, read_inputs
-from megatron_ssft.objectives.policy.reference import Reference, refuse_other_inputs, stored_index, write_reference
+from megatron_ssft.objectives.policy.reference import (
+    Reference,
+    ReferenceIndex,
+    refuse_other_inputs,
+    stored_index,
+    write_reference,
+)
+from megatron_ssft.objectives.step_lines import policy_line
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import TokenizedSet
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 _ENOUGH_MASS = 0.9
 """Below this the run's end says how seldom the model begins with a tag."""
 
 
-class PolicyObjective(Objective[Decision]):
+class PolicyObjective(Objective[GFPOConfig, Decision]):
     """Learns from stored rewards. Subclasses decide what a step trains."""
 
     log_files = (METRICS, POLICY)
     continues_elsewhere = False  # the reference's answers stand in the --save folder
-    config: GFPOConfig
     reference: Reference
     """Opened when the run has begun or goes on."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, topology: Topology) -> None:
+    def __init__(self, config: GFPOConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         super().__init__(config, vocabulary, topology)
-        assert isinstance(config, GFPOConfig) and config.checkpoint.save is not None
-        self.policy, self.save = config.policy, Path(config.checkpoint.save)
+        assert config.run.checkpoint.save is not None
+        self.policy, self.save = config.policy, Path(config.run.checkpoint.save)
         self.last_layers = config.policy.last_layers
         self.stale = False
         """Whether the stored rewards no longer describe the model."""
         self.mass = 1.0
         """How probable it is that an answer begins with a tag, when the policy was last asked."""
         self._remark: str | None = None
-        resuming = config.checkpoint.continues_in_place
-        index = on_first_rank(lambda: stored_index(self.save) if resuming else {}, topology)
-        self.planned_iters = int(index.get("planned_iters", config.training.train_iters))
+        resuming = config.run.checkpoint.continues_in_place
+        index = self._stored_index() if resuming else None
+        self.planned_iters = config.train_iters if index is None else index.planned_iters
         self.inputs = self._read_inputs()
-        if resuming:
+        if index is not None:
             refuse_other_inputs(self.save, index, self.inputs.fingerprint, config.policy.reference)
         else:
             self._remark = on_first_rank(lambda: check_rewards_model(config, self.inputs.model), topology)
         self.forks = Forks(vocabulary.tags)
         self.scorer = CompletionScorer(self.inputs, vocabulary.tags)
+
+    def _stored_index(self) -> ReferenceIndex:
+        """Read by the first rank, whose errors all ranks share."""
+        index = on_first_rank(lambda: msgspec.to_builtins(stored_index(self.save)), self.topology)
+        return msgspec.convert(index, ReferenceIndex)
 
     def _read_inputs(self) -> PolicyInputs:
         """Read by the first rank, whose errors all ranks share, and then by the others."""
@@ -80,9 +95,9 @@ class PolicyObjective(Objective[Decision]):
 
     def begin(self, step: StepContext, load_weights: LoadWeights) -> None:
         """Ask the reference before anything moves. Raises UserError."""
-        assert self.config.checkpoint.load is not None
+        assert self.config.run.checkpoint.load is not None
         on_first_rank(lambda: (self.save / FINISHED).unlink(missing_ok=True), self.topology)
-        policy, start = self.policy, Path(self.config.checkpoint.load)
+        policy, start = self.policy, Path(self.config.run.checkpoint.load)
         top_k = None if policy.anchor == "none" else min(policy.anchor_top_k, self.vocabulary.size)
         reference = start if policy.reference is None else Path(policy.reference)
         other = fork_QN = None
@@ -93,12 +108,7 @@ class PolicyObjective(Objective[Decision]):
         answers = self.scorer.measure(step, top_k if other is None else None)
         if other is None:
             fork_QN = self.reference_fork(step)
-        index = {
-            "fingerprint": self.inputs.fingerprint,
-            "planned_iters": self.planned_iters,
-            "reference": str(reference.resolve()),
-            "noise": self._noise(step),
-        }
+        index = ReferenceIndex(self.inputs.fingerprint, self.planned_iters, str(reference.resolve()), self._noise(step))
         write_reference(self.save, self.topology, index, fork_QN, answers, other)
         self.reference = Reference(self.save)
 
@@ -157,22 +167,25 @@ class PolicyObjective(Objective[Decision]):
         """Lines of policy.jsonl: the probability of every tag for every question. Collective."""
         if self.policy.objective == "grpo":
             return Report()
-        rows: list[Figures] = []
-        for split, questions in (("train", self.inputs.questions), ("eval", self.inputs.held_out)):
+        rows: list[PolicyLine] = []
+        splits: tuple[tuple[Split, Sequence[TokenizedSet]], ...] = (
+            ("train", self.inputs.questions),
+            ("eval", self.inputs.held_out),
+        )
+        for split, questions in splits:
             if not questions:
                 continue
             log_pi_QN, log_mass_Q = log_policy(self.forks.logp(step, questions))
             if split == "train" and step.iteration:
                 self.mass = float(np.exp(log_mass_Q).mean())
-            rows += [
-                {"iteration": step.iteration, "split": split, "id": q.id, "policy": pi_N.tolist(), "mass": mass}
-                for q, pi_N, mass in zip(questions, np.exp(log_pi_QN), np.exp(log_mass_Q).tolist())
-            ]
+            ids = [question.id for question in questions]
+            rows += policy_lines(step.iteration, split, ids, np.exp(log_pi_QN), np.exp(log_mass_Q).tolist())
         return Report(rows=[(POLICY, rows)])
 
-    def scoring_figures(self, flops: float) -> Figures:
-        """FLOPs of scoring; those of a partly frozen model are not counted."""
-        return {} if self.last_layers is not None else {"scoring_flops": flops}
+    def common_figures(self, scoring_flops: float) -> Figures:
+        """The objective's name, and FLOPs of scoring; those of a partly frozen model are not counted."""
+        name = {"objective": self.policy.objective}
+        return name if self.last_layers is not None else name | {"scoring_flops": scoring_flops}
 
     def end(self, step: StepContext) -> None:
         """Say how seldom the model begins with a tag, and that the run is finished, if it is."""
@@ -239,29 +252,5 @@ class PolicyObjective(Objective[Decision]):
     def notes(self) -> Sequence[str]:
         return (*self.inputs.notes, *([self._remark] if self._remark else []))
 
-    def line(self, row: Figures) -> str:
-        parts = [
-            f"step {row['iteration']:>4}",
-            f"loss {row['loss']:.4f}",
-            f"lr {row['lr']:.2e}",
-            f"grad norm {row['grad_norm']:.3f}",
-        ]
-        if "reward_uniform" in row:
-            parts.append(
-                f"reward {row['reward']:.4f} (uniform {row['reward_uniform']:.4f}, "
-                f"best tag {row['reward_best_fixed']:.4f})"
-            )
-            parts.append(f"entropy {row['entropy']:.3f} kl {row['kl']:.3f} mass {row['mass']:.2g}")
-        else:
-            parts.append(f"reward of the stored samples {row['reward_stored']:.4f} kl {row['kl']:.4f}")
-        shift = "completion_nll_shift" if "completion_nll_shift" in row else "rescored_nll_shift"
-        for name, text in (
-            ("clip_fraction", "clipped {:.1%}"),
-            ("anchor_kl", "anchor kl {:.4f}"),
-            (shift, "NLL of completions {:+.4f}"),
-            ("effective_sample_size", "effective samples {:.0%}"),
-            ("mfu", "MFU {:.1%}"),
-        ):
-            if name in row:
-                parts.append(text.format(row[name]))
-        return " | ".join([*parts, f"{row['seconds']:.2f} s"])
+    def line(self, row: Mapping[str, object]) -> str:
+        return policy_line(row)

@@ -17,12 +17,12 @@ The folder appears under its name complete or not at all, and is read memory-map
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from megatron_ssft.errors import UserError
@@ -35,25 +35,44 @@ FOLDER = "reference"
 _INDEX = "index.json"
 
 
-def stored_index(save: Path) -> dict[str, object]:
+class ReferenceIndex(msgspec.Struct, frozen=True):
+    """index.json: what the answers belong to, and which files hold them."""
+
+    fingerprint: str
+    """Digest of the run's input."""
+    planned_iters: int
+    """Steps that the run was started for."""
+    reference: str
+    """Folder whose weights answered."""
+    noise: float
+    """nats^2: variance of log-likelihoods of whole completions between two measurements of the same weights."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that wrote files."""
+    kinds: tuple[str, ...] = ()
+    """Which files each of them wrote."""
+    fork: bool = False
+    """Whether there is fork.npy."""
+
+
+def stored_index(save: Path) -> ReferenceIndex:
     """The index of a run's reference. Raises UserError if it is not there."""
     path = save / FOLDER / _INDEX
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=ReferenceIndex)
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         raise UserError(
             f"{path}: cannot be read ({error}), and the weights have moved since: start again with another --save"
         ) from error
 
 
-def refuse_other_inputs(save: Path, index: dict[str, object], fingerprint: str, reference: str | None) -> None:
+def refuse_other_inputs(save: Path, index: ReferenceIndex, fingerprint: str, reference: str | None) -> None:
     """Raise UserError if a run was started with other input than it goes on with, or another reference."""
-    if reference is not None and str(Path(reference).resolve()) != index.get("reference"):
+    if reference is not None and str(Path(reference).resolve()) != index.reference:
         raise UserError(
-            f"--reference {reference}: the run was started with {index.get('reference')}, whose answers are stored; "
+            f"--reference {reference}: the run was started with {index.reference}, whose answers are stored; "
             "leave the flag out, or start again with another --save"
         )
-    if index.get("fingerprint") != fingerprint:
+    if index.fingerprint != fingerprint:
         raise UserError(
             f"{save / FOLDER}: belongs to other questions, rewards, completions or settings of them; resume with the "
             "same, or start again with another --save"
@@ -63,7 +82,7 @@ def refuse_other_inputs(save: Path, index: dict[str, object], fingerprint: str, 
 def write_reference(
     save: Path,
     topology: Topology,
-    index: dict[str, object],
+    index: ReferenceIndex,
     fork_QN: np.ndarray | None,
     start: Answers,
     reference: Answers | None,
@@ -71,13 +90,18 @@ def write_reference(
     """Write the folder. Collective.
 
     Args:
-        index: what `stored_index` shall give, besides what is added here.
+        index: what the answers belong to; which files there are is added here.
         fork_QN: log-probabilities of the tags under the reference.
         start: answers under the weights that the run starts from.
         reference: those of the reference, None where it is the same; the most probable tokens are taken from here.
     """
     partial = save / f".{FOLDER}.partial"
-    on_first_rank(lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True))[1], topology)
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    on_first_rank(prepare, topology)
     top = (reference or start).top
     has_top = bool(top)
 
@@ -101,8 +125,10 @@ def write_reference(
     def publish() -> None:
         if fork_QN is not None:
             _save(partial / "fork.npy", fork_QN)
-        files = {"ranks": wrote, "kinds": kinds_of[wrote[0]] if wrote else [], "fork": fork_QN is not None}
-        write_durably(partial / _INDEX, json.dumps(index | files))
+        written = msgspec.structs.replace(
+            index, ranks=tuple(wrote), kinds=tuple(kinds_of[wrote[0]]) if wrote else (), fork=fork_QN is not None
+        )
+        write_durably(partial / _INDEX, msgspec.json.encode(written).decode())
         shutil.rmtree(save / FOLDER, ignore_errors=True)
         os.rename(partial, save / FOLDER)
 
@@ -125,10 +151,10 @@ class Reference:
         folder = save / FOLDER
         index = stored_index(save)
         try:
-            self.noise = float(index["noise"])
+            self.noise = index.noise
             """nats^2: variance of log-likelihoods of whole completions between two measurements of the same weights."""
-            self.fork_QN = np.load(folder / "fork.npy", allow_pickle=False) if index["fork"] else None
-            self._files = {rank: self._open(folder, rank, index["kinds"]) for rank in index["ranks"]}
+            self.fork_QN = np.load(folder / "fork.npy", allow_pickle=False) if index.fork else None
+            self._files = {rank: self._open(folder, rank, index.kinds) for rank in index.ranks}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: damaged ({error}); start again with another --save") from error
         self._where = {

@@ -29,16 +29,16 @@ class AttentionBackend:
     """For the log: why this one."""
 
     def stream(self, segments: tuple[Segment, ...], length: int) -> StreamParams:
-        """What the layers need for one stream of `length` tokens; built once, used by every layer."""
+        """Prepare one token stream of `length` tokens; built once, used by every layer."""
         if self.name == "sdpa":
             return StreamParams(attend=SdpaAttend(segments, length, self.width, self.dtype, self.device))
         return StreamParams(attend=VarlenAttend(segments, length, self.device, VARLEN_KERNELS[self.name][1]))
 
 
 def choose_backend(
-    wanted: str, num_heads: int, num_groups: int, channels: int, dtype: torch.dtype, device: torch.device
+    requested: str, num_heads: int, num_groups: int, channels: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """Choose the kernel `wanted`, or with `auto` the first that is there and agrees with SDPA on a small stream.
+    """Choose the requested kernel, or with `auto` the first that is there and agrees with SDPA on a small stream.
 
     The check makes sure of what documentation leaves open, such as how a causal mask is aligned where there are more
     keys than queries.
@@ -46,7 +46,7 @@ def choose_backend(
     Raises:
         UserError: the kernel asked for is not there or is wrong.
     """
-    candidates = ["sdpa"] if wanted == "sdpa" else [*VARLEN_KERNELS, "sdpa"] if wanted == "auto" else [wanted]
+    candidates = ["sdpa"] if requested == "sdpa" else [*VARLEN_KERNELS, "sdpa"] if requested == "auto" else [requested]
     reasons: list[str] = []
     for name in candidates:
         problem = _unusable(name, dtype, device)
@@ -56,7 +56,7 @@ def choose_backend(
         if problem is None:
             return backend
         reasons.append(f"{name}: {problem}")
-    raise UserError(f"--attention-backend {wanted}: {reasons[0].partition(': ')[2]}; choose another or auto")
+    raise UserError(f"--attention-backend {requested}: {reasons[0].partition(': ')[2]}; choose another or auto")
 
 
 def _unusable(name: str, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ssft.records import Segment
 
 CALL_FLOPS = 2e7
-"""What a call costs beside its arithmetic: about 0.2 ms with gathers and backward, at 100 GFLOP/s (measured)."""
+"""Cost of a call beside its arithmetic: about 0.2 ms with gathers and backward, at 100 GFLOP/s (measured)."""
 MAX_BLOCKS = 8
 BLOCK = 256
 """A long segment with context is cut into at most MAX_BLOCKS runs of queries, at least BLOCK long. A masked kernel

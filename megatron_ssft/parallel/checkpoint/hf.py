@@ -22,6 +22,12 @@ from megatron_ssft.hf.tensor_map import Segment, hf_tensors, megatron_tensors, s
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import fold_forking_rows, sharded_tensors, take_forking_rows
+from megatron_ssft.parallel.topology import Topology
+
+Place = tuple[list[int], list[int]]
+"""(offset in the whole tensor, shape) of a slice."""
+Owners = dict[tuple[str, "int | None"], list[tuple[int, int, Place]]]
+"""(tensor, layer) -> its slices as (rank that has it, number in that rank's list, place)."""
 
 
 def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False, untie: bool = False) -> None:
@@ -75,12 +81,12 @@ def _first_difference(
     for entry, layer in weight_entries(engine):
         start = entry.global_offset[entry.prepend_axis_num]
         for name, local, values in _stored_slices(weights, entry, layer, model):
-            mine = entry.data.narrow(0, local, len(values)).cpu()
-            if layer is None and values.dim() == 2:
-                kept = [i for i in range(len(values)) if start + local + i not in new_rows] if new_rows else slice(None)
-                mine, values = mine[kept], values[kept]
-            if not torch.equal(mine.to(values.dtype), values):
-                distance = float((mine.float() - values.float()).abs().max())
+            shard = entry.data.narrow(0, local, len(values)).cpu()
+            if layer is None and values.dim() == 2 and new_rows:
+                old_rows = [i for i in range(len(values)) if start + local + i not in new_rows]
+                shard, values = shard[old_rows], values[old_rows]
+            if not torch.equal(shard.to(values.dtype), values):
+                distance = float((shard.float() - values.float()).abs().max())
                 return f"{folder}: {name} differs from the Megatron weights (largest difference {distance:g})"
     return None
 
@@ -113,56 +119,73 @@ def export_hf_weights(engine: Engine, folder: Path) -> None:
     fold_forking_rows(engine.chunks)
     topology = engine.topology
     model = dataclasses.replace(engine.config.model, vocab_size=engine.vocab_size)
-    mine = {}
-    for entry, layer in weight_entries(engine):
-        replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
-        if not any(replica):  # one owner for each slice
-            mine.setdefault((entry.key, layer), []).append(entry)
-    listed = [[key, layer, [_place(e) for e in entries]] for (key, layer), entries in mine.items()]
-    owners: dict[tuple[str, int | None], list[tuple[int, int, list]]] = {}
-    for rank, rows in enumerate(gather_json(listed, topology)):
-        for key, layer, places in rows:
-            owners.setdefault((key, layer), []).extend((rank, i, place) for i, place in enumerate(places))
+    own_entries = _owned_entries(engine)
+    owners = _find_owners(own_entries, topology)
+    dtype = next(engine.chunks[0].parameters()).dtype
     writer = None
     if topology.is_first_rank:
-        writer = ShardWriter(folder, [(name, _dtype(engine), shape) for name, shape in hf_tensors(model).items()])
+        writer = ShardWriter(folder, [(name, dtype, shape) for name, shape in hf_tensors(model).items()])
     for tensor in megatron_tensors(model):
-        whole = torch.empty(tensor.shape, dtype=_dtype(engine)) if writer is not None else None
+        whole = torch.empty(tensor.shape, dtype=dtype) if topology.is_first_rank else None
         for rank, i, place in owners[tensor.key, tensor.layer]:
             piece = None
             if topology.rank == rank:
-                piece = mine[tensor.key, tensor.layer][i].data.detach().cpu().contiguous()
-            _deliver(piece, rank, place, whole, topology)
-        if writer is not None:
+                piece = own_entries[tensor.key, tensor.layer][i].data.detach().cpu().contiguous()
+            piece = _deliver(piece, rank, place, dtype, topology)
+            if whole is not None and piece is not None:
+                _insert(piece, place, whole)
+        if writer is not None and whole is not None:
             _write(writer, whole, segments(tensor.key, tensor.layer, model), hf_tensors(model))
     if writer is not None:
         writer.finish()
 
 
-def _place(entry: ShardedTensor) -> list[list[int]]:
-    lead = entry.prepend_axis_num
-    return [list(entry.global_offset[lead:]), list(entry.local_shape)]
+def _owned_entries(engine: Engine) -> dict[tuple[str, int | None], list[ShardedTensor]]:
+    """(tensor, layer) -> the slices that this rank hands over: each slice has one owner among its replicas."""
+    entries: dict[tuple[str, int | None], list[ShardedTensor]] = {}
+    for entry, layer in weight_entries(engine):
+        replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
+        if not any(replica):
+            entries.setdefault((entry.key, layer), []).append(entry)
+    return entries
 
 
-def _dtype(engine: Engine) -> torch.dtype:
-    return next(engine.chunks[0].parameters()).dtype
+def _find_owners(own_entries: dict[tuple[str, int | None], list[ShardedTensor]], topology: Topology) -> Owners:
+    """Tell every rank who owns which slices. Collective."""
+    listed = [(key, layer, [_place(entry) for entry in entries]) for (key, layer), entries in own_entries.items()]
+    owners: Owners = {}
+    for rank, rows in enumerate(gather_json(listed, topology)):
+        for key, layer, places in rows:
+            owners.setdefault((key, layer), []).extend((rank, i, place) for i, place in enumerate(places))
+    return owners
 
 
-def _deliver(piece: Tensor | None, source: int, place: list, whole: Tensor | None, topology: object) -> None:
-    """Bring one slice to the first rank and into its tensor, padding of the vocabulary left out."""
+def _place(entry: ShardedTensor) -> Place:
+    return list(entry.global_offset[entry.prepend_axis_num :]), list(entry.local_shape)
+
+
+def _deliver(piece: Tensor | None, source: int, place: Place, dtype: torch.dtype, topology: Topology) -> Tensor | None:
+    """Bring one slice from its owner to the first rank; None on every other rank."""
+    if source == 0:
+        return piece
+    if topology.rank == source:
+        assert piece is not None, "the owner has the slice"
+        dist.send(piece, dst=0, group=topology.control_group)
+    elif topology.is_first_rank:
+        received = torch.empty(place[1], dtype=dtype)
+        dist.recv(received, src=source, group=topology.control_group)
+        return received
+    return None
+
+
+def _insert(piece: Tensor, place: Place, whole: Tensor) -> None:
+    """Copy one slice into its tensor, padding of the vocabulary left out."""
     offset, shape = place
-    if source != 0:
-        if topology.rank == source:
-            dist.send(piece, dst=0, group=topology.control_group)
-        elif topology.rank == 0:
-            piece = torch.empty(shape, dtype=whole.dtype)
-            dist.recv(piece, src=source, group=topology.control_group)
-    if whole is not None:
-        rows = max(0, min(shape[0], whole.size(0) - offset[0]))
-        target = whole.narrow(0, min(offset[0], whole.size(0)), rows)
-        if len(shape) == 2:
-            target = target.narrow(1, offset[1], shape[1])
-        target.copy_(piece[:rows])
+    rows = max(0, min(shape[0], whole.size(0) - offset[0]))
+    target = whole.narrow(0, min(offset[0], whole.size(0)), rows)
+    if len(shape) == 2:
+        target = target.narrow(1, offset[1], shape[1])
+    target.copy_(piece[:rows])
 
 
 def _write(writer: ShardWriter, whole: Tensor, parts: tuple[Segment, ...], shapes: dict[str, tuple[int, ...]]) -> None:

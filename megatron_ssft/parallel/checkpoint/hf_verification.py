@@ -1,7 +1,7 @@
 """Proof that a Hugging Face folder and Megatron weights are the same model: every tensor, and the logits.
 
 Two checks that fail for different reasons. *Tensors*: every slice a rank holds equals, bit for bit, what the folder
-holds. *Logits*: transformers and the engine, both in float32, agree on sample text at the layout in use; that
+holds. *Logits*: transformers and the engine, both in float32, agree on sample text at the parallel layout in use; that
 proves names, interleaving, norms, rotary angles. A model too large for the host is cut to its first layers for
 the logits, and the report says so.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.tensor_map import hf_tensors
 from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
@@ -30,7 +30,7 @@ MAX_DIFFERENCE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class LogitReport:
-    """What a comparison of logits found."""
+    """Result of a comparison of logits."""
 
     max_difference: float
     mean_difference: float
@@ -49,7 +49,7 @@ class LogitReport:
 
 
 def verify_logits(
-    config: Config,
+    config: RunConfig,
     topology: Topology,
     tags: ForkingTokens,
     vocab_size: int,
@@ -69,7 +69,7 @@ def verify_logits(
     Raises:
         UserError: the largest difference is above MAX_DIFFERENCE.
     """
-    layers = min(int(n) for n in gather_json(_layers_that_fit(config), topology))
+    layers = min(gather_json(_layers_that_fit(config), topology))
     # TransformerEngine may compute float32 products in TF32.
     model = dataclasses.replace(config.model, num_layers=layers, transformer_impl="local")
     parallel = dataclasses.replace(config.parallel, bf16=False, use_distributed_optimizer=False)
@@ -78,16 +78,21 @@ def verify_logits(
         load(engine)
     else:
         load_hf_weights(engine, folder, only_some_layers=True)
-    ours = engine.logits(ids)
-    found = on_first_rank(lambda: _compare(folder, layers, ids, ours, new_rows), topology)
-    report = LogitReport(*found, tokens=len(ids), layers=layers, of_layers=config.model.num_layers)
+    logits = engine.logits(ids)
+
+    def compare() -> list[float]:
+        assert logits is not None, "the first rank has the logits"
+        return _compare(folder, layers, ids, logits, new_rows)
+
+    largest, mean, agreement = on_first_rank(compare, topology)
+    report = LogitReport(largest, mean, agreement, len(ids), layers, config.model.num_layers)
     if not report.max_difference <= MAX_DIFFERENCE:
         raise UserError(f"{folder}: not the same model as the Megatron weights: {report}")
     return report
 
 
-def _layers_that_fit(config: Config) -> int:
-    """Layers whose float32 copy takes half of the free memory: whole on the host, this rank's shard on a GPU."""
+def _layers_that_fit(config: RunConfig) -> int:
+    """Count layers whose float32 copy takes half of the free memory: whole on the host, this rank's shard on a GPU."""
     model, parallel = config.model, config.parallel
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in hf_tensors(model).items()}
     per_layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
@@ -102,9 +107,8 @@ def _layers_that_fit(config: Config) -> int:
     return max(fitting, multiple)
 
 
-def _compare(
-    folder: Path, layers: int, ids: list[int], ours: torch.Tensor, new_rows: tuple[int, ...]
-) -> tuple[float, float, float]:
+def _compare(folder: Path, layers: int, ids: list[int], logits: torch.Tensor, new_rows: tuple[int, ...]) -> list[float]:
+    """[largest difference, mean difference, share of positions with the same most likely token]"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -115,9 +119,9 @@ def _compare(
         folder, config=hf_config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     with torch.no_grad():
-        theirs = model(torch.tensor([ids])).logits[0].float()
-    shared = [i for i in range(min(theirs.size(1), ours.size(1))) if i not in new_rows]
-    theirs, ours = theirs[:, shared], ours[:, shared]
-    difference = (theirs - ours).abs()
-    same = (theirs.argmax(-1) == ours.argmax(-1)).float().mean()
-    return float(difference.max()), float(difference.mean()), float(same)
+        reference = model(torch.tensor([ids])).logits[0].float()
+    shared_rows = [i for i in range(min(reference.size(1), logits.size(1))) if i not in new_rows]
+    reference, logits = reference[:, shared_rows], logits[:, shared_rows]
+    difference = (reference - logits).abs()
+    same = (reference.argmax(-1) == logits.argmax(-1)).float().mean()
+    return [float(difference.max()), float(difference.mean()), float(same)]

@@ -1,4 +1,4 @@
-"""Checkpoints in megatron-core's distributed format, loadable at any layout, complete or absent.
+"""Atomic checkpoints in megatron-core's distributed format: complete or absent, loadable at any parallel layout.
 
 A run folder holds `iter_0000010/` and so on, and `latest_checkpointed_iteration.txt`. A checkpoint is written under
 a temporary name and renamed when everything is on disk, so a folder `iter_*` is always complete. Our own state is
@@ -24,7 +24,7 @@ from megatron_ssft.parallel.checkpoint.writer import save_strategy
 from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
-from megatron_ssft.parallel.optimizer import load_optimizer_state, sharded_optimizer_state
+from megatron_ssft.parallel.optimizer import ShardedState, load_optimizer_state, sharded_optimizer_state
 
 _ROWS = "forking_rows.weight"
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
@@ -66,7 +66,7 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
 
     on_first_rank(prepare, topology)
     fold_forking_rows(engine.chunks)
-    sharded = _sharded_state(engine, is_loading=False, weights_only=engine.optimizer is None)
+    sharded = _sharded_state(engine, is_loading=False, weights_only=not engine.is_started)
     try:
         dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
     except CheckpointException as error:
@@ -77,12 +77,12 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
 
 
 def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
-    """`load_folder` of a run's checkpoint."""
+    """Load the checkpoint of a run at this iteration, as `load_folder` does. Collective."""
     load_folder(engine, checkpoint_folder(run, iteration), weights_only, untie)
 
 
 def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: bool = False) -> None:
-    """Fill weights, and unless `weights_only` the optimizer, at whatever layout the engine has. Collective.
+    """Fill weights, and unless `weights_only` the optimizer, at whatever parallel layout the engine has. Collective.
 
     `untie`: the checkpoint's model has tied embeddings, the engine's output head becomes a copy of them.
 
@@ -116,7 +116,7 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
         damaged and f"{folder}: weights are damaged: {damaged} holds NaN or infinity; load another checkpoint",
         engine.topology,
     )
-    if engine.optimizer is None:
+    if not engine.is_started:
         return
     if weights_only:
         engine.optimizer.reload_model_params()
@@ -125,7 +125,7 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
 
 
 def _first_reason(error: CheckpointException) -> str:
-    """What the first rank that failed says, in one line."""
+    """Quote in one line the first rank that failed."""
     reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
     return min(reasons).strip().split("\n")[0]
 
@@ -134,14 +134,14 @@ def _chunk_keys(engine: Engine) -> list[str]:
     return ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
 
 
-def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False) -> dict[str, object]:
-    """What is saved or loaded, as megatron-core's sharded tensors.
+def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False) -> ShardedState:
+    """Collect what is saved or loaded, as megatron-core's sharded tensors.
 
     The tags' own rows are folded into the embedding, so the model part leaves them out; the optimizer's state of
     these rows is stored under their own name. Layers are stacked into one tensor each; the state of an optimizer that
     trains some of them only cannot be, so its layers are stored one by one.
     """
-    metadata = {
+    metadata: dict[str, object] = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
@@ -149,7 +149,7 @@ def _sharded_state(engine: Engine, is_loading: bool, weights_only: bool = False)
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_chunk_keys(engine), engine.chunks)}
-    state: dict[str, object] = {
+    state: ShardedState = {
         key: {name: entry for name, entry in part.items() if not name.endswith((_ROWS, _EXTRA))}
         for key, part in model.items()
     }

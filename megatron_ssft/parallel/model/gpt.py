@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention.kernels import CoreAttention, StreamParams
 from megatron_ssft.parallel.model.forking_rows import ForkingRows
@@ -25,17 +25,17 @@ from megatron_ssft.parallel.model.marks import mark
 from megatron_ssft.parallel.model.norm import Norm
 
 
-def padded_vocab_size(vocab_size: int, config: Config) -> int:
+def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     """`vocab_size` rounded up to --make-vocab-size-divisible-by and to the tensor-parallel size.
 
-    For divisors that the tensor-parallel size divides, the result is the same at every layout.
+    For divisors that the tensor-parallel size divides, the result is the same at every parallel layout.
     """
     multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """Our configuration in megatron-core's terms; fusions that need CUDA extensions are off with the local layers."""
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Translate our configuration into megatron-core's terms; fusions that need CUDA extensions are off."""
     model, parallel = config.model, config.parallel
     use_te = model.transformer_impl == "transformer_engine"
     on_cuda = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         qk_layernorm=model.qk_layernorm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        perform_initialization=False,  # initialization.py does it, the same at every layout
+        perform_initialization=False,  # initialization.py does it, alike at every parallel layout
         use_cpu_initialization=not on_cuda,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -85,8 +85,8 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def layer_spec(config: Config, core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers this pipeline stage builds, with the implementation --transformer-impl names."""
+def layer_spec(config: RunConfig, core: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Specify the layers this pipeline stage builds, with the implementation --transformer-impl names."""
     if config.model.transformer_impl == "transformer_engine":
         spec, final_norm = _transformer_engine_spec(config)
     else:
@@ -95,7 +95,7 @@ def layer_spec(config: Config, core: TransformerConfig, vp_stage: int | None) ->
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=final_norm)
 
 
-def _local_spec(config: Config) -> object:
+def _local_spec(config: RunConfig) -> object:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_layernorm, normalization=config.model.normalization)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
@@ -104,7 +104,7 @@ def _local_spec(config: Config) -> object:
     return spec
 
 
-def _transformer_engine_spec(config: Config) -> tuple[object, type]:
+def _transformer_engine_spec(config: RunConfig) -> tuple[object, type]:
     if not torch.cuda.is_available():
         raise UserError("--transformer-impl transformer_engine needs CUDA; use --transformer-impl local")
     try:
@@ -143,7 +143,7 @@ class SetGPTModel(GPTModel):
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         core: TransformerConfig,
         vocab_size: int,
         row_ids: tuple[int, ...],
@@ -157,7 +157,7 @@ class SetGPTModel(GPTModel):
             config=core,
             transformer_layer_spec=layer_spec(config, core, vp_stage),
             vocab_size=padded,
-            max_sequence_length=config.data.seq_length,
+            max_sequence_length=config.tokenizer.seq_length,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=tied,
@@ -182,7 +182,7 @@ class SetGPTModel(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
-        """Megatron's, with the tag rows on a last stage of their own declared a copy of the first stage's."""
+        """Shard the state as Megatron does; the last stage's own tag rows are declared a copy of the first's."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.forking_rows is not None and not self.pre_process:
             entry = state[f"{prefix}forking_rows.weight"]
@@ -190,7 +190,7 @@ class SetGPTModel(GPTModel):
         return state
 
     def vocab_tables(self) -> list[Tensor]:
-        """This rank's shards of the vocabulary tables: input embedding, output head, or the one tied table."""
+        """List this rank's shards of the vocabulary tables: input embedding, output head, or the one tied table."""
         tables = [self.embedding.word_embeddings.weight] if self.pre_process else []
         if self.post_process and self.output_layer.weight is not None:
             tables.append(self.output_layer.weight)
@@ -240,30 +240,30 @@ class SetGPTModel(GPTModel):
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
     def _answer(self, hidden: Tensor, scored: Tensor, targets: Tensor | None, top_k: int | None) -> Tensor:
-        """What the last stage answers, from hidden states [s (or s / tp), b, h]."""
+        """Answer as the last stage does, from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=tp_group
             )
-            chosen = hidden.flatten(0, 1).index_select(0, scored)
+            selected = hidden.flatten(0, 1).index_select(0, scored)
         else:
             # Selected first: less to reduce in the backward, and what is reduced there is contiguous. megatron-core
             # all-reduces a copy of a strided gradient, and drops it.
-            chosen = hidden.flatten(0, 1).index_select(0, scored)
-            chosen = tensor_parallel.copy_to_tensor_model_parallel_region(chosen, group=tp_group)
+            selected = hidden.flatten(0, 1).index_select(0, scored)
+            selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected, group=tp_group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
         if targets is None:
-            return self.head.logits(chosen, weight, rows)
+            return self.head.logits(selected, weight, rows)
         if top_k is not None:
-            return self.head.top(chosen, weight, targets, rows, top_k)
-        return self.head.nll(chosen, weight, targets, rows)
+            return self.head.top(selected, weight, targets, rows, top_k)
+        return self.head.nll(selected, weight, targets, rows)
 
 
-def build_model_chunks(config: Config, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:
-    """This rank's model chunks: one, or as many as the virtual pipeline asks for. Weights are not initialised."""
+def build_model_chunks(config: RunConfig, vocab_size: int, row_ids: tuple[int, ...]) -> list[SetGPTModel]:
+    """Build this rank's model chunks: one, or as many as the virtual pipeline asks for. Weights are not initialised."""
     core = transformer_config(config)
     stages: list[int | None] = (
         [None] if config.virtual_pipeline_size is None else list(range(config.virtual_pipeline_size))

@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on the layout.
+"""Initial weights that do not depend on the parallel layout.
 
 Every parameter is drawn by its global name: the generator is seeded by (seed, name, layer), draws the whole tensor on
 the CPU, and each rank keeps the slice its sharded checkpoint entry describes. So TP, PP, virtual pipeline and the
@@ -7,7 +7,6 @@ number of data-parallel ranks never change where training starts.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -15,13 +14,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_ssft.config import Config
+from megatron_ssft.config import RunConfig, StartConfig
 from megatron_ssft.parallel.model.gpt import SetGPTModel
-from megatron_ssft.records import ForkingTokens
+from megatron_ssft.seeded import text_digest, whole_number
+from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
 
 @torch.no_grad()
-def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
+def initialize_weights(chunks: list[SetGPTModel], config: RunConfig) -> None:
     """Draw every weight matrix: N(0, std), the projections back into the residual stream N(0, std / sqrt(2 layers)).
 
     Biases are zero; norms keep the ones their modules are built with.
@@ -39,7 +39,7 @@ def initialize_weights(chunks: list[SetGPTModel], config: Config) -> None:
 
 
 def sharded_tensors(state: dict[str, object]) -> list[ShardedTensor]:
-    """All tensor entries; factories (gate and up of SwiGLU) give theirs, which are views of the parameter."""
+    """List all tensor entries; factories (gate and up of SwiGLU) give theirs, which are views of the parameter."""
     entries = []
     for value in state.values():
         if isinstance(value, ShardedTensorFactory):
@@ -62,31 +62,30 @@ def _draw(entry: ShardedTensor, std: float, seed: int) -> None:
 
 def named_generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator that is a pure function of its arguments."""
-    digest = hashlib.sha256("/".join(str(part) for part in (seed, *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(whole_number(text_digest(seed, *names), bits=63, byteorder="little"))
 
 
 @torch.no_grad()
-def initialize_forking_rows(
-    chunks: list[SetGPTModel], tags: ForkingTokens, known_size: int, copy_id: int | None, config: Config
-) -> None:
+def initialize_forking_rows(chunks: list[SetGPTModel], vocabulary: Vocabulary, start: StartConfig, seed: int) -> None:
     """Give the new tags' rows of every vocabulary table their start, as --forking-token-init says.
 
+    Mean and RMS are over the rows that come with a meaning (a model may have spare rows that were never trained). Tags
+    among them keep the rows they have.
+
     Args:
-        known_size: rows that come with a meaning: mean and RMS are over these (a model may have spare rows that were
-            never trained). Tags among them keep the rows they have.
-        copy_id: row to start from with `copy:<token>`; None: the mean row.
+        vocabulary: the tags, the rows that come with a meaning, and the row to start from with `copy:<token>`.
+        seed: decides the noise.
     """
-    new_ids = tuple(i for i in tags.row_ids if i >= known_size)
+    new_ids = tuple(i for i in vocabulary.tags.row_ids if i >= vocabulary.known_rows)
     if not new_ids:
         return
     for chunk in chunks:
         for table in chunk.vocab_tables():
-            rows = _starting_rows(table, chunk.pg_collection.tp, len(new_ids), known_size, copy_id, config)
-            start = chunk.pg_collection.tp.rank() * table.size(0)
+            rows = _starting_rows(table, chunk.pg_collection.tp, len(new_ids), vocabulary, start, seed)
+            first = chunk.pg_collection.tp.rank() * table.size(0)
             for row, i in zip(rows, new_ids):
-                if 0 <= i - start < table.size(0):
-                    table[i - start] = row.to(table.dtype)
+                if 0 <= i - first < table.size(0):
+                    table[i - first] = row.to(table.dtype)
     take_forking_rows(chunks)
 
 
@@ -94,14 +93,15 @@ def _starting_rows(
     table: Tensor,
     tp_group: dist.ProcessGroup,
     num_rows: int,
-    known_size: int,
-    copy_id: int | None,
-    config: Config,
+    vocabulary: Vocabulary,
+    start: StartConfig,
+    seed: int,
 ) -> Tensor:
     """float32 [num_rows, h], equal on all ranks."""
-    start = tp_group.rank() * table.size(0)
-    ids = torch.arange(start, start + table.size(0), device=table.device)
-    in_use = ids < known_size
+    copy_id = vocabulary.copy_id
+    first = tp_group.rank() * table.size(0)
+    ids = torch.arange(first, first + table.size(0), device=table.device)
+    in_use = ids < vocabulary.known_rows
     used = table[in_use].double()
     base = table[ids == copy_id].double().sum(0) if copy_id is not None else used.sum(0)
     totals = torch.cat([base, used.square().sum().view(1), in_use.sum().double().view(1)])
@@ -110,10 +110,10 @@ def _starting_rows(
     if copy_id is None:
         base = base / count
     rows = base.float().repeat(num_rows, 1)
-    if config.forking.forking_token_init != "mean":
+    if start.forking_token_init != "mean":
         rms = (squares / (count * table.size(1))).sqrt().float()
-        noise = torch.randn(rows.shape, generator=named_generator(config.training.seed, "forking rows"))
-        rows += noise.to(rows.device) * rms * config.forking.forking_token_noise
+        noise = torch.randn(rows.shape, generator=named_generator(seed, "forking rows"))
+        rows += noise.to(rows.device) * rms * start.forking_token_noise
     return rows
 
 

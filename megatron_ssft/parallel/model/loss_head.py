@@ -1,6 +1,6 @@
 """Negative log-likelihood per token without ever holding the logits of a whole microbatch.
 
-T scored places, k targets of a place, V vocabulary rows on this tensor-parallel rank, h hidden, N tags. Logits are
+T scored places, k targets per place, V vocabulary rows on this tensor-parallel rank, h hidden, N tags. Logits are
 formed for a chunk of places at a time (a product in the model's precision, then float32) and formed again in the
 backward pass. At 152k vocabulary and 32k tokens full logits would take 28 GiB.
 """
@@ -18,7 +18,7 @@ CHUNK_TOKENS = 1024
 
 
 class VocabParallelHead:
-    """What the head needs besides tensors: the vocabulary shard and the tied tag rows' columns in it."""
+    """The output head over this rank's vocabulary shard; it knows the tied tag rows' columns there."""
 
     def __init__(self, vocab_size: int, shard_size: int, row_ids: tuple[int, ...], tp_group: dist.ProcessGroup) -> None:
         self.tp_group = tp_group

@@ -7,7 +7,7 @@ import os
 from contextlib import ExitStack
 from typing import BinaryIO
 
-from megatron_ssft.scoring.sandbox.run import Limits, Program, memory_file, started, watch
+from megatron_ssft.scoring.sandbox.programs import Limits, Program, memory_file, started, watch
 
 
 def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits, walls: str | None) -> str:

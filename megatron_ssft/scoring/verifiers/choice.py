@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import string
 
+from megatron_ssft.boxed import last_boxes
 from megatron_ssft.scoring.verifiers.common import (
     NO_ANSWER,
     Judgement,
@@ -17,7 +18,6 @@ from megatron_ssft.scoring.verifiers.common import (
     Settings,
     UnusableQuestion,
     answer_part,
-    last_boxes,
     string_gold,
     wrong_or_correct,
 )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 
 from megatron_ssft.scoring.sandbox.function_tests import run_function_tests
-from megatron_ssft.scoring.sandbox.run import Limits, run_program
+from megatron_ssft.scoring.sandbox.programs import Limits, run_program
 from megatron_ssft.scoring.verifiers.common import (
     NO_ANSWER,
     Judgement,

@@ -18,6 +18,7 @@ import math
 import re
 from fractions import Fraction
 
+from megatron_ssft.boxed import last_boxes
 from megatron_ssft.scoring.verifiers.common import (
     NO_ANSWER,
     Judgement,
@@ -25,7 +26,6 @@ from megatron_ssft.scoring.verifiers.common import (
     Settings,
     UnusableQuestion,
     answer_part,
-    last_boxes,
     string_gold,
     wrong_or_correct,
 )

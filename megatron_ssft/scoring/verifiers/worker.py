@@ -18,7 +18,7 @@ import sys
 from types import ModuleType
 
 from megatron_ssft.scoring.sandbox.inside import restrictions as walls
-from megatron_ssft.scoring.sandbox.run import SandboxError
+from megatron_ssft.scoring.sandbox.programs import SandboxError
 from megatron_ssft.scoring.verifiers import choice, code, exact, mathematics
 from megatron_ssft.scoring.verifiers.common import Settings, UnusableQuestion
 

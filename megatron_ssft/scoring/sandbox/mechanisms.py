@@ -8,7 +8,7 @@ import tempfile
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.scoring.sandbox import seccomp
-from megatron_ssft.scoring.sandbox.run import Limits, SandboxError, run_program
+from megatron_ssft.scoring.sandbox.programs import Limits, SandboxError, run_program
 
 KINDS = ("landlock", "namespaces")
 

@@ -71,7 +71,7 @@ def _read(model: Path, where: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at import
     try:
         proto.ParseFromString(model.read_bytes())
     except DecodeError as error:
@@ -122,7 +122,8 @@ def _set_text_rules(converted: tokenizers.Tokenizer, proto: Any, legacy: bool) -
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     spec = proto.normalizer_spec
-    rules, prefix = [], spec.add_dummy_prefix
+    rules: list[normalizers.Normalizer] = []
+    prefix = spec.add_dummy_prefix
     if spec.precompiled_charsmap:
         rules.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -7,43 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.sentencepiece_files import PROBES
+from megatron_ssft.tokenizers.hf_folder import load_tokenizer
+from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}; give a Hugging Face checkpoint folder") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())}); copy the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: not a JSON object; copy the checkpoint again")
-    return data
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Indented as Hugging Face's files are, letters spelled out. Raises OSError."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def load_tokenizer(folder: Path, source: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, without network and without its code. Raises UserError, led by `source`."""
-    from huggingface_hub import errors
-    from transformers import AutoTokenizer  # here: takes seconds
-
-    # Configurations that contradict themselves raise an error of their own, which older versions do not have.
-    strict = getattr(errors, "StrictDataclassError", ValueError)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise UserError(f"{source}: no usable tokenizer: {type(error).__name__}: {reason}") from error
 
 
 def add_forking_tokens(folder: Path, source: Path, tags: ForkingTokens) -> None:

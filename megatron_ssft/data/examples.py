@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from megatron_ssft.data.trace_filter import TraceFilter
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, parse_json, plain_string
 from megatron_ssft.records import SetExample, Trace
+from megatron_ssft.seeded import text_digest
 
 _PROMPT_FIELDS = ("prompt", "question", "messages")
 
@@ -111,9 +111,7 @@ def _select(
     if max_traces is not None and len(traces) > max_traces:
         report.traces_sampled_out += len(traces) - max_traces
         # Ranking by hash instead of a generator: the same everywhere, and a smaller K is a subset of a larger one.
-        ranked = sorted(
-            range(len(traces)), key=lambda j: hashlib.sha256(f"{seed}\n{j}\n{example.id}".encode()).digest()
-        )
+        ranked = sorted(range(len(traces)), key=lambda j: text_digest(seed, j, example.id, joined_by="\n"))
         traces = tuple(traces[j] for j in sorted(ranked[:max_traces]))
     return dataclasses.replace(example, traces=traces)
 

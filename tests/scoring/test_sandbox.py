@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.scoring.sandbox import probe as isolation
-from megatron_ssft.scoring.sandbox import run as sandbox
+from megatron_ssft.scoring.sandbox import mechanisms, programs
 from megatron_ssft.scoring.sandbox.function_tests import run_function_tests
-from megatron_ssft.scoring.sandbox.run import Limits, run_program
+from megatron_ssft.scoring.sandbox.programs import Limits, run_program
 from megatron_ssft.scoring.verifiers import code
 from megatron_ssft.scoring.verifiers.common import Judgement, Settings, UnusableQuestion
 from tests.helpers.hostile_programs import CHEATS, CONTAINED, HONEST, HONEST_FUNCTIONS, RIGHT, TESTS
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBLEMS = {kind: isolation.probe(kind) for kind in isolation.KINDS}
+PROBLEMS = {kind: mechanisms.probe(kind) for kind in mechanisms.KINDS}
 IS_REFUSED = r"landlock_create_ruleset|unshare|uid_map|setgroups|mount |chroot|PR_SET_SECCOMP|system call table"
 """The machine says no to the walls; any other problem is a hole in them."""
 LIMITS = Limits(seconds=1.0, memory_mb=512)
@@ -59,7 +58,7 @@ def test_hostile_programs_are_contained(walls, name):
     _, problem = attempt(source, walls, limits)
     assert problem is not None and problem.startswith(tuple(expected.split("|"))), problem
     assert time.monotonic() - began < limits.seconds + 8.0
-    assert not list(Path(sandbox.tempfile.gettempdir()).glob("ssft-program-*/box/*"))
+    assert not list(Path(programs.tempfile.gettempdir()).glob("ssft-program-*/box/*"))
 
 
 def test_neither_files_nor_processes_outside_are_within_reach(walls, tmp_path):
@@ -125,7 +124,7 @@ def test_nothing_survives_the_worker_that_started_it(walls, tmp_path):
     source = "import time; time.sleep(60)"
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from megatron_ssft.scoring.sandbox.run import *\n"
+        "from megatron_ssft.scoring.sandbox.programs import *\n"
         f"with started({{'role': 'program', 'source': {source!r}}}, walls={walls!r}, limits=Limits()) as p:\n"
         "    print(p.process.pid, flush=True); time.sleep(60)\n"
     )
@@ -155,7 +154,7 @@ def test_walls_hold_for_an_ordinary_user(walls):
     command = [
         sys.executable,
         "-c",
-        f"from megatron_ssft.scoring.sandbox import probe as i; print(i.probe({walls!r}))",
+        f"from megatron_ssft.scoring.sandbox import mechanisms; print(mechanisms.probe({walls!r}))",
     ]
     if os.getuid() == 0:  # the same files stay readable, but no capability is left
         command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command]
@@ -166,14 +165,14 @@ def test_walls_hold_for_an_ordinary_user(walls):
 
 
 def test_without_walls_programs_are_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(isolation, "probe", lambda kind: f"no {kind} here")
+    monkeypatch.setattr(mechanisms, "probe", lambda kind: f"no {kind} here")
     with pytest.raises(UserError, match=r"^--verifier code: this machine cannot .*no landlock.*--unsafe-code[^\n]*$"):
-        isolation.choose()
+        mechanisms.choose()
 
 
 def test_a_hole_in_the_walls_is_noticed(monkeypatch):
-    monkeypatch.setattr(sandbox, "readable_paths", lambda: ("/",))
-    assert "read other files" in isolation.probe(next(kind for kind, p in PROBLEMS.items() if p is None))
+    monkeypatch.setattr(programs, "readable_paths", lambda: ("/",))
+    assert "read other files" in mechanisms.probe(next(kind for kind, p in PROBLEMS.items() if p is None))
 
 
 def test_unsafe_programs_have_limits_too():

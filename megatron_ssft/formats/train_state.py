@@ -1,0 +1,157 @@
+"""train_state.json: what a checkpoint stores besides weights and optimizer.
+
+There is no random state: every draw is a function of the seed, the epoch and the question. Nor is there one of the
+learning rate, a function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from msgspec import UNSET, Struct, UnsetType
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.jsonl import Count, RowError, convert_row, to_object
+
+STATE_FORMAT = 1
+"""The version that this code writes and reads."""
+_REMOVE = "remove this checkpoint to load an older one"
+
+
+class TagState(Struct, frozen=True, kw_only=True):
+    """The tags; `ids` are empty in a model that was imported without any."""
+
+    format: str
+    strings: list[str]
+    ids: list[list[int]]
+
+
+class WeightsState(Struct, frozen=True, kw_only=True):
+    """What a checkpoint of weights alone says of itself."""
+
+    format: int
+    iteration: Count
+    """Optimizer steps done."""
+    has_optimizer: bool = True
+    model: dict[str, object]
+    """The model's section of the configuration."""
+    vocab_size: int
+    forking_tokens: TagState
+    bf16: bool
+
+
+class QueueState(Struct, frozen=True, kw_only=True):
+    """Where a run stands in its data; a few visits, whatever the data's size."""
+
+    num_questions: Count
+    seed: int
+    epoch: Count
+    cursor: Count
+    waiting: list[tuple[int, int]]
+    """[question's position, epoch] of each waiting visit."""
+
+
+class ReusedAssignments(Struct, frozen=True, kw_only=True):
+    """Assignments that later visits may still use."""
+
+    assignments: dict[str, dict[str, str]]
+    """Epoch made -> tags, joined by commas -> the questions' keys, joined and in base64."""
+
+
+class CollapseWatchState(Struct, frozen=True, kw_only=True):
+    """What the watch for a collapse of the matching has seen."""
+
+    steps: Count
+    window: list[list[list[list[int | str | None]]]]
+    """For each step of the window [tags, sources], each a list per question."""
+    gaps: list[float]
+    margins: list[float | None]
+    """null stands for infinity."""
+    known_sources: bool
+    was_informative: bool
+    told: list[str]
+    """Warnings already given."""
+
+
+class SSFTState(WeightsState, frozen=True, kw_only=True):
+    """A run of Set Supervised Fine-Tuning."""
+
+    queue: QueueState
+    data: str
+    """Fingerprint of the data set."""
+    use_distributed_optimizer: bool
+    reused_assignments: ReusedAssignments
+    collapse_watch: CollapseWatchState
+
+
+class ObjectiveState(Struct, frozen=True, kw_only=True):
+    """The objective's own part."""
+
+    old_logp: list[list[float]] | None | UnsetType = UNSET
+    """gfpo-sampled: what the tags of the present set of rollouts were drawn from, [Q][N]. UNSET with grpo."""
+
+
+class PolicyState(WeightsState, frozen=True, kw_only=True):
+    """A run of policy learning."""
+
+    use_distributed_optimizer: bool
+    data: str
+    """Fingerprint of the inputs."""
+    policy: dict[str, object]
+    """Settings that a resumed run must share."""
+    objective: ObjectiveState
+    stale: bool
+    """The rewards were too old at the last look."""
+
+
+TrainState = SSFTState | PolicyState | WeightsState
+
+
+def encode_state(state: WeightsState) -> str:
+    """The text of the file."""
+    return json.dumps(_plain(state), indent=1)
+
+
+def decode_state(text: str, path: Path) -> TrainState:
+    """The record of a file. Raises UserError for a damaged file and for another version's."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_REMOVE}") from error
+    if not isinstance(value, dict) or "format" not in value:
+        raise UserError(f"{path}: holds no state of a run; {_REMOVE}")
+    if value["format"] != STATE_FORMAT:
+        raise UserError(f"{path}: checkpoint format {value['format']}, this version reads {STATE_FORMAT}")
+    try:
+        return convert_row(value, _kind_of(value))
+    except RowError as error:
+        raise UserError(f"{path}: {error}; {_REMOVE}") from error
+
+
+def read_train_state(path: Path) -> TrainState:
+    """Read train_state.json. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {_REMOVE}") from error
+    return decode_state(text, path)
+
+
+def _kind_of(value: Mapping[str, object]) -> type[SSFTState] | type[PolicyState] | type[WeightsState]:
+    """The trainer that wrote a state, by a field that the others lack."""
+    if "policy" in value:
+        return PolicyState
+    return SSFTState if "queue" in value else WeightsState
+
+
+def _plain(value: object) -> object:
+    """JSON values; unset fields are left out."""
+    if isinstance(value, Struct):
+        return {name: _plain(item) for name, item in to_object(value).items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

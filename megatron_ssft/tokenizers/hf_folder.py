@@ -1,0 +1,139 @@
+"""The tokenizer of a Hugging Face folder: loaded by transformers, or written as tokenizer.json from older forms."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.formats.hf_json import read_json, write_json
+from megatron_ssft.tokenizers.sentencepiece_conversion import convert_sentencepiece, piece_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# tekken.json is left out: where it lies beside a tokenizer.json, machines with mistral-common would read it instead,
+# and it does not know the tags. Code (*.py) is never carried along.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+"""Whatever decides how a folder's text becomes ids, as patterns."""
+_NEVER = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
+
+
+def load_tokenizer(folder: Path, source: Path, flag: str = "") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `folder` with transformers, without network and without the folder's code.
+
+    `source` is where the files come from, for messages; `flag` is put in front of it there. Raises UserError.
+    """
+    from huggingface_hub import errors
+    from transformers import AutoTokenizer  # here: takes seconds
+
+    # Configurations that contradict themselves raise an error of their own, which older versions do not have.
+    strict = getattr(errors, "StrictDataclassError", ValueError)
+    with tempfile.TemporaryDirectory() as parent:
+        readable = folder
+        if _is_sentencepiece_only(folder) and (folder / "config.json").is_file():
+            # transformers' own conversion of a SentencePiece model may give other ids; ours is checked against it.
+            readable = _converted_copy(folder, source, Path(parent) / "tokenizer")
+        try:
+            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise UserError(f"{flag}{source}: no usable tokenizer: {type(error).__name__}: {reason}") from error
+
+
+def ensure_tokenizer_json(folder: Path, source: Path) -> None:
+    """Write tokenizer.json from the older forms. `source` is where the files come from, for messages.
+
+    Raises UserError where it cannot be written so that it gives the same ids.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    if _is_sentencepiece_only(folder):
+        _convert_sentencepiece_folder(folder, source)
+    elif has_vocab_and_merges(folder):
+        backend = load_tokenizer(folder, source).backend_tokenizer
+        (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+
+
+def copy_matching(folder: Path, target: Path, patterns: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
+    """Copy the files of `folder` that match a pattern, but for code, weights and `leave_out`. Raises OSError."""
+    # Contents only: files of a download cache are links, maybe read-only.
+    for pattern in patterns:
+        for file in sorted(folder.glob(pattern)):
+            if file.is_file() and file.suffix not in _NEVER and file.name not in leave_out:
+                copy = target / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+
+
+def has_vocab_and_merges(folder: Path) -> bool:
+    """Whether the folder holds the two files of a byte-level BPE tokenizer without tokenizer.json."""
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def _is_sentencepiece_only(folder: Path) -> bool:
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+
+
+def _converted_copy(folder: Path, source: Path, copy: Path) -> Path:
+    """Copy what decides the tokenizer to the new folder `copy`, with a tokenizer.json. Raises UserError."""
+    read_json(folder / "config.json")
+    try:
+        copy.mkdir()
+        copy_matching(folder, copy, ("config.json", *TOKENIZER_FILES))
+        ensure_tokenizer_json(copy, source)
+    except OSError as error:
+        raise UserError(f"{copy}: cannot copy the files of {folder}: {error.strerror or error}") from error
+    return copy
+
+
+def _convert_sentencepiece_folder(folder: Path, source: Path) -> None:
+    """tokenizer.json, and a tokenizer_config.json that has it used as it stands."""
+    import tokenizers
+
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    legacy = config.get("legacy") is not False
+    model = folder / "tokenizer.model"
+    converted = convert_sentencepiece(
+        model, config.get("add_bos_token", True) is not False, legacy, source / model.name
+    )
+    for token_id, entry in sorted(_added_tokens(folder, config).items()):
+        if converted.token_to_id(entry["content"]) != token_id or converted.id_to_token(token_id) is None:
+            converted.add_tokens([tokenizers.AddedToken(**entry)])
+        if converted.token_to_id(entry["content"]) != token_id:
+            raise UserError(f"{source}: added token {entry['content']!r} cannot get its id {token_id}; check the files")
+    (folder / "tokenizer.json").write_text(converted.to_str(), encoding="utf-8")
+    # The class written for SentencePiece files would build its own rules, beginning with another first space.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    named = folder / "special_tokens_map.json"
+    elsewhere = read_json(named) if named.is_file() else {}
+    for key, piece in piece_names(model).items():
+        if key not in elsewhere:
+            config.setdefault(key, piece)
+    write_json(path, config)
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Tokens that a SentencePiece checkpoint adds to its model: id -> arguments of tokenizers.AddedToken."""
+    found = {}
+    legacy = folder / "added_tokens.json"
+    for content, token_id in (read_json(legacy) if legacy.is_file() else {}).items():
+        found[int(token_id)] = {"content": content, "normalized": False}
+    for token_id, entry in config.get("added_tokens_decoder", {}).items():
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        found[int(token_id)] = {flag: entry[flag] for flag in flags if flag in entry}
+    return found
