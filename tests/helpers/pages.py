@@ -91,7 +91,7 @@ def sentences(page: Path) -> list[str]:
         else:
             paragraphs[-1].append(line)
     prose = [re.sub(r"`[^`]*`", "CODE", " ".join(lines)).replace("*", "") for lines in paragraphs if lines]
-    pieces = [piece for text in prose for piece in re.split(r"(?<=[.!?:])\s+(?=[A-Z(\d])", text)]
+    pieces = [piece for text in prose for piece in re.split(r"(?<=[.!?])\s+(?=[A-Z(\d])", text)]
     return [piece for piece in pieces if re.search(r"\w", piece)]
 
 
