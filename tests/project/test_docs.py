@@ -1,7 +1,7 @@
 """README and docs/ are true: commands run, flags and files exist, sentences are short.
 
-A block ```sh is run here. The other kinds, listed in tests/helpers/pages.py, need what a test has not: their flags and
-files are checked.
+A block ```sh is run here. The other kinds, listed in tests/helpers/markdown_pages.py, need what a test has not: their
+flags and files are checked.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sys
 
 import pytest
 
-from tests.helpers import pages
-from tests.helpers.pages import NO_COMMANDS, NOT_RUN, PAGES, PROGRAMS, RUN, Block
+from tests.helpers import markdown_pages as pages
+from tests.helpers.markdown_pages import NO_COMMANDS, NOT_RUN, PAGES, PROGRAMS, RUN, Block
 from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
