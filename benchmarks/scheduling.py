@@ -1,7 +1,8 @@
-"""PADs, makespan and planning time of four schedulers over random workloads, nothing executed.
+"""PADs, makespan and planning time of five schedulers over random workloads, nothing executed.
 
 python benchmarks/scheduling.py
 python benchmarks/scheduling.py --repeats 50 --json scheduling.json
+python benchmarks/scheduling.py --search 1000    # instead: what the exact search for a packing without PADs buys
 
 The work of a step is counted in FLOPs of a 32B-parameter shape. What the columns (and the keys of the JSON) say, each
 the mean over the repetitions:
@@ -29,12 +30,15 @@ per_rank_queue  question k waits in the queue of rank k mod R; each rank takes q
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -45,14 +49,14 @@ from megatron_ssft.records import (
     PAD,
     Assignment,
     ForkingTokens,
+    MicrobatchPlan,
     QuestionBatch,
     QuestionVisit,
     SequenceSpec,
     TokenizedSet,
 )
-from megatron_ssft.scheduling import WorkModel, plan_train_microbatches
-from megatron_ssft.scheduling.train_rows import train_sequences
-from megatron_ssft.scheduling.train_streams import plan_train_streams
+from megatron_ssft.scheduling import RowLimits, StreamLimits, WorkModel, plan_train_rows, plan_train_streams
+from megatron_ssft.scheduling.sequences import train_sequences
 from megatron_ssft.scheduling.work import padded_size
 
 SHAPE = ModelConfig(
@@ -60,6 +64,7 @@ SHAPE = ModelConfig(
 )
 VOCABULARY = 152064
 TAGS = ForkingTokens(tuple(f"<think{i}>" for i in range(1, 7)), tuple((VOCABULARY + i,) for i in range(6)), "special")
+Planned = TypeVar("Planned")
 SHORTEST, LONGEST = 64, 32000
 """Traces are cut to this range of tokens."""
 
@@ -132,32 +137,19 @@ def equal_streams(draw: Draw) -> Outcome:
 
 def _streams(draw: Draw, equal_counts: bool) -> Outcome:
     batch, assignments = draw.batch(range(draw.workload.questions))
-    planned, planning_ms = _timed(
-        plan_train_streams,
-        batch,
-        assignments,
-        TAGS,
-        num_ranks=draw.workload.ranks,
-        max_tokens=draw.arguments.max_tokens,
-        group_size=draw.arguments.group_size,
-        equal_counts=equal_counts,
-        work=draw.work,
-    )
+    arguments = draw.arguments
+    limits = StreamLimits(draw.workload.ranks, arguments.max_tokens, arguments.group_size, equal_counts=equal_counts)
+    planned, planning_ms = _timed(lambda: plan_train_streams(batch, assignments, TAGS, limits, draw.work))
     pads, least = planned.pad_sequences, planned.pad_lower_bound
     return Outcome(batch.num_traces, pads, least, planned.makespan, planned.makespan_lower_bound, planning_ms)
 
 
 def padded(draw: Draw) -> Outcome:
     """Ours: microbatches with a row a trace."""
-    planned, planning_ms = _timed(
-        plan_train_microbatches,
-        *draw.batch(range(draw.workload.questions)),
-        TAGS,
-        num_ranks=draw.workload.ranks,
-        micro_batch_size=draw.arguments.micro_batch_size,
-        group_size=draw.arguments.group_size,
-        work=draw.work,
-    )
+    batch, assignments = draw.batch(range(draw.workload.questions))
+    arguments = draw.arguments
+    limits = RowLimits(draw.workload.ranks, arguments.micro_batch_size, group_size=arguments.group_size)
+    planned, planning_ms = _timed(lambda: plan_train_rows(batch, assignments, TAGS, limits, draw.work))
     ranks = [[list(mb.sequences) for mb in rank] for rank in planned.ranks]
     return _padded_outcome(draw, ranks, planning_ms)
 
@@ -166,7 +158,7 @@ def per_question(draw: Draw) -> Outcome:
     """Baseline: the questions of the step are dealt out to the ranks, one after the other."""
     ranks = draw.workload.ranks
     dealt = [list(range(rank, draw.workload.questions, ranks)) for rank in range(ranks)]
-    return _padded_outcome(draw, *_timed(_fixed_to_ranks, draw, dealt))
+    return _padded_outcome(draw, *_timed(lambda: _fixed_to_ranks(draw, dealt)))
 
 
 def per_rank_queue(draw: Draw) -> Outcome:
@@ -175,14 +167,15 @@ def per_rank_queue(draw: Draw) -> Outcome:
     share = workload.questions * sum(workload.traces) / 2 / workload.ranks
     taken = []
     for rank in range(workload.ranks):
-        mine, traces = [], 0
+        own: list[int] = []
+        traces = 0
         for k in range(rank, len(draw.questions), workload.ranks):
             if traces >= share:
                 break
-            mine.append(k)
+            own.append(k)
             traces += draw.questions[k].num_traces
-        taken.append(mine)
-    return _padded_outcome(draw, *_timed(_fixed_to_ranks, draw, taken))
+        taken.append(own)
+    return _padded_outcome(draw, *_timed(lambda: _fixed_to_ranks(draw, taken)))
 
 
 SCHEDULERS: tuple[Callable[[Draw], Outcome], ...] = (
@@ -194,10 +187,10 @@ SCHEDULERS: tuple[Callable[[Draw], Outcome], ...] = (
 )
 
 
-def _timed(plan: Callable, *arguments: object, **settings: object) -> tuple:
+def _timed(plan: Callable[[], Planned]) -> tuple[Planned, float]:
     """(what it returns, milliseconds of processor time)"""
     start = time.process_time()
-    planned = plan(*arguments, **settings)
+    planned = plan()
     return planned, (time.process_time() - start) * 1000
 
 
@@ -209,9 +202,9 @@ def _fixed_to_ranks(draw: Draw, questions: list[list[int]]) -> list[list[list[Se
     size, group = draw.arguments.micro_batch_size, draw.arguments.group_size
     sequences = [train_sequences(*draw.batch(which), TAGS) for which in questions]
     count = -(-max(map(len, sequences)) // (size * group)) * group
-    for mine in sequences:
-        mine += [PAD] * (count * size - len(mine))
-    return [[mine[k : k + size] for k in range(0, count * size, size)] for mine in sequences]
+    for rows in sequences:
+        rows += [PAD] * (count * size - len(rows))
+    return [[rows[k : k + size] for k in range(0, count * size, size)] for rows in sequences]
 
 
 def _padded_outcome(draw: Draw, ranks: list[list[list[SequenceSpec]]], planning_ms: float) -> Outcome:
@@ -238,18 +231,68 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> dict[str, dict
     ours = _mean(o.makespan / o.traces for o in outcomes["token_budget"])
     return {
         name: {
-            "traces": _mean(o.traces for o in found),
-            "pads": _mean(o.pads for o in found),
-            "pad_share": _mean(o.pads / (o.traces + o.pads) for o in found),
-            "least_pad_share": _mean(o.least_pads / (o.traces + o.least_pads) for o in found),
-            "pad_over_bound": _mean((o.traces + o.pads) / (o.traces + o.least_pads) for o in found),
-            "makespan_over_bound": _mean(o.makespan / o.makespan_bound for o in found),
-            "makespan_over_bound_worst": max(o.makespan / o.makespan_bound for o in found),
-            "time_per_trace": _mean(o.makespan / o.traces for o in found) / ours,
-            "planning_ms": _mean(o.planning_ms for o in found),
+            "traces": _mean(o.traces for o in results),
+            "pads": _mean(o.pads for o in results),
+            "pad_share": _mean(o.pads / (o.traces + o.pads) for o in results),
+            "least_pad_share": _mean(o.least_pads / (o.traces + o.least_pads) for o in results),
+            "pad_over_bound": _mean((o.traces + o.pads) / (o.traces + o.least_pads) for o in results),
+            "makespan_over_bound": _mean(o.makespan / o.makespan_bound for o in results),
+            "makespan_over_bound_worst": max(o.makespan / o.makespan_bound for o in results),
+            "time_per_trace": _mean(o.makespan / o.traces for o in results) / ours,
+            "planning_ms": _mean(o.planning_ms for o in results),
         }
-        for name, found in outcomes.items()
+        for name, results in outcomes.items()
     }
+
+
+SEARCH_WORKLOADS = {
+    "1-32 x 1-6 traces": ((1, 32), (1, 6), 7500.0),
+    "1-6 x 1-4, long": ((1, 6), (1, 4), 15000.0),
+}
+"""Name -> questions and traces per question (uniform between the two), mean tokens of a trace."""
+
+
+def measure_search(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What the search changes: the same steps with equal counts, planned with it and without (effort 0)."""
+    results = {}
+    for number, (name, (questions, traces, mean_tokens)) in enumerate(SEARCH_WORKLOADS.items()):
+        settings = argparse.Namespace(**(vars(arguments) | {"mean_tokens": mean_tokens}))
+        figures = dict.fromkeys(("fewer_pads", "certified", "uncertain"), 0)
+        times: dict[str, list[float]] = {"without": [], "with": []}
+        for repeat in range(arguments.search):
+            rng = np.random.default_rng((arguments.seed, number, repeat))
+            workload = Workload(name, int(rng.integers(questions[0], questions[1] + 1)), traces, 0)
+            draw = Draw(workload, settings, (arguments.seed, number, repeat, 1))
+            batch, assignments = draw.batch(range(workload.questions))
+            ranks, group_size = int(rng.choice([2, 4, 8])), int(rng.choice([1, 2]))
+            plans: dict[str, MicrobatchPlan] = {}
+            for side in times:
+                limits = StreamLimits(ranks, arguments.max_tokens, group_size, equal_counts=True)
+                if side == "without":
+                    limits = dataclasses.replace(limits, search_effort=0)
+                plans[side], planning_ms = _timed(
+                    functools.partial(plan_train_streams, batch, assignments, TAGS, limits, draw.work)
+                )
+                times[side].append(planning_ms)
+            before, after = plans["without"], plans["with"]
+            figures["fewer_pads"] += after.pad_sequences < before.pad_sequences
+            figures["certified"] += before.pad_lower_bound < after.pad_lower_bound == after.pad_sequences
+            figures["uncertain"] += after.pad_lower_bound < after.pad_sequences
+        added = [after - before for before, after in zip(times["without"], times["with"])]
+        results[name] = figures | {"mean_ms": _mean(times["with"]), "most_added_ms": max(added)}
+    return results
+
+
+def show_search(console: Console, workloads: int, results: dict[str, dict[str, float]]) -> None:
+    """Print what the search changes, a row per kind of workload."""
+    table = Table(title=f"what the exact search changes in {workloads:,} steps each", width=80)
+    table.add_column("questions x traces", no_wrap=True)
+    for name in ("fewer PADs", "least proved", "open", "planning ms", "most added ms"):
+        table.add_column(name, justify="right")
+    for name, figures in results.items():
+        counts = (f"{figures[key]:.0f}" for key in ("fewer_pads", "certified", "uncertain"))
+        table.add_row(name, *counts, f"{figures['mean_ms']:.1f}", f"{figures['most_added_ms']:.1f}")
+    console.print(table)
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -297,6 +340,7 @@ def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=_positive(int), default=32768, help="in a stream [32768]")
     parser.add_argument("--micro-batch-size", type=_positive(int), default=1)
     parser.add_argument("--group-size", type=_positive(int), default=1, help="counts are a multiple of it [1]")
+    parser.add_argument("--search", type=_positive(int), metavar="STEPS", help="measure the exact search instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, too")
     arguments = parser.parse_args()
     if arguments.seed < 0:
@@ -311,15 +355,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments = _arguments(parser)
     console = Console(width=80)
-    results = []
-    for workload in WORKLOADS:
-        figures = measure(workload, arguments)
-        show(console, workload, figures)
-        results.append({"workload": workload.name, "ranks": workload.ranks, "schedulers": figures})
+    measured: dict[str, object] = {}
+    if arguments.search is not None:
+        search = measure_search(arguments)
+        show_search(console, arguments.search, search)
+        measured = {"search": search}
+    else:
+        results = []
+        for workload in WORKLOADS:
+            figures = measure(workload, arguments)
+            show(console, workload, figures)
+            results.append({"workload": workload.name, "ranks": workload.ranks, "schedulers": figures})
+        measured = {"workloads": results}
     if arguments.json is not None:
         settings = {name: value for name, value in vars(arguments).items() if name != "json"}
         try:
-            arguments.json.write_text(json.dumps({"settings": settings, "workloads": results}, indent=1) + "\n")
+            arguments.json.write_text(json.dumps({"settings": settings} | measured, indent=1) + "\n")
         except OSError as error:
             parser.error(f"argument --json: {arguments.json}: {error.strerror}")
 

@@ -1,13 +1,14 @@
 """Plain records that travel between the layers. No logic beyond sizes and validation.
 
 Shape legend used throughout: Q questions, N forking tokens (tags), M traces of one question, S sequences,
-b micro-batch size, s padded sequence length, T tokens, R data-parallel ranks, K microbatches a rank.
+b micro-batch size, s padded sequence length, T tokens, R data-parallel ranks, K microbatches per rank.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class TokenizedSet:
 
 @dataclass(frozen=True)
 class ForkingTokens:
-    """The N tags as token-id sequences. Everything downstream works from `ids` (DESIGN: section 3)."""
+    """The N tags as token-id sequences. Everything downstream works from `ids`."""
 
     strings: tuple[str, ...]
     """N texts, e.g. `<think1>`."""
@@ -175,6 +176,13 @@ class Microbatch:
     """Of the whole microbatch in that layout, padding included."""
 
 
+PlanLayout = Literal["padded", "packed", "unshared"]
+"""How the sequences of a microbatch stand in the model's input.
+
+`padded`: one sequence per row, filled up to the longest. `packed`: one token stream, in which sequences of a question
+share its prompt. `unshared`: one token stream, every sequence with a prompt of its own."""
+
+
 @dataclass(frozen=True)
 class MicrobatchPlan:
     """Who runs what: `ranks[r][k]` is microbatch k of data-parallel rank r.
@@ -186,14 +194,12 @@ class MicrobatchPlan:
     pad_sequences: int
     """PAD sequences in the plan."""
     pad_lower_bound: int
-    """The least number that any plan of this layout and these counts needs; padded: (-S) mod (R b v)."""
+    """No plan of this layout and these counts has fewer; see `scheduling.pad_bound`."""
     makespan: float
     """Estimated work of the busiest rank, in FLOPs of a forward pass."""
     makespan_lower_bound: float
     """No plan can have a smaller makespan: max(total work / R, heaviest part that cannot be divided)."""
-    layout: str = "padded"
-    """`padded`: a sequence a row, filled up to the longest. `packed`: one stream of tokens in which sequences of a
-    question share its prompt. `unshared`: one stream, every sequence with a prompt of its own."""
+    layout: PlanLayout = "padded"
 
     @property
     def sequences(self) -> list[SequenceSpec]:

@@ -36,7 +36,7 @@ class LayoutFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportFlags(LayoutFlags):
-    """A Hugging Face folder to a run folder with a checkpoint of weights only."""
+    """Make a run folder, with a checkpoint of weights only, from a Hugging Face folder."""
 
     source: Annotated[Path, Flag(metavar="HF_DIR", positional=True)]
     """Folder to read."""
@@ -60,7 +60,7 @@ class ImportFlags(LayoutFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFlags(LayoutFlags):
-    """The newest checkpoint of a run folder to a Hugging Face folder."""
+    """Write the newest checkpoint of a run folder as a Hugging Face folder."""
 
     source: Annotated[Path, Flag(metavar="MEGATRON_DIR", positional=True)]
     """Run folder to read."""
@@ -72,7 +72,7 @@ class ExportFlags(LayoutFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyFlags(LayoutFlags):
-    """Whether a Hugging Face folder and the newest checkpoint of a run folder are the same model."""
+    """Check that a Hugging Face folder and the newest checkpoint of a run folder are the same model."""
 
     source: Annotated[Path, Flag(metavar="HF_DIR", positional=True)]
     """Hugging Face folder."""

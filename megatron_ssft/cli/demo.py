@@ -62,7 +62,7 @@ class StageFailure(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    """Where the demo works, and how long."""
+    """Folder and size of the demo."""
 
     output: Annotated[Path, Flag(metavar="DIR")] = Path("demo_output")
     """Folder of the demo, replaced by it."""
@@ -159,7 +159,7 @@ def training_command(
 
 
 def launcher(nproc: int) -> list[str]:
-    """The beginning of the command line of a program that trains."""
+    """Start of the command line of a program that trains on `nproc` ranks."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
 
 

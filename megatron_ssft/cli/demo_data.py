@@ -14,7 +14,7 @@ from megatron_ssft.demo.data import write_demo_data
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataFlags:
-    """Where the set is written, and its size."""
+    """Folder and size of the set."""
 
     output: Annotated[Path, Flag(metavar="DIR")]
     """Folder for the two files."""

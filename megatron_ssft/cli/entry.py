@@ -1,4 +1,4 @@
-"""How every command ends: status 0 when done, 2 with one clear line when the input is at fault."""
+"""Run a command to its exit status: 0 when done, 2 with one clear line when the input is at fault."""
 
 from __future__ import annotations
 

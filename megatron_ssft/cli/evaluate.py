@@ -33,7 +33,7 @@ from megatron_ssft.scoring.verifiers.math_equivalence import MathEquivalence
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateFlags:
-    """Files and what to make of them."""
+    """Files, rules and groups of the evaluation."""
 
     scored: Annotated[tuple[Path, ...], Flag(metavar="S.jsonl", positional=True)]
     """Scored rollouts made by `score`."""
@@ -48,7 +48,7 @@ class EvaluateFlags:
     pass_tag: Annotated[int | None, Flag(metavar="TAG")] = None
     """Tag of the published pass@1; default: 0, or a file's only tag."""
     group_by: Annotated[str | None, Flag(metavar="FIELD")] = None
-    """Best tag for each value of this field of --data."""
+    """Group questions by this field of --data, and find the best tag of each group."""
     data: Annotated[Path | None, Flag(metavar="Q.jsonl")] = None
     """The questions, for --group-by."""
 

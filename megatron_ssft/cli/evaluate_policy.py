@@ -1,4 +1,4 @@
-"""How well a model chooses its own tag, before and after GFPO, on held-out questions.
+"""Evaluate a model's own choice of the tag, before and after GFPO, on held-out questions.
 
     megatron-ssft evaluate-policy --before S_each_before.jsonl --after S_each_after.jsonl --own S_own.jsonl \\
       --own-greedy S_own_greedy.jsonl --rewards REWARDS.jsonl --output DIR
@@ -40,20 +40,20 @@ ROLES = ("before", "after", "own", "own_greedy", "own_before", "own_greedy_befor
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatePolicyFlags:
-    """Files and what to make of them."""
+    """Files and groups of the evaluation."""
 
     before: Annotated[Path, SCORED]
     """Samples under every tag (--tags each) of the model before GFPO."""
     after: Annotated[Path, SCORED]
-    """The same of the model after."""
+    """Samples under every tag of the model after GFPO."""
     own: Annotated[Path, SCORED]
-    """Samples of the model after that began by itself (--tags own)."""
+    """Samples of the model after GFPO under tags of its own choice (--tags own)."""
     own_greedy: Annotated[Path, SCORED]
-    """The same with its likeliest tag (--tags own-greedy)."""
+    """Samples of that model under its likeliest tag (--tags own-greedy)."""
     own_before: Annotated[Path | None, SCORED] = None
-    """As --own, of the model before."""
+    """Samples like those of --own, of the model before GFPO."""
     own_greedy_before: Annotated[Path | None, SCORED] = None
-    """As --own-greedy, of the model before."""
+    """Samples like those of --own-greedy, of the model before GFPO."""
     grpo: Annotated[Path | None, SCORED] = None
     """Answers of a model trained by GRPO, to compare with."""
     grpo_before: Annotated[Path | None, SCORED] = None
@@ -63,7 +63,7 @@ class EvaluatePolicyFlags:
     policy: Annotated[Path | None, Flag(metavar="policy.jsonl")] = None
     """Log of the GFPO run, made with --eval-data."""
     group_by: Annotated[str | None, Flag(metavar="FIELD")] = None
-    """Best tag for each value of this field of --data."""
+    """Group questions by this field of --data, and find the best tag of each group."""
     data: Annotated[Path | None, Flag(metavar="H.jsonl")] = None
     """The held-out questions, for --group-by."""
     data_train: Annotated[Path | None, Flag(metavar="Q.jsonl")] = None

@@ -99,7 +99,7 @@ class GenerateFlags:
     """openai: retries per request."""
 
     def options(self) -> Options:
-        """What the library takes. Raises UserError."""
+        """Options of the library. Raises UserError."""
         from megatron_ssft.generation.model_folder import TagFlags
         from megatron_ssft.generation.requests import Sampling
         from megatron_ssft.generation.run import Options

@@ -37,7 +37,7 @@ MEASURING, TRAINING = "measuring rewards", "training"
 
 @dataclass(frozen=True, kw_only=True)
 class GfpoRoundsFlags:
-    """Where the loop starts and works, and what its stages are given."""
+    """Start and folder of the loop, and arguments of its stages."""
 
     load: Annotated[Path, Flag(metavar="RUN")]
     """Run to start from, and the reference."""
@@ -57,11 +57,11 @@ class GfpoRoundsFlags:
     """Print the command lines to come, and stop."""
 
     verifier: Annotated[Literal["exact", "math", "choice", "code"], Flag(group=MEASURING)]
-    """How an answer is judged, as for `score`."""
+    """Verifier of the answers, as for `score`."""
     samples_per_tag: Annotated[int, Flag(metavar="K", group=MEASURING)] = 1
     """Samples per question and tag."""
     backend: Annotated[Literal["hf", "openai", "vllm"], Flag(group=MEASURING)] = "hf"
-    """What generates, as for `generate`."""
+    """Backend of the generation, as for `generate`."""
     base_url: Annotated[str | None, Flag(metavar="URL", group=MEASURING)] = None
     """openai: the server, such as http://localhost:8000/v1."""
     serve: Annotated[str | None, Flag(metavar="COMMAND", group=MEASURING)] = None
@@ -89,7 +89,7 @@ class GfpoRoundsFlags:
     """Run `convert export` by the launcher, with these flags."""
 
     def options(self) -> Options:
-        """What the loop takes. Raises UserError."""
+        """Options of the loop. Raises UserError."""
         from megatron_ssft.rounds.commands import Options
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -18,7 +18,7 @@ ABOUT = "Set Supervised Fine-Tuning (arXiv 2510.05132) on megatron-core."
 
 @dataclass(frozen=True)
 class Command:
-    """What is known of a command before its module is imported."""
+    """Module and summary of a command, known without importing it."""
 
     module: str
     """Name of its module in megatron_ssft.cli."""
@@ -72,7 +72,7 @@ def dispatch(words: Sequence[str], program: str) -> int | None:
 
 
 def overview(program: str) -> str:
-    """What --help prints: the commands in the order of their use, a line each."""
+    """Text of --help: the commands in the order of their use, a line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -87,6 +87,6 @@ def overview(program: str) -> str:
 
 
 def program_name(script: str) -> str:
-    """What the user called this program by, from the path of what Python runs."""
+    """Name that the user called this program by, from the path of the script that Python runs."""
     name = os.path.basename(script)
     return "python -m megatron_ssft.cli" if name == "__main__.py" else name

@@ -42,7 +42,7 @@ def day(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class InputFlags:
-    """What all actions take."""
+    """Flags that all actions share."""
 
     inputs: Annotated[tuple[Path, ...], Flag(metavar="IN", positional=True)]
     """Local files of a data set."""
@@ -55,7 +55,7 @@ class BenchmarkFlags(InputFlags):
     """The questions of an evaluation set in the wording that published figures were measured with."""
 
     format: Annotated[str, Flag(choices=tuple(BENCHMARKS))]
-    """Which evaluation set it is."""
+    """Name of the evaluation set."""
     output: Annotated[Path, Flag(metavar="Q.jsonl")]
     """Questions."""
     since: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
@@ -77,7 +77,7 @@ class PoolFlags(InputFlags):
     output: Annotated[Path, Flag(metavar="SET.jsonl")]
     """Training set."""
     format: Annotated[str | None, Flag(choices=tuple(FORMATS))] = None
-    """Which data set it is; default: told by the first row of a file."""
+    """Name of the data set; default: told by the first row of a file."""
     traces: Annotated[int | None, Flag(metavar="M")] = None
     """At most M traces per question, distinct sources first."""
     per_source: Annotated[int | None, Flag(metavar="K")] = None

@@ -23,7 +23,7 @@ from megatron_ssft.config.fields import Flag
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFlags:
-    """What the report is on, and where it is written."""
+    """Runs and evaluations of the report, and its files."""
 
     runs: Annotated[tuple[Path, ...], Flag(metavar="RUN", positional=True)]
     """Folder of a training run."""

@@ -34,7 +34,7 @@ class ScoreFlags:
     data: Annotated[Path, Flag(metavar="Q.jsonl")]
     """Questions with gold answers."""
     verifier: Literal["exact", "math", "choice", "code"]
-    """How an answer is judged; see above."""
+    """Rule that judges the answers; see above."""
     output: Annotated[Path, Flag(metavar="S.jsonl")]
     """Scored rollouts, appended."""
     rewards: Annotated[Path | None, Flag(metavar="FILE")] = None
@@ -66,10 +66,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     from megatron_ssft.formats.rewards import write_rewards
     from megatron_ssft.scoring import run as scoring
     from megatron_ssft.scoring import tables as score_tables
+    from megatron_ssft.scoring.questions import read_questions
     from megatron_ssft.scoring.verifiers.common import Settings
 
-    questions = scoring.read_questions(flags.data)
-    walls = scoring.choose_walls(flags.data, flags.unsafe_code) if flags.verifier == "code" else None
+    questions = read_questions(flags.data)
+    mechanism = scoring.choose_mechanism(flags.data, flags.unsafe_code) if flags.verifier == "code" else None
     console = Console()
     scored = scoring.score_file(
         flags.rollouts,
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         flags.data,
         flags.output,
         verifier=flags.verifier,
-        settings=Settings(flags.answer_after, flags.timeout, flags.memory_mb, walls),
+        settings=Settings(flags.answer_after, flags.timeout, flags.memory_mb, mechanism),
         workers=flags.workers or len(os.sched_getaffinity(0)),
         progress=functools.partial(score_tables.shown, console),
     )

@@ -1,4 +1,4 @@
-"""Which tag to use for single answers (pass@1): g*, the one that covers most of what the matching learned.
+"""Select the tag for single answers (pass@1): g*, which covers most of what the matching learned.
 
     megatron-ssft select-tag RUN
     megatron-ssft select-tag RUN --by accuracy --scored scored.jsonl
@@ -27,7 +27,7 @@ from megatron_ssft.evaluation.tag_selection import as_json, select, show
 
 @dataclass(frozen=True, kw_only=True)
 class SelectTagFlags:
-    """Which run, and what its tags are judged by."""
+    """The run, and the rule that ranks its tags."""
 
     run: Annotated[Path, Flag(metavar="RUN", positional=True)]
     """Folder of a training run."""

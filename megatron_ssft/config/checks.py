@@ -1,4 +1,4 @@
-"""What configuration sections check their values with."""
+"""Checks of the values of a configuration; each refusal is a UserError."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from megatron_ssft.errors import UserError
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def choice(value: str | None, flag: str, *choices: str) -> None:
+    """Raises UserError unless the value of `flag` is one of the choices."""
     require(value in choices, f"--{flag} {value}: choose one of {', '.join(choices)}")
 
 
 def positive(section: object, *names: str) -> None:
+    """Raises UserError unless these fields are finite numbers above 0, or None."""
     for name in names:
         value = getattr(section, name)
         ok = value is None or 0 < value < math.inf

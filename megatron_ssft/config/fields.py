@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """What the type of a field does not tell. It stands beside it, as in `Annotated[Path, Flag(metavar="DIR")]`."""
+    """Look of a flag beyond the type of its field; stands beside it: `Annotated[Path, Flag(metavar="DIR")]`."""
 
     metavar: str | None = None
     """Stands for the value in --help; default: the name of the type."""

@@ -47,7 +47,7 @@ _INDEX = "index.json"
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What was read and left out: the fields of ReadReport, then those of TokenizationReport, which count last."""
+    """Counters of a cache: the fields of ReadReport, overwritten and extended by those of TokenizationReport."""
 
     questions: int
     traces: int

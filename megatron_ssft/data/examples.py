@@ -20,7 +20,7 @@ _PROMPT_FIELDS = ("prompt", "question", "messages")
 
 @dataclass
 class ReadReport:
-    """What was read and what was left out."""
+    """Counters of reading: questions and traces that stayed, and those left out."""
 
     questions: int = 0
     """Questions kept."""
@@ -65,12 +65,12 @@ def read_examples(
                             f"id {example.id!r} is already used at {first_use[example.id]}; ids must be unique"
                         )
                     first_use[example.id] = f"{path}:{line}"
-                    kept = _select(example, trace_filter, max_traces, seed, report)
-                    _check_num_traces(kept, num_tags)
+                    selected = _select(example, trace_filter, max_traces, seed, report)
+                    _check_num_traces(selected, num_tags)
                 except RowError as error:
                     wrong.add(path, line, error)
                 else:
-                    examples += [kept] if kept.traces else []
+                    examples += [selected] if selected.traces else []
         except OSError as error:
             wrong.add_unreadable(path, error)
             continue
@@ -90,7 +90,7 @@ def read_examples(
 
 
 def _numbered_rows(path: str | PathLike[str]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank with their 1-based numbers; only a line feed ends a line. Raises OSError."""
+    """Lines that are not blank, with their 1-based numbers; only a line feed ends a line. Raises OSError."""
     with open(path, "rb") as file:
         for line, raw in enumerate(file, start=1):
             if line == 1:
@@ -129,15 +129,15 @@ def parse_row(raw: bytes, file: str, line: int) -> SetExample:
     row = parse_json(raw)
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {kind_of(row)}")
-    given = [name for name in _PROMPT_FIELDS if row.get(name) is not None]
+    present = [name for name in _PROMPT_FIELDS if row.get(name) is not None]
     row_id = _parse_id(row)
-    if len(given) != 1:
-        found = " and ".join(map(repr, given)) if given else "none of them"
-        raise RowError(f"give exactly one of 'prompt', 'question' and 'messages'; found {found}")
+    if len(present) != 1:
+        listing = " and ".join(map(repr, present)) if present else "none of them"
+        raise RowError(f"give exactly one of 'prompt', 'question' and 'messages'; found {listing}")
     prompt, messages = None, None
-    if given == ["messages"]:
+    if present == ["messages"]:
         messages = _parse_messages(row["messages"])
-    elif given == ["question"]:
+    elif present == ["question"]:
         messages = ({"role": "user", "content": filled_string(row["question"], "'question'")},)
     else:
         prompt = filled_string(row["prompt"], "'prompt'")

@@ -21,7 +21,7 @@ from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenizationReport:
-    """What the token ids came to."""
+    """Counters of tokenizing."""
 
     questions: int
     """Questions kept."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.train_state import QueueState
 from megatron_ssft.records import QuestionVisit
 from megatron_ssft.seeded import permutation, raw_generator, two_words
 
@@ -36,41 +36,29 @@ def fill_batch(trace_counts: Sequence[int], capacity: int) -> list[int]:
         trace_counts: traces of the waiting questions in their order, each >= 1, the first <= capacity.
         capacity: traces in a full batch.
     """
-    taken, total = [], 0
+    positions, total = [], 0
     for k, count in enumerate(trace_counts):
         if total >= capacity:
             break
-        taken.append(k)
+        positions.append(k)
         total += count
     if total <= capacity:  # the usual case of equal counts: a prefix fits exactly, or everything fits
-        return taken
+        return positions
     mask = (1 << (capacity + 1)) - 1
     reachable = [1]  # bit t of the k-th from the end: some subset of the last k entries has t traces
     for count in reversed(trace_counts[1:]):
         reachable.append((reachable[-1] | reachable[-1] << count) & mask)
     room = capacity - trace_counts[0]
-    missing = (reachable.pop() & ((1 << (room + 1)) - 1)).bit_length() - 1
-    taken = [0]
+    deficit = (reachable.pop() & ((1 << (room + 1)) - 1)).bit_length() - 1
+    positions = [0]
     for k, count in enumerate(trace_counts[1:], start=1):
         later = reachable.pop()
-        if count <= missing and later >> (missing - count) & 1:
-            taken.append(k)
-            missing -= count
-            if missing == 0:
+        if count <= deficit and later >> (deficit - count) & 1:
+            positions.append(k)
+            deficit -= count
+            if deficit == 0:
                 break
-    return taken
-
-
-class QueueState(TypedDict):
-    """Where a QuestionQueue stands, as JSON values."""
-
-    num_questions: int
-    seed: int
-    epoch: int
-    cursor: int
-    """Place in the epoch's permutation of the next question to enter the window."""
-    waiting: list[list[int]]
-    """[index, epoch] of the visits in the window, in stream order."""
+    return positions
 
 
 class QuestionQueue:
@@ -127,10 +115,10 @@ class QuestionQueue:
         self._refill()
         if not self._waiting:
             return None
-        taken = fill_batch([self._counts[visit.index] for visit in self._waiting], self._capacity)
-        batch = tuple(self._waiting[k] for k in taken)
-        kept = set(range(len(self._waiting))).difference(taken)
-        self._waiting = [self._waiting[k] for k in sorted(kept)]
+        positions = fill_batch([self._counts[visit.index] for visit in self._waiting], self._capacity)
+        batch = tuple(self._waiting[k] for k in positions)
+        remainder = set(range(len(self._waiting))).difference(positions)
+        self._waiting = [self._waiting[k] for k in sorted(remainder)]
         return batch
 
     def _refill(self) -> None:
@@ -186,14 +174,14 @@ class QuestionQueue:
         Raises:
             UserError: the state belongs to other data or another seed: its order of questions is not this one.
         """
-        for stored, own, text in (
+        for stored, current, text in (
             (state["num_questions"], len(self._counts), "{} questions"),
             (state["seed"], self._seed, "--seed {}"),
         ):
-            if stored != own:
+            if stored != current:
                 raise UserError(
                     f"the checkpoint's data order was drawn for {text.format(stored)}, this run has "
-                    f"{text.format(own)}: resume with the same data and seed, or start anew with --finetune"
+                    f"{text.format(current)}: resume with the same data and seed, or start anew with --finetune"
                 )
         self._epoch, self._cursor = state["epoch"], state["cursor"]
         self._waiting = [QuestionVisit(index=index, epoch=epoch) for index, epoch in state["waiting"]]

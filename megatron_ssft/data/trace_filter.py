@@ -40,7 +40,7 @@ def parse_trace_filter(text: str) -> TraceFilter:
     """
     correct: bool | None = None
     sources: tuple[str, ...] | None = None
-    seen = set()
+    keys = set()
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in ("correct", "source"):
@@ -48,9 +48,9 @@ def parse_trace_filter(text: str) -> TraceFilter:
                 f"--trace-filter {text!r}: unknown key {key!r}; the keys are correct and source, "
                 "as in correct=true,source=human|tora"
             )
-        if key in seen:
+        if key in keys:
             raise UserError(f"--trace-filter {text!r}: {key!r} is given twice; separate alternatives with |")
-        seen.add(key)
+        keys.add(key)
         values = [alternative.strip() for alternative in value.split("|")]
         if not equals or not all(values):
             raise UserError(f"--trace-filter {text!r}: {key!r} has an empty value; write {key}=VALUE")

@@ -35,7 +35,7 @@ _LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What a reader may be told."""
+    """Options of the readers of benchmarks."""
 
     seed: int = 0
     """GPQA: decides, with the question's id, the order of its choices."""
@@ -159,8 +159,8 @@ def _text(row: Row, *names: str) -> str:
     for name in names:
         if name in row:
             return filled_string(row[name], repr(name))
-    there = ", ".join(sorted(row)[:12]) or "none"
-    raise RowError(f"{' or '.join(map(repr, names))} is missing; is --format right? The fields are {there}")
+    fields = ", ".join(sorted(row)[:12]) or "none"
+    raise RowError(f"{' or '.join(map(repr, names))} is missing; is --format right? The fields are {fields}")
 
 
 def _answer(row: Row) -> str:

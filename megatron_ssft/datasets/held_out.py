@@ -19,7 +19,7 @@ FILES = ("train.jsonl", "heldout.jsonl")
 
 
 class SplitReport(NamedTuple):
-    """What went where."""
+    """Files and sizes of the two sides of a split."""
 
     train: Path
     held_out: Path

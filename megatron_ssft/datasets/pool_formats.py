@@ -32,7 +32,7 @@ _MAX_ANSWER = 100
 
 @dataclass
 class PoolRow:
-    """What one row of a release holds."""
+    """Content of one row of a release: a question, its traces, and what was left out."""
 
     question: Row
     """`id`, exactly one of prompt, question and messages, and whatever else is known of the question."""
@@ -85,7 +85,7 @@ def split_reasoning(text: str) -> tuple[str, str | None, str | None]:
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """What the readers may be told."""
+    """Options of the readers of releases."""
 
     source: str | None = None
     """Name of the teacher of all traces whose row does not name one."""
@@ -171,15 +171,15 @@ def _openthoughts(row: Row, options: FormatOptions, source: str = "deepseek-r1")
     system = [turn for turn in messages if turn["role"] == "system"]
     if prompt_field := _text_in(row, "system"):
         system.insert(0, {"role": "system", "content": prompt_field})
-    *asked, reply = [turn for turn in messages if turn["role"] != "system"] or messages
-    if reply["role"] != "assistant" or not asked or asked[-1]["role"] != "user":
+    *dialogue, reply = [turn for turn in messages if turn["role"] != "system"] or messages
+    if reply["role"] != "assistant" or not dialogue or dialogue[-1]["role"] != "user":
         raise RowError("'conversations' must end in a user turn and the assistant's reply")
-    prompt = (system if options.keep_system else []) + asked
-    question: Row = {"question": asked[0]["content"]} if len(prompt) == 1 else {"messages": prompt}
+    prompt = (system if options.keep_system else []) + dialogue
+    question: Row = {"question": dialogue[0]["content"]} if len(prompt) == 1 else {"messages": prompt}
     question["id"] = f"openthoughts-{question_key(question)[:16]}"
-    for name, kept in (("domain", "subject"), ("difficulty", "difficulty"), ("source", "origin")):
+    for name, new_name in (("domain", "subject"), ("difficulty", "difficulty"), ("source", "origin")):
         if isinstance(row.get(name), (str, int)):
-            question[kept] = row[name]
+            question[new_name] = row[name]
     result = PoolRow(question)
     result.notes["system prompts left out"] += bool(system) and not options.keep_system
     result.add(reply["content"], "the assistant's reply", {"source": options.source or source})
@@ -187,12 +187,12 @@ def _openthoughts(row: Row, options: FormatOptions, source: str = "deepseek-r1")
 
 
 def _openthoughts3(row: Row, options: FormatOptions) -> PoolRow:
-    """OpenThoughts3: sixteen replies of QwQ-32B to a question, one a row."""
+    """OpenThoughts3: sixteen replies of QwQ-32B to a question, one per row."""
     return _openthoughts(row, options, "qwq-32b")
 
 
 def final_answer(solution: str) -> str | None:
-    r"""What a solution comes to: the content of its last \boxed{}, or all of it if it is one short line."""
+    r"""Final answer of a solution: the content of its last \boxed{}, or all of it if it is one short line."""
     _, boxes = last_boxes(solution)
     if boxes:
         return boxes[-1].strip() or None
@@ -224,7 +224,7 @@ def _aligned(row: Row, name: str, length: int, flags: bool = False) -> list[obje
     if values is None:
         return [None] * length
     if flags and not (isinstance(values, list) and all(v is None or isinstance(v, bool) for v in values)):
-        raise RowError(f"'{name}' must be a list of true and false, one a trace")
+        raise RowError(f"'{name}' must be a list of true and false, one per trace")
     values = _as_list(values)
     if len(values) != length:
         raise RowError(f"'{name}' has {len(values)} items for {length} traces")
@@ -251,5 +251,5 @@ def detect_format(row: Row) -> str:
         return "openr1"
     if "conversations" in row:
         return "openthoughts" if "system" in row or "domain" not in row else "openthoughts3"
-    there = ", ".join(sorted(row)[:12]) or "none"
-    raise RowError(f"of none of the formats {', '.join(FORMATS)}; the fields are {there}. Name it with --format")
+    fields = ", ".join(sorted(row)[:12]) or "none"
+    raise RowError(f"of none of the formats {', '.join(FORMATS)}; the fields are {fields}. Name it with --format")

@@ -1,4 +1,4 @@
-"""What became of a pool, as tables of at most 100 columns."""
+"""Report on a pool as tables of at most 100 columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_ROWS = 16
 
 
 def pool_tables(report: PoolReport) -> list[Table]:
-    """What was read and left out, traces a question, traces of each source."""
+    """Tables of what was read and left out, of traces per question, and of traces of each source."""
     summary = _table("Pool", "", "questions", "traces")
     formats = ", ".join(f"{count} rows of {name}" for name, count in report.formats.most_common())
     summary.add_row(f"read ({formats})", f"{report.questions_read}", f"{report.traces_read}")
@@ -33,11 +33,11 @@ def pool_tables(report: PoolReport) -> list[Table]:
     verdicts = ("correct", "incorrect", "unknown")
     sources = _table("Sources", "source", *verdicts)
     by_size = sorted(report.by_source.items(), key=lambda item: (-item[1].total(), item[0]))
-    for source, kept in by_size[:_MAX_ROWS]:
-        sources.add_row(escape(source), *(f"{kept[verdict]}" for verdict in verdicts))
-    rest = sum((kept for _, kept in by_size[_MAX_ROWS:]), Counter())
-    if rest:
-        sources.add_row(f"{len(by_size) - _MAX_ROWS} others", *(f"{rest[verdict]}" for verdict in verdicts))
+    for source, counter in by_size[:_MAX_ROWS]:
+        sources.add_row(escape(source), *(f"{counter[verdict]}" for verdict in verdicts))
+    remainder = sum((counter for _, counter in by_size[_MAX_ROWS:]), Counter())
+    if remainder:
+        sources.add_row(f"{len(by_size) - _MAX_ROWS} others", *(f"{remainder[verdict]}" for verdict in verdicts))
     return [summary, counts, sources]
 
 

@@ -37,7 +37,7 @@ class PoolOptions:
     format: str | None = None
     """One of FORMATS; None: told by the fields of each file's first row."""
     traces: int | None = None
-    """M, at most so many traces a question."""
+    """M, at most so many traces per question."""
     per_source: int | None = None
     """K, at most so many of one source; traces of unknown source count as one source."""
     min_traces: int = 1
@@ -50,7 +50,7 @@ class PoolOptions:
 
 @dataclass
 class PoolReport:
-    """What was read, what stayed, and why the rest did not."""
+    """Counters of a pool: rows read, questions and traces that stayed, reasons for the rest."""
 
     formats: Counter[str] = field(default_factory=Counter)
     """Format -> rows."""
@@ -198,14 +198,14 @@ def _join(rows: list[DealtRow], options: PoolOptions, report: PoolReport) -> tup
     traces = sorted((t for row in rows for t in row["traces"]), key=lambda t: json.dumps(t, sort_keys=True))
     distinct = {(t["text"], t.get("answer")): t for t in reversed(traces)}
     report.traces_left_out[DUPLICATE] += len(traces) - len(distinct)
-    kept = [t for t in distinct.values() if options.keep_incorrect or t.get("correct") is not False]
-    report.traces_left_out[INCORRECT] += len(distinct) - len(kept)
-    chosen = choose_traces(kept, str(question["id"]), options, report.traces_left_out)
-    if len(chosen) < options.min_traces:
-        report.questions_left_out["fewer than --min-traces" if chosen else "without traces"] += 1
-        report.traces_left_out["of a question left out"] += len(chosen)
+    candidates = [t for t in distinct.values() if options.keep_incorrect or t.get("correct") is not False]
+    report.traces_left_out[INCORRECT] += len(distinct) - len(candidates)
+    choice = choose_traces(candidates, str(question["id"]), options, report.traces_left_out)
+    if len(choice) < options.min_traces:
+        report.questions_left_out["fewer than --min-traces" if choice else "without traces"] += 1
+        report.traces_left_out["of a question left out"] += len(choice)
         return None
-    return {**question, "traces": chosen}, chosen
+    return {**question, "traces": choice}, choice
 
 
 def choose_traces(traces: Sequence[Row], name: str, options: PoolOptions, left_out: Counter[str]) -> list[Row]:
@@ -223,11 +223,11 @@ def choose_traces(traces: Sequence[Row], name: str, options: PoolOptions, left_o
         sources.setdefault(trace.get("source"), []).append(trace)
     columns = [sources[source] for source in sorted(sources, key=lambda source: rank("source", source))]
     rounds = itertools.chain.from_iterable(itertools.zip_longest(*(column[: options.per_source] for column in columns)))
-    allowed = [trace for trace in rounds if trace is not None]
-    left_out[BEYOND_SOURCE] += len(traces) - len(allowed)
-    chosen = allowed[: options.traces]
-    left_out[BEYOND_TRACES] += len(allowed) - len(chosen)
-    return chosen
+    candidates = [trace for trace in rounds if trace is not None]
+    left_out[BEYOND_SOURCE] += len(traces) - len(candidates)
+    choice = candidates[: options.traces]
+    left_out[BEYOND_TRACES] += len(candidates) - len(choice)
+    return choice
 
 
 def _count_kept(traces: Sequence[Row], report: PoolReport) -> None:

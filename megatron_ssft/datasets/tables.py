@@ -162,7 +162,7 @@ def _json_rows(stream: BinaryIO) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def _after_item(text: str, place: int) -> tuple[str, int]:
-    """What separates an item from the next one, a comma, ] or nothing, and where that ends; spaces do not count."""
+    """Separator behind an item (a comma, ] or nothing; spaces do not count), and where it ends."""
     match = _AFTER_ITEM.match(text, place)
     assert match is not None, "the pattern matches the empty text"
     return match[1], match.end()

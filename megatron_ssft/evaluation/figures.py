@@ -33,7 +33,7 @@ Figure = Callable[["Votes"], float]
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for."""
+    """The user's wishes."""
 
     protocol: str = "both"
     """One of PROTOCOLS."""
@@ -115,7 +115,7 @@ def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: li
 
 
 def _incomplete(run: ScoredRun) -> list[str]:
-    """How often the model chose a tag is no lack of samples; how often a tag was asked for is the same everywhere."""
+    """Ids of questions with too few samples. Where the model chose the tags, only a question's total can be too few."""
     sizes = [[len(q.pooled)] if run.own_tags else list(map(len, q.by_tag)) for q in run.questions]
     most = list(map(max, zip(*sizes)))
     return [question.id for question, own in zip(run.questions, sizes) if own != most]

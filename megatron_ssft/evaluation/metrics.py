@@ -141,9 +141,9 @@ class GroupFigures:
     accuracy_N: np.ndarray
     """float64 [N]: mean over the group's questions; NaN where a tag has no samples."""
     best_same: float
-    """Of the best tag, chosen and measured on all questions of the group: too high by its own luck."""
+    """Accuracy of the best tag, chosen and measured on all questions of the group: too high by its own luck."""
     best_held_out: float
-    """Of the tag chosen on one half of the group and measured on the other, both ways; NaN for a single question."""
+    """Accuracy of the tag chosen on one half of the group, measured on the other, both ways; NaN for one question."""
 
 
 def group_figures(accuracy_QN: np.ndarray, ids: Sequence[str], groups: Sequence[str]) -> list[GroupFigures]:
@@ -207,7 +207,7 @@ def _column_means(table: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often samples of two tags give the same answer to a question; float64 [N, N], symmetric."""
+    """Agreement of the samples of two tags on a question's answer; float64 [N, N], symmetric."""
 
     share: np.ndarray
     """Mean over questions of the share of sample pairs with the same answer; on the diagonal, pairs of different

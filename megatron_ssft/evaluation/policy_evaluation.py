@@ -1,4 +1,5 @@
-"""How well a model chooses its own tag, before and after its forking policy was trained, on held-out questions.
+"""The evaluation of a learned choice of tag: a model before and after its forking policy was trained, on held-out
+questions.
 
 The document is that of formats/policy_evaluation.py. Means are over questions with the standard error of a sample of
 questions: all samples of a question form one cluster.
@@ -41,7 +42,7 @@ class Grouping:
     of: Mapping[str, str]
     """Held-out question's id -> its group."""
     of_training: Mapping[str, str] | None = None
-    """The same for the questions of the rewards, where known."""
+    """Question of the rewards -> its group, where known."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class _Words:
-    """What the names and notes of the rows mention."""
+    """Values that the names and notes of the rows mention."""
 
     group_by: str
     training_questions: int
@@ -210,7 +211,7 @@ def _row(key: str, values: Values, words: _Words) -> RowRecord:
 
 
 def _note(key: str, words: _Words) -> str:
-    """How the tag is chosen, in few words."""
+    """A few words on how the tag is chosen."""
     training = f"by {words.training_questions:,} training questions"
     return {
         "own": "the model writes its tag",
@@ -220,8 +221,8 @@ def _note(key: str, words: _Words) -> str:
         "uniform": "every tag equally often",
         "group": "an oracle: by the held-out samples before",
         "group_rewards": training,
-        "oracle": f"by the same {words.samples} samples a tag: too high",
-        "other_samples": f"by half of {words.samples} samples a tag, on the others",
+        "oracle": f"by the same {words.samples} samples per tag: too high",
+        "other_samples": f"by half of {words.samples} samples per tag, on the others",
         "grpo": "whole completions trained",
     }[key]
 

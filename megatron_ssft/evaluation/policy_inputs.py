@@ -40,7 +40,7 @@ class Inputs:
     rewards: RewardTable
     policy: Policy | None
     remarks: tuple[str, ...]
-    """What does not fit but need not be wrong, a sentence each."""
+    """Sentences on what does not fit but need not be wrong."""
 
     @property
     def ids(self) -> list[str]:
@@ -135,7 +135,7 @@ def _check_tags(runs: Mapping[str, ScoredRun]) -> None:
 
 
 def _check_sampling(runs: Mapping[str, ScoredRun]) -> None:
-    """What was measured before and after must have been measured alike."""
+    """Raise UserError where before and after were not measured alike."""
     for role, other in PAIRS.items():
         if role in runs and other in runs:
             unlike = differences(_settings(runs[other]), _settings(runs[role]))

@@ -1,7 +1,7 @@
 """The published SSFT evaluation's rules (github.com/Sheng-J/SSFT), for figures that compare with its tables.
 
 - The samples of a question are split evenly over the tags and listed tag after tag ("sot6": six tags; AIME has 66
-  samples, 11 a tag, MATH-500 and GPQA-diamond 36, 6 a tag).
+  samples, 11 per tag, MATH-500 and GPQA-diamond 36, 6 per tag).
 - Native cons@N: vote s takes the s-th sample of every tag; the mean over the votes.
 - cons@32 in two forms: over the first 32 of the list (tags 1 to 3 alone where each has 11 samples), and over the first
   32 of the list interleaved by tag.
@@ -31,7 +31,7 @@ class PublishedFigures:
     """One question under the published rules, 0 to 1; None where its samples do not allow the figure."""
 
     native_cons: float | None
-    """Mean over the votes of one sample a tag."""
+    """Mean over the votes of one sample per tag."""
     native_votes: int
     """How many votes that mean is over."""
     cons_grouped: float | None

@@ -74,7 +74,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def to_rich(data: TableData) -> Table:
-    """For the terminal. The first column is text, the others are figures."""
+    """A table for the terminal. The first column is text, the others are figures."""
     table = Table(
         title=Text(data.title, "bold"),
         caption=Text(data.rule),
@@ -107,7 +107,7 @@ def _cell(text: str) -> str:
 
 
 def tag_name(tag: int | None) -> str:
-    """How people are told of a 0-based tag."""
+    """Name of a 0-based tag for people."""
     return "no tag" if tag is None else f"<think{tag + 1}>"
 
 
@@ -169,7 +169,7 @@ def _ours(run: EvaluatedRun, ours: OurFigures) -> TableData:
     if ours["native_cons"] and ours["native_votes"]:
         rows.append(["native", "-", "-", _show(ours["native_cons"], run), "-", "-"])
         votes = _counted_span(ours["native_votes"], "vote")
-        rule += f"; native cons@{len(run['tags'])}: mean of {votes} of one sample a tag"
+        rule += f"; native cons@{len(run['tags'])}: mean of {votes} of one sample per tag"
     header = ["k", "pass@k pooled", "pass@k by tag", "cons@k sets", "first k", "first k grouped"]
     return TableData(f"{run['name']}: pass@k and votes, {_samples(run)}", _rule(run, rule), header, rows)
 

@@ -1,1 +1,1 @@
-"""What is written to disk and read back: every record with its schema, and safe ways of writing."""
+"""Records that are written to disk and read back, each with its schema, and safe ways of writing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +43,11 @@ class AssignmentRow(Struct, frozen=True, kw_only=True):
                 raise RowError(f"'cost' must be {_MATRIX}")
 
 
+def source_labels(sources: Sequence[str | None]) -> tuple[str, ...]:
+    """Source of each trace; `trace j`, the slot counted from 1, where it is unknown."""
+    return tuple(f"trace {slot}" if source is None else source for slot, source in enumerate(sources, start=1))
+
+
 @dataclass(frozen=True)
 class Visit:
     """One use of one question, as the reports and the statistics of matchings use it."""
@@ -61,7 +66,7 @@ class Visit:
     @property
     def labels(self) -> tuple[str, ...]:
         """Source of each trace; `trace j` (from 1) stands in where it is unknown."""
-        return tuple(f"trace {j}" if s is None else s for j, s in enumerate(self.sources, start=1))
+        return source_labels(self.sources)
 
 
 def assignment_rows(iteration: int, batch: QuestionBatch, assignments: list[Assignment]) -> Iterator[AssignmentRow]:

@@ -118,7 +118,7 @@ class LengthHistogram(TypedDict):
 
 
 class AgreementRecord(TypedDict):
-    """How often two tags give the same answer."""
+    """Share of sample pairs of two tags with the same answer."""
 
     share: Shares
     chance_corrected: Shares
@@ -213,12 +213,12 @@ def load_evaluation(folder: str | Path) -> EvaluationRecord:
 
 
 def own_tags(run: EvaluatedRun) -> bool:
-    """Whether the model chose the tags: then each tag's accuracy is over other questions, and tags do not compare."""
+    """True where the model chose the tags: each tag's accuracy is then over other questions, so tags do not compare."""
     return run["sampling"].get("mode") in OWN_MODES
 
 
 def _contradiction(record: EvaluationRecord) -> str | None:
-    """What is of the right shape and does not fit together."""
+    """A contradiction between parts that are each of the right shape; None without one."""
     first = record["runs"][0]
     problems = (_wrong_size(run) or _wrong_entries(run) or _unlike(run, first) for run in record["runs"])
     return next(filter(None, problems), None)

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class RowError(UserError):
-    """What is wrong with one row, without its place; WrongRows puts `file:line:` in front."""
+    """A problem of one row, without its place; WrongRows puts `file:line:` in front."""
 
 
 class WrongRows:
@@ -99,7 +99,7 @@ def convert_row(row: Mapping[str, object], kind: type[Row]) -> Row:
 
 
 def _explain(problem: str, row: Mapping[str, object], kind: type) -> str:
-    """What msgspec found, in the words of the schema."""
+    """msgspec's complaint in the words of the schema."""
     place, missing = _PLACE.search(problem), _MISSING.match(problem)
     if missing is not None and place is None:
         must = _descriptions(kind).get(missing[1])
@@ -211,7 +211,7 @@ def filled_string(value: object, what: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, for messages."""
+    """The kind of a JSON value, for messages."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):

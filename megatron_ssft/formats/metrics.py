@@ -132,7 +132,7 @@ StepMetricsRow = SSFTMetrics | GFPOMetrics | GRPOMetrics
 
 
 class LoggedStep(Struct, frozen=True, kw_only=True):
-    """What every line of every version has."""
+    """The fields that every line of every version has."""
 
     iteration: Count
     objective: object = None

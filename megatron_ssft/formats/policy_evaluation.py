@@ -41,7 +41,7 @@ class RewardsRecord(TypedDict):
 
 
 class SamplesPerTag(TypedDict):
-    """Least and most samples of a question under a tag."""
+    """Least and most samples per question and tag."""
 
     before: Pair
     after: Pair
@@ -113,7 +113,7 @@ class PolicyFigures(TypedDict):
 
 
 class ChoiceOfGroup(TypedDict):
-    """What is chosen within a group of questions; group null is all questions."""
+    """Shares of the tags chosen within a group of questions; group null is all questions."""
 
     group: str | None
     questions: Count
@@ -124,7 +124,7 @@ class ChoiceOfGroup(TypedDict):
 
 
 class Choice(TypedDict):
-    """What one source chooses; the first group is all questions."""
+    """Tags that one source chooses; the first group is all questions."""
 
     source: Source
     state: State
@@ -168,7 +168,7 @@ def load_policy_evaluation(folder: str | Path) -> PolicyEvaluationRecord:
 
 
 def _contradiction(record: PolicyEvaluationRecord) -> str | None:
-    """What is of the right shape and does not fit together."""
+    """A contradiction between parts that are each of the right shape; None without one."""
     of = {(entry["source"], entry["state"]): entry["groups"] for entry in record["choices"]}
     names = [[group["group"] for group in groups] for groups in of.values()]
     if any(own != names[0] or own[:1] != [None] for own in names) or len(of) != len(record["choices"]):

@@ -62,7 +62,7 @@ class RewardRow:
 
 @dataclass(frozen=True)
 class RewardSource:
-    """What the rewards of a file were made from, the same in all its rows."""
+    """The origin of a file's rewards, the same in all its rows."""
 
     path: Path
     """The rewards file."""
@@ -137,7 +137,7 @@ def read_rewards(path: Path, num_tags: int) -> RewardTable:
 
 
 def read_source(path: Path) -> RewardSource:
-    """What a rewards file says of its samples, whatever its counts are. Raises UserError."""
+    """Read the origin of a rewards file, whatever its counts are. Raises UserError."""
     return _read(path, lambda row, line: line)[0]
 
 

@@ -1,4 +1,4 @@
-"""Rollouts on disk: one JSON object a line, appended while they are made, resumed after a kill.
+"""Rollouts on disk: one JSON object per line. rollout_writer.py appends them and resumes after a kill.
 
 A file holds the samples of one model with one tokenizer under one set of sampling settings; whatever mixes them is
 refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
@@ -11,10 +11,8 @@ be read but not gone on with.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
@@ -32,8 +30,6 @@ OWN_MODES = ("own", "own-greedy")
 """Sampling modes in which the model chooses its tag."""
 MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
 _OPTIONAL = ("prompt", "judged")
-_START = b'{"id": '
-"""Every line written here starts so; a torn one is cut off only if it does too."""
 
 
 Tag = Annotated[Count | None, Meta(description="a whole number from 0, or null")]
@@ -43,7 +39,7 @@ Mark = Annotated[
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """What R.jsonl and S.jsonl both say of one generated sample."""
+    """The fields that R.jsonl and S.jsonl share: one generated sample."""
 
     id: Name
     tag: Tag
@@ -137,7 +133,7 @@ def read_finished_scored(path: str | Path) -> tuple[list[tuple[int, ScoredRollou
 
     Raises OSError; UserError `file:line: ...` for the first wrong line.
     """
-    checks, whole = _FileChecks(Path(path), ScoredRollout), 0
+    checks, whole = FileChecks(Path(path), ScoredRollout), 0
     rows: list[tuple[int, ScoredRollout]] = []
     with Path(path).open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -167,118 +163,8 @@ def to_line(record: Sample) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-class RolloutWriter:
-    """Appends rollouts to a file that no other program may write meanwhile. A context manager.
-
-    Lines reach the file by the time `write` returns and outlive the process; being killed within `write` leaves at
-    most its own lines missing, the last of them perhaps torn: start with `resume_rollouts`, which repairs that.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Open or create the file. Raises UserError if that fails or another program is writing it."""
-        self._path = Path(path)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
-        _lock(self._file.fileno(), self._path)
-
-    def write(self, rollouts: Iterable[Rollout]) -> None:
-        """Append `rollouts`. Raises UserError if the disk refuses."""
-        data = memoryview("".join(map(to_line, rollouts)).encode("ascii"))
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
-
-    def close(self) -> None:
-        """Bring everything onto the disk and close the file. Raises UserError if the disk refuses."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
-        finally:
-            self._file.close()
-
-    def __enter__(self) -> RolloutWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close() if kind is None else self._file.close()  # the first error is the one to tell
-
-
-def resume_rollouts(
-    path: str | Path,
-    *,
-    model: str,
-    tokenizer: str,
-    sampling: Mapping[str, object],
-    prompts: Mapping[str, str] | None = None,
-) -> set[RolloutKey]:
-    """What a rollout file already holds, after cutting off a last line that was never finished.
-
-    `prompts`: the `prompt` that the lines of each question must have, by id; questions it does not name are not
-    compared. An absent or empty file gives the empty set. Raises UserError, and leaves the file as it is, where a line
-    is wrong, another program is writing it, or it comes from another model, tokenizer, prompt or other sampling
-    settings.
-    """
-    path = Path(path)
-    if not path.exists():
-        return set()
-    expected = _origin(model, tokenizer, json.loads(json.dumps(dict(sampling))))
-    try:
-        with path.open("r+b") as file:
-            _lock(file.fileno(), path)
-            finished, whole, torn = _scan(file, path, expected, prompts or {})
-            if torn:
-                if torn[: len(_START)] != _START[: len(torn)]:
-                    raise UserError(f"{path}: does not look like a file of rollouts; give another --output")
-                file.truncate(whole)
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    return finished
-
-
-def _scan(
-    file: Iterable[bytes], path: Path, expected: dict[str, object], prompts: Mapping[str, str]
-) -> tuple[set[RolloutKey], int, bytes]:
-    """Keys of the whole lines, their size in bytes, and what follows the last line feed."""
-    checks, whole = _FileChecks(path, Rollout, expected), 0
-    for number, raw in enumerate(file, start=1):
-        if not raw.endswith(b"\n"):
-            return set(checks.lines), whole, raw
-        record = checks.parse(number, raw)
-        if record.prompt != prompts.get(record.id, record.prompt):
-            raise UserError(f"{path}:{number}: id {record.id!r}: {_other_prompt(record.prompt)}; give another --output")
-        whole += len(raw)
-    return set(checks.lines), whole, b""
-
-
-def _other_prompt(found: str | None) -> str:
-    if found is None:
-        return "the line has no 'prompt', so whether the question is still the same cannot be told"
-    return "the question's prompt is not the one this sample was made from"
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Hold the file until the descriptor is closed. Raises UserError if another program holds it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{path}: another program is writing it; wait for it or give another --output") from error
-    except OSError:
-        return  # a file system without locks; the file is still good for one writer
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot write the rollouts: {error.strerror or error}; start again to resume")
-
-
 def _read(path: Path, kind: type[Record]) -> Iterator[Record]:
-    checks = _FileChecks(path, kind)
+    checks = FileChecks(path, kind)
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -290,7 +176,7 @@ def _read(path: Path, kind: type[Record]) -> Iterator[Record]:
         raise UserError(f"{path}:1: the file is empty; expected one JSON object a line")
 
 
-class _FileChecks(Generic[Record]):
+class FileChecks(Generic[Record]):
     """Turns lines into records and sees to what must hold over the whole file."""
 
     def __init__(self, path: Path, kind: type[Record], expected: dict[str, object] | None = None) -> None:
@@ -306,12 +192,12 @@ class _FileChecks(Generic[Record]):
         record = _record(where, raw, self._kind)
         origin = sample_origin(record)
         if self._expected is not None and origin != self._expected:
-            found = differences(origin, self._expected)
-            raise UserError(f"{where}: made by another run, {found} now; give another --output")
+            unlike = differences(origin, self._expected)
+            raise UserError(f"{where}: made by another run, {unlike} now; give another --output")
         self._first = self._first or origin
         if origin != self._first:
-            found = differences(self._first, origin)
-            raise UserError(f"{where}: not of one run, {found} here; keep one model and one setting in a file")
+            unlike = differences(self._first, origin)
+            raise UserError(f"{where}: not of one run, {unlike} here; keep one model and one setting in a file")
         if record.key in self.lines:
             name = f"id {record.id!r}, tag {record.tag}, sample {record.sample}"
             raise UserError(f"{where}: {name} is already on line {self.lines[record.key]}; remove one of them")
@@ -320,19 +206,19 @@ class _FileChecks(Generic[Record]):
 
 
 def sample_origin(sample: Sample) -> dict[str, object]:
-    """What `sample` must share with all samples of its file."""
-    return _origin(sample.model, sample.tokenizer, sample.sampling)
+    """The fields that `sample` must share with all samples of its file."""
+    return origin_of(sample.model, sample.tokenizer, sample.sampling)
 
 
-def _origin(model: str, tokenizer: str, sampling: Mapping[str, object]) -> dict[str, object]:
-    """What all samples of a file share."""
+def origin_of(model: str, tokenizer: str, sampling: Mapping[str, object]) -> dict[str, object]:
+    """The fields that all samples of a file share, from their parts."""
     return {"model": model, "tokenizer": tokenizer, **sampling}
 
 
-def differences(before: dict[str, object], now: dict[str, object]) -> str:
+def differences(before: dict[str, object], after: dict[str, object]) -> str:
     """`temperature 0.7 before and 1.0`, for all that differs."""
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(now.get(key))}" for key in keys)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {json.dumps(before.get(key))} before and {json.dumps(after.get(key))}" for key in keys)
 
 
 def _record(where: str, raw: bytes, kind: type[Record]) -> Record:

@@ -1,4 +1,4 @@
-"""What a run folder holds under which name, and which of its checkpoints counts."""
+"""Names in a run folder, and the choice of the checkpoint that counts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def latest_checkpoint(run: Path) -> int | None:
 
 
 def find_latest(run: Path) -> int:
-    """The same. Raises UserError if there is none."""
+    """Iteration of the newest complete checkpoint. Raises UserError if there is none."""
     if not run.is_dir():
         raise UserError(f"--load {run}: no such folder")
     iteration = latest_checkpoint(run)

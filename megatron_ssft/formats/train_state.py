@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -29,7 +30,7 @@ class TagState(Struct, frozen=True, kw_only=True):
 
 
 class WeightsState(Struct, frozen=True, kw_only=True):
-    """What a checkpoint of weights alone says of itself."""
+    """The state of a checkpoint of weights alone; other states extend it."""
 
     format: int
     iteration: Count
@@ -42,28 +43,29 @@ class WeightsState(Struct, frozen=True, kw_only=True):
     bf16: bool
 
 
-class QueueState(Struct, frozen=True, kw_only=True):
+class QueueState(TypedDict):
     """Where a run stands in its data; a few visits, whatever the data's size."""
 
-    num_questions: Count
+    num_questions: int
     seed: int
-    epoch: Count
-    cursor: Count
-    waiting: list[tuple[int, int]]
-    """[question's position, epoch] of each waiting visit."""
+    epoch: int
+    cursor: int
+    """Place in the epoch's permutation of the next question to enter the window."""
+    waiting: list[list[int]]
+    """[index, epoch] of the visits in the window, in stream order."""
 
 
-class ReusedAssignments(Struct, frozen=True, kw_only=True):
+class ReusedAssignments(TypedDict):
     """Assignments that later visits may still use."""
 
     assignments: dict[str, dict[str, str]]
     """Epoch made -> tags, joined by commas -> the questions' keys, joined and in base64."""
 
 
-class CollapseWatchState(Struct, frozen=True, kw_only=True):
-    """What the watch for a collapse of the matching has seen."""
+class CollapseWatchState(TypedDict):
+    """Memory of the watch for a collapse of the matching."""
 
-    steps: Count
+    steps: int
     window: list[list[list[list[int | str | None]]]]
     """For each step of the window [tags, sources], each a list per question."""
     gaps: list[float]
@@ -75,15 +77,20 @@ class CollapseWatchState(Struct, frozen=True, kw_only=True):
     """Warnings already given."""
 
 
-class SSFTState(WeightsState, frozen=True, kw_only=True):
+class RunState(WeightsState, frozen=True, kw_only=True):
+    """A run that can go on; what its objective adds stands in the records below."""
+
+    data: str
+    """Fingerprint of what it is trained on."""
+    use_distributed_optimizer: bool
+
+
+class SSFTState(RunState, frozen=True, kw_only=True):
     """A run of Set Supervised Fine-Tuning."""
 
     queue: QueueState
-    data: str
-    """Fingerprint of the data set."""
-    use_distributed_optimizer: bool
-    reused_assignments: ReusedAssignments
-    collapse_watch: CollapseWatchState
+    reused_assignments: ReusedAssignments | UnsetType = UNSET
+    collapse_watch: CollapseWatchState | UnsetType = UNSET
 
 
 class ObjectiveState(Struct, frozen=True, kw_only=True):
@@ -93,12 +100,9 @@ class ObjectiveState(Struct, frozen=True, kw_only=True):
     """gfpo-sampled: what the tags of the present set of rollouts were drawn from, [Q][N]. UNSET with grpo."""
 
 
-class PolicyState(WeightsState, frozen=True, kw_only=True):
+class PolicyState(RunState, frozen=True, kw_only=True):
     """A run of policy learning."""
 
-    use_distributed_optimizer: bool
-    data: str
-    """Fingerprint of the inputs."""
     policy: dict[str, object]
     """Settings that a resumed run must share."""
     objective: ObjectiveState
@@ -106,15 +110,12 @@ class PolicyState(WeightsState, frozen=True, kw_only=True):
     """The rewards were too old at the last look."""
 
 
-TrainState = SSFTState | PolicyState | WeightsState
-
-
 def encode_state(state: WeightsState) -> str:
     """The text of the file."""
     return json.dumps(_plain(state), indent=1)
 
 
-def decode_state(text: str, path: Path) -> TrainState:
+def decode_state(text: str, path: Path) -> WeightsState:
     """The record of a file. Raises UserError for a damaged file and for another version's."""
     try:
         value = json.loads(text)
@@ -130,7 +131,7 @@ def decode_state(text: str, path: Path) -> TrainState:
         raise UserError(f"{path}: {error}; {_REMOVE}") from error
 
 
-def read_train_state(path: Path) -> TrainState:
+def read_train_state(path: Path) -> WeightsState:
     """Read train_state.json. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,11 +140,13 @@ def read_train_state(path: Path) -> TrainState:
     return decode_state(text, path)
 
 
-def _kind_of(value: Mapping[str, object]) -> type[SSFTState] | type[PolicyState] | type[WeightsState]:
-    """The trainer that wrote a state, by a field that the others lack."""
+def _kind_of(value: Mapping[str, object]) -> type[WeightsState]:
+    """The record of a state, told by a field that the others lack."""
     if "policy" in value:
         return PolicyState
-    return SSFTState if "queue" in value else WeightsState
+    if "queue" in value:
+        return SSFTState
+    return RunState if "data" in value else WeightsState
 
 
 def _plain(value: object) -> object:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.rollouts import OWN_MODES, Rollout, RolloutWriter, resume_rollouts
+from megatron_ssft.formats.rollout_writer import RolloutWriter, resume_rollouts
+from megatron_ssft.formats.rollouts import OWN_MODES, Rollout
 from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
 from megatron_ssft.generation.own_tags import OwnTags
 from megatron_ssft.generation.requests import (

@@ -14,7 +14,7 @@ from megatron_ssft.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What one architecture does differently from the others, as transformers implements it."""
+    """Differences of one architecture from the others, as transformers implements it."""
 
     model_type: str
     """Its `model_type`, by which transformers chooses the class."""
@@ -94,12 +94,12 @@ def model_values(hf_config: dict[str, object], where: str) -> dict[str, object]:
 
 def _family(hf_config: dict[str, object], where: str) -> Family:
     names = hf_config.get("architectures")
-    known = f"known are {', '.join(FAMILIES)}"
+    advice = f"known are {', '.join(FAMILIES)}"
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise UserError(f'{where}: "architectures" must name exactly one architecture, not {names!r}; {known}')
+        raise UserError(f'{where}: "architectures" must name exactly one architecture, not {names!r}; {advice}')
     family = FAMILIES.get(names[0])
     if family is None:
-        raise UserError(f"{where}: the architecture {names[0]} is not supported; {known}")
+        raise UserError(f"{where}: the architecture {names[0]} is not supported; {advice}")
     model_type = hf_config.get("model_type", family.model_type)
     if model_type != family.model_type:
         raise UserError(
@@ -136,9 +136,9 @@ def _refuse_sliding_window(hf_config: dict[str, object], family: Family, where: 
     kinds = hf_config.get("layer_types") or []
     if not isinstance(kinds, list):
         raise UserError(f'{where}: "layer_types" must be a list, not {kinds!r}')
-    other = [kind for kind in kinds if kind != "full_attention"]
-    if other:
-        raise UserError(f'{where}: "layer_types" with {other[0]!r} is not supported, only "full_attention"')
+    other_kinds = [kind for kind in kinds if kind != "full_attention"]
+    if other_kinds:
+        raise UserError(f'{where}: "layer_types" with {other_kinds[0]!r} is not supported, only "full_attention"')
     window = hf_config.get("sliding_window", 4096)
     if family.sliding_window == "ignored" or window is None:
         return
@@ -157,9 +157,9 @@ def _refuse_sliding_window(hf_config: dict[str, object], family: Family, where: 
 
 def _rotary_base(hf_config: dict[str, object], where: str) -> float:
     """Base of plain rotary positions; everything else is refused."""
-    found: dict[str, float] = {}
+    bases: dict[str, float] = {}
     if hf_config.get("rope_theta") is not None:
-        found["rope_theta"] = _number(hf_config, "rope_theta", where)
+        bases["rope_theta"] = _number(hf_config, "rope_theta", where)
     _refuse_partial_rotation(hf_config, where)
     for key in _ROPE_KEYS:
         rope = hf_config.get(key)
@@ -172,11 +172,11 @@ def _rotary_base(hf_config: dict[str, object], where: str) -> float:
             raise UserError(f'{where}: rope scaling of type {kind!r} ("{key}") is not supported, only plain RoPE')
         _refuse_partial_rotation(rope, where)
         if rope.get("rope_theta") is not None:
-            found[f"{key}.rope_theta"] = _number(rope, "rope_theta", where)
-    if len(set(found.values())) > 1:
-        both = " and ".join(f"{key} {value:g}" for key, value in found.items())
+            bases[f"{key}.rope_theta"] = _number(rope, "rope_theta", where)
+    if len(set(bases.values())) > 1:
+        both = " and ".join(f"{key} {value:g}" for key, value in bases.items())
         raise UserError(f"{where}: {both} contradict each other; leave the right one")
-    return next(iter(found.values()), _DEFAULT_THETA)
+    return next(iter(bases.values()), _DEFAULT_THETA)
 
 
 def _refuse_partial_rotation(values: dict[str, object], where: str) -> None:

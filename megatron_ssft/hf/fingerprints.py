@@ -1,4 +1,4 @@
-"""What a Hugging Face folder means, as sha256: whether two folders are the same model, or the same tokenizer.
+"""Fingerprints (sha256) of Hugging Face folders: whether two hold the same model, or the same tokenizer.
 
 Spelling does not count: not the order of keys, how a number is written, nor how tensors are spread over files. Nothing
 is remembered between calls; the weights are read every time, a block at a time.

@@ -92,11 +92,11 @@ class HFWeights:
             result = torch.empty((bottom - top, *shape[1:]), dtype=dtype)
             self._fill(_bytes_of(result), name, begin)
             return result
-        left, right = _bounds(columns, shape[1])
-        result = torch.empty((bottom - top, right - left), dtype=dtype)
-        target, width = _bytes_of(result), (right - left) * dtype.itemsize
+        first_column, end_column = _bounds(columns, shape[1])
+        result = torch.empty((bottom - top, end_column - first_column), dtype=dtype)
+        target, width = _bytes_of(result), (end_column - first_column) * dtype.itemsize
         for i in range(bottom - top):
-            start = begin + i * row_bytes + left * dtype.itemsize
+            start = begin + i * row_bytes + first_column * dtype.itemsize
             self._fill(target[i * width : (i + 1) * width], name, start)
         return result
 
@@ -109,18 +109,18 @@ class HFWeights:
         Raises:
             UserError: names what is missing, of another shape, or unused.
         """
-        missing = [name for name in hf_tensors if name not in self.shapes]
-        wrong = [
+        missing_names = [name for name in hf_tensors if name not in self.shapes]
+        misshapen_names = [
             f"{name} {list(self.shapes[name])} instead of {list(shape)}"
             for name, shape in hf_tensors.items()
             if self.shapes.get(name, shape) != shape
         ]
-        unused = [name for name in self.shapes if name not in hf_tensors and not name.endswith(_HARMLESS)]
-        extra_head = _HEAD in unused and _EMBEDDING in hf_tensors
+        unused_names = [name for name in self.shapes if name not in hf_tensors and not name.endswith(_HARMLESS)]
+        extra_head = _HEAD in unused_names and _EMBEDDING in hf_tensors
         if extra_head:
-            unused.remove(_HEAD)
-        found = [("missing", missing), ("of another shape", wrong), ("unused", unused)]
-        problems = [f"tensors {what}: {_listed(names)}" for what, names in found if names]
+            unused_names.remove(_HEAD)
+        findings = [("missing", missing_names), ("of another shape", misshapen_names), ("unused", unused_names)]
+        problems = [f"tensors {what}: {_listed(names)}" for what, names in findings if names]
         if problems:
             raise UserError(
                 f"{where}: weights and config.json do not describe the same model: {'; '.join(problems)}; "
@@ -190,9 +190,9 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     for file in names.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(f"{index}: {file!r} is not the name of a safetensors file beside it")
-    absent = [file for file in dict.fromkeys(names.values()) if not (folder / file).is_file()]
-    if absent:
-        raise UserError(f"{folder}: shards are missing: {_listed(sorted(absent))}; download them again")
+    missing_shards = [file for file in dict.fromkeys(names.values()) if not (folder / file).is_file()]
+    if missing_shards:
+        raise UserError(f"{folder}: shards are missing: {_listed(sorted(missing_shards))}; download them again")
     return {name: folder / file for name, file in names.items()}
 
 

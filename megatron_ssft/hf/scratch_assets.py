@@ -28,14 +28,14 @@ class NotExpressible(UserError):
 
 def architecture_of(model: ModelConfig) -> str:
     """The architecture, a key of FAMILIES, that computes what this model computes. Raises NotExpressible."""
-    lacking = {
+    unsupported = {
         "--normalization LayerNorm": model.normalization != "RMSNorm",
         "--no-swiglu": not model.swiglu,
         "--add-bias-linear": model.add_bias_linear,
         f"--rotary-percent {model.rotary_percent}": model.rotary_percent != 1,
         "--add-qkv-bias together with --qk-layernorm": model.add_qkv_bias and model.qk_layernorm,
     }
-    flags = [flag for flag, given in lacking.items() if given]
+    flags = [flag for flag, present in unsupported.items() if present]
     if flags:
         raise NotExpressible(
             f"none of the Hugging Face architectures {', '.join(FAMILIES)} has {', '.join(flags)}; "
@@ -62,7 +62,7 @@ def hf_config(model: ModelConfig, vocab_size: int, max_positions: int, torch_dty
         NotExpressible: no family computes what the model computes.
     """
     architecture = architecture_of(model)
-    own: dict[str, dict[str, object]] = {
+    extra_keys: dict[str, dict[str, object]] = {
         "LlamaForCausalLM": {"attention_bias": False, "mlp_bias": False},
         "MistralForCausalLM": {"sliding_window": None},
         "Qwen2ForCausalLM": {"use_sliding_window": False, "sliding_window": None},
@@ -88,7 +88,7 @@ def hf_config(model: ModelConfig, vocab_size: int, max_positions: int, torch_dty
         "torch_dtype": torch_dtype,
         "use_cache": True,
         "vocab_size": vocab_size,
-        **own[architecture],
+        **extra_keys[architecture],
     }
 
 
@@ -238,10 +238,10 @@ def _write_hf_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> int
 def _reads_alike(folder: Path, source: Path, tokenizer: Tokenizer) -> bool:
     try:
         ensure_tokenizer_json(folder, source)
-        read = HuggingFaceTokenizer(str(folder))
+        reader = HuggingFaceTokenizer(str(folder))
     except UserError:  # to a class chosen by another config.json the files may be unusable
         return False
-    return read.vocab_size == tokenizer.vocab_size and _difference(read, tokenizer) is None
+    return reader.vocab_size == tokenizer.vocab_size and _difference(reader, tokenizer) is None
 
 
 def _pin_tokenizer(folder: Path, source: Path) -> None:

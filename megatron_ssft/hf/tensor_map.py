@@ -125,7 +125,7 @@ def hf_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def segments(key: str, layer: int | None, model: ModelConfig) -> tuple[Segment, ...]:
-    """What a Megatron tensor is made of, in the order of its rows and without gaps.
+    """Parts that a Megatron tensor is made of, in the order of its rows and without gaps.
 
     Padding rows of the vocabulary come after the last segment.
     """
@@ -133,28 +133,28 @@ def segments(key: str, layer: int | None, model: ModelConfig) -> tuple[Segment, 
     assert rule.in_layers == (layer is not None), f"{key} with layer {layer}"
     assert _has(rule, model), f"{key} is no part of this model"
     blocks = sizes[rule.blocks] if rule.blocks else 1
-    found, start = [], 0
+    parts, start = [], 0
     for block in range(blocks):
         for name, rows in rule.parts:
             share = sizes[rows] // blocks
-            found.append(Segment(name.format(i=layer), start, start + share, block * share))
+            parts.append(Segment(name.format(i=layer), start, start + share, block * share))
             start += share
-    return tuple(found)
+    return tuple(parts)
 
 
 def sources(key: str, layer: int | None, model: ModelConfig, row_range: range | slice) -> list[Source]:
-    """What to read for rows [start, stop) of a Megatron tensor, in order.
+    """Reads that give rows [start, stop) of a Megatron tensor, in order.
 
     Rows beyond `vocab_size` (padding) have no source.
     """
     first, last = row_range.start, row_range.stop
-    found = []
+    reads = []
     for part in segments(key, layer, model):
         start, stop = max(part.start, first), min(part.stop, last)
         if start < stop:
             shift = part.hf_start - part.start
-            found.append(Source(part.name, slice(start + shift, stop + shift), start - first))
-    return found
+            reads.append(Source(part.name, slice(start + shift, stop + shift), start - first))
+    return reads
 
 
 def _walk(model: ModelConfig) -> list[tuple[_Rule, int | None]]:

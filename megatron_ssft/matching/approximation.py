@@ -3,7 +3,7 @@
 Either an assignment is used again for some epochs (`AssignmentStore`), or only a first part of each trace is scored
 and the rest where the assignment depends on it (`is_certain`). `assignment_regret` measures in nats what was lost.
 
-Shapes: N tags (rows), M <= N traces (columns). Costs are mean negative log-likelihoods in nats a token, one mean a
+Shapes: N tags (rows), M <= N traces (columns). Costs are mean negative log-likelihoods in nats per token, one mean per
 trace; totals are sums of them over the traces of a question.
 """
 
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -27,7 +27,7 @@ KEY_BYTES = 15
 
 
 def assignment_regret(cost_NM: np.ndarray, tags: Sequence[int]) -> float:
-    """Total cost of `tags` minus the least possible, in nats a question; never negative, 0 for an optimal assignment.
+    """Total cost of `tags` minus the least possible, in nats per question; never negative, 0 for an optimal assignment.
 
     Args:
         cost_NM: [N, M], the exact costs.
@@ -40,7 +40,7 @@ def assignment_regret(cost_NM: np.ndarray, tags: Sequence[int]) -> float:
 
 
 def second_best_margin(cost_NM: np.ndarray) -> float:
-    """Total cost of the second-best assignment minus the least, in nats a question; inf where there is only one.
+    """Total cost of the second-best assignment minus the least, in nats per question; inf where there is only one.
 
     The second-best gives at least one trace another tag; of equal cost, the margin is 0. Two traces with equal
     columns can always be swapped. It differs from the best at some trace, so it is found by forbidding the best
@@ -82,7 +82,7 @@ def _difference(cost_NM: np.ndarray, tags: Sequence[int], other: Sequence[int]) 
 def known_cost(
     first_cost_NM: np.ndarray, lengths_M: Sequence[int], first_tokens: int, matching_tokens: int
 ) -> np.ndarray:
-    """What the first T_0 tokens contribute to the exact costs, float64 [N, M].
+    """The part of the exact costs that the first T_0 tokens contribute, float64 [N, M].
 
     The exact cost is a mean over min(T_r, L_j) tokens, of which min(T_0, L_j) are known; the rest counts as 0. This
     is the matrix to solve for a question that `is_certain`: the means over the first part themselves would give long
@@ -114,8 +114,8 @@ def is_certain(
     """Whether the assignment that is optimal for `known_cost` is so for the exact costs, whatever the rest may be.
 
     The model of the rest: averaged over the tokens T_0 + 1 .. min(T_r, L_j) of a trace, the NLL under two tags
-    differs by at most `certainty` nats a token. (A tag matters most where the trace starts.) In the exact mean that is
-    at most B_j = certainty * (min(T_r, L_j) - min(T_0, L_j)) / min(T_r, L_j).
+    differs by at most `certainty` nats per token. (A tag matters most where the trace starts.) In the exact mean that
+    is at most B_j = certainty * (min(T_r, L_j) - min(T_0, L_j)) / min(T_r, L_j).
 
     Proof: with rest_ij in the exact cost, another assignment b exceeds the chosen a by the sum, over the traces where
     they differ, of known_bj - known_aj + rest_bj - rest_aj, which is at least known_bj - (known_aj + B_j), and no
@@ -135,15 +135,15 @@ def is_certain(
     """
     if not 0 < certainty < math.inf:
         raise ValueError(f"certainty {certainty}: expected a positive number of nats a token")
-    known = known_cost(first_cost_NM, lengths_M, first_tokens, matching_tokens)
+    partial_cost = known_cost(first_cost_NM, lengths_M, first_tokens, matching_tokens)
     first, exact = _tokens(lengths_M, first_tokens, matching_tokens)
     bounds = certainty * ((exact - first) / exact)
     if not bounds.any():
         return True
-    if not np.isfinite(known).all():
+    if not np.isfinite(partial_cost).all():
         return False
-    tags = solve_assignment(known, seed=0)
-    worst = known.copy()
+    tags = solve_assignment(partial_cost, seed=0)
+    worst = partial_cost.copy()
     worst[list(tags), range(len(tags))] += bounds
     return assignment_regret(worst, tags) == 0.0
 
@@ -176,6 +176,13 @@ def _entry(made: int, tags: tuple[int, ...], used_up: bool) -> _Entry:
     return _Entry(made, tags, used_up)
 
 
+class StoredAssignments(TypedDict):
+    """The state of an `AssignmentStore`, as JSON values."""
+
+    assignments: dict[str, dict[str, str]]
+    """Epoch of the evaluation -> tags, with commas -> keys of the questions, joined and in base64."""
+
+
 class AssignmentStore:
     """Assignments for later epochs: one made on a visit of epoch e serves the visits of epochs e .. e + interval - 1.
 
@@ -183,8 +190,8 @@ class AssignmentStore:
     matter. Its answers depend only on earlier calls with the same question, so that checkpointing between two steps
     changes nothing. It relies on the visits of one question coming in the order of their epochs.
 
-    At most one assignment a question is kept, and none that is used up goes into a checkpoint. A million questions of 4
-    traces with 6 tags take about 100 MB of memory and 20 MB in a checkpoint; of 12 traces with 64 tags, where hardly
+    At most one assignment per question is kept, and none that is used up goes into a checkpoint. A million questions of
+    4 traces with 6 tags take about 100 MB of memory and 20 MB in a checkpoint; of 12 traces with 64 tags, where hardly
     two assignments are alike, 320 MB and 64 MB.
     """
 
@@ -233,14 +240,14 @@ class AssignmentStore:
         if len(tags) != example.num_traces:
             raise ValueError(f"{len(tags)} tags for the {example.num_traces} traces of question {example.id!r}")
         key, order = _identify(example)
-        kept = self._entries.get(key)
-        if kept is None or visit_epoch >= kept.made + self.interval:
+        entry = self._entries.get(key)
+        if entry is None or visit_epoch >= entry.made + self.interval:
             self._entries[key] = _entry(int(visit_epoch), tuple(int(tags[trace]) for trace in order), False)
 
-    def state_dict(self) -> dict[str, object]:
-        """What later visits may still use, as JSON values: `assignments[epoch made][tags]` are the questions' keys.
+    def state_dict(self) -> StoredAssignments:
+        """The assignments that later visits may still use: 20 characters per question.
 
-        The keys are joined and in base64: 20 characters a question. Equal contents give equal states.
+        Equal contents give equal states.
         """
         groups: dict[int, dict[tuple[int, ...], list[bytes]]] = {}
         for key, entry in self._entries.items():
@@ -256,7 +263,7 @@ class AssignmentStore:
             }
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: StoredAssignments) -> None:
         """Go on where `state_dict` was taken, in place of what is kept now. The interval may differ.
 
         Raises:

@@ -1,4 +1,7 @@
-"""Minimum-cost matching of a question's traces to forking tokens (paper, section 2.2).
+"""Matching of a question's traces to tags at least cost (equations 3-4), with tie-breaking that favours no tag.
+
+`solve_assignment` finds the optimal assignment of equations 3-4 and breaks ties between assignments of equal cost by
+a seeded shuffle. `Matcher` applies it to every question of a batch, or one of the other matching modes.
 
 Shapes: N tags (rows), M <= N traces (columns). Costs are in nats.
 """
@@ -19,7 +22,9 @@ MODES = ("optimal", "random", "fixed", "single")
 
 
 def solve_assignment(cost_NM: np.ndarray, *, seed: int) -> tuple[int, ...]:
-    """The tag of each trace such that no tag serves two traces and the total cost is least.
+    """The optimal assignment (equations 3-4): the tag of each trace, no tag twice, with the least total cost.
+
+    Tie-breaking: between assignments of equal cost `seed` decides, by a random order of tags and traces.
 
     Args:
         cost_NM: [N, M] with 1 <= M <= N, any real dtype and memory layout, any magnitude.
@@ -38,7 +43,7 @@ def solve_assignment(cost_NM: np.ndarray, *, seed: int) -> tuple[int, ...]:
     if not np.isfinite(cost).all():
         raise ValueError("the costs must be finite")
     num_tags, num_traces = cost.shape
-    # The solver breaks ties by position. Sorting the columns by their content first makes the outcome
+    # Tie-breaking. The solver breaks ties by position. Sorting the columns by their content first makes the outcome
     # independent of the order of the traces; shuffling both axes then makes it fair to the tags.
     draws = raw_generator(seed)
     rows = permutation(draws, num_tags)
@@ -50,7 +55,7 @@ def solve_assignment(cost_NM: np.ndarray, *, seed: int) -> tuple[int, ...]:
 
 
 def assignment_gap(cost_NM: np.ndarray) -> float:
-    """Mean total cost over all assignments minus the least, in nats a question; never negative.
+    """Matching gap: mean total cost over all assignments minus the least, in nats per question; never negative.
 
     In a uniformly random assignment each trace's tag is uniform over the N tags, so the mean total is the sum of
     the column means. The gap is 0 as long as the tags are interchangeable and grows as they separate.
@@ -88,7 +93,7 @@ class Matcher:
         return self.mode == "optimal"
 
     def assign(self, batch: QuestionBatch, costs: Sequence[np.ndarray | None]) -> list[Assignment]:
-        """One Assignment a question, in the order of the batch.
+        """One Assignment per question, in the order of the batch.
 
         Args:
             batch: Q questions.
@@ -119,12 +124,12 @@ class Matcher:
         order = sorted(range(num_traces), key=lambda j: example.completion_ids[j].tobytes())
         seed = _question_seed(self.seed, visit.epoch, example.id)
         if self.mode == "random":
-            drawn = permutation(raw_generator(seed), self.num_tags).tolist()
+            tag_order = permutation(raw_generator(seed), self.num_tags).tolist()
         else:
             assert cost is not None, "optimal matching needs the costs"
-            drawn = solve_assignment(cost[:, order], seed=seed)
+            tag_order = list(solve_assignment(cost[:, order], seed=seed))
         tags = [0] * num_traces
-        for j, tag in zip(order, drawn):
+        for j, tag in zip(order, tag_order):
             tags[j] = tag
         return Assignment(tuple(tags), cost)
 

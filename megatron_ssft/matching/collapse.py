@@ -23,12 +23,13 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.assignments import source_labels
 from megatron_ssft.matching.assignment import MODES, assignment_gap
-from megatron_ssft.matching.coverage import source_labels
 from megatron_ssft.matching.margins import matching_gaps, relative_margins
 from megatron_ssft.records import Assignment
 from megatron_ssft.seeded import raw_generator, two_words
@@ -38,7 +39,7 @@ NULLS = 8
 MAX_CELLS = 1 << 14
 """Tags times sources; beyond that, sources are no teachers but next to unique names, and nothing is estimated."""
 GAP_LEVEL = 1e-4
-"""Nats a question, mean over assignments minus optimal; less is next to rounding."""
+"""Nats per question, mean over assignments minus optimal; less is next to rounding."""
 MARGIN_LEVEL = 0.01
 """Of the second-best margin that a gap of its size lets expect; see `relative_margins`."""
 MIN_SHARE = 20
@@ -51,7 +52,7 @@ PATIENCE = 100
 
 @dataclass
 class _Step:
-    """What is kept of a step: one entry a trace."""
+    """One step of the window: one entry per trace."""
 
     tags: np.ndarray
     """int64 [1 + NULLS, n]: the real ones, then random ones."""
@@ -150,8 +151,22 @@ class TagSourceInformation:
             step.sources = np.searchsorted(present, step.sources)
 
 
+class WatchState(TypedDict):
+    """The state of a `CollapseWatch`, as JSON values."""
+
+    steps: int
+    window: list[list[list[list[int] | list[str | None]]]]
+    """The window's steps: the tags of each question, the sources of each question."""
+    gaps: list[float]
+    margins: list[float | None]
+    """None: infinite."""
+    known_sources: bool
+    was_informative: bool
+    told: list[str]
+
+
 class CollapseWatch:
-    """Says so, once until it has passed, when the tags stay or become interchangeable. One call a step, on one rank.
+    """Says so, once until it has passed, when the tags stay or become interchangeable. One call per step, on one rank.
 
     Under random or fixed matching nothing but the gap is judged: tags given out without regard to the costs say nothing
     about sources by intention. Under single matching there is nothing to watch.
@@ -176,14 +191,14 @@ class CollapseWatch:
         self._was_informative = False
         self._told: set[str] = set()
         self.figures: dict[str, float | int | None] = {}
-        """Of the last step, for the log: `matching_margin` (nats a question: second-best minus optimal, median over
+        """Of the last step, for the log: `matching_margin` (nats per question: second-best minus optimal, median over
         the step's questions), `tag_source_information` (0 to 1) and `unmatched_tags`, both over the window."""
 
     def update(self, assignments: Sequence[Assignment], sources: Sequence[Sequence[str | None]]) -> list[str]:
         """Take in one step and return what there is to print, a line each.
 
         Args:
-            assignments: one a question; only those with costs count for the gaps.
+            assignments: one per question; only those with costs count for the gaps.
             sources: those of each question's traces.
         """
         if self._mode == "single":
@@ -294,7 +309,7 @@ class CollapseWatch:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, object]:
-        """JSON values; the window's tags and sources are the bulk of it, some 20 bytes a trace."""
+        """JSON values; the window's tags and sources are the bulk of it, some 20 bytes per trace."""
         return {
             "steps": self._steps,
             "window": [list(step) for step in self._raw],

@@ -1,9 +1,11 @@
-"""What the matchings of a run settled on, and the forking token that covers most of it.
+"""Coverage of the learned matchings, and the forking token g* that covers most sources (equation 6).
 
-Follows the paper's sections 2.3 and A.2 and its equation 6. A *configuration* is the set of edges (tag, source) chosen
-for one visit of a question. Where a trace has no source, its slot stands in: its place, from 1, among the traces of the
-question as the run uses them, in the order of the data file. Edges to sources do not depend on that order; edges
-to slots mean something across questions only if the file lists the same teacher at the same place throughout.
+Follows the paper's sections 2.3 and A.2; `select_forking_token` is equation 6.
+
+A *configuration* is the set of edges (tag, source) chosen for one visit of a question. Where a trace has no source, its
+slot stands in: its place, from 1, among the traces of the question as the run uses them, in the order of the data
+file. Edges to sources do not depend on that order; edges to slots mean something across questions only if the file
+lists the same teacher at the same place throughout.
 
 Tags are 0-based integers. Sources are for reports: the model never sees them. Counts ignore scale, since some
 assignment is the cheapest however small its margin: read them beside the matching gap in nats.
@@ -16,24 +18,34 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from megatron_ssft.report.runs import Visit
+from megatron_ssft.formats.assignments import source_labels
 
 Edge = tuple[int, str]
 """(tag, source)"""
 Configuration = tuple[Edge, ...]
-"""Edges, sorted; one a trace."""
+"""Edges, sorted; one per trace."""
 Counts = dict[int, Counter[Configuration]]
 """Epoch (0-based, ascending) -> how often each configuration was chosen in it."""
 
 
-def source_labels(sources: Sequence[str | None]) -> tuple[str, ...]:
-    """Source of each trace; `trace j`, the slot counted from 1, where it is unknown."""
-    return tuple(f"trace {slot}" if source is None else source for slot, source in enumerate(sources, start=1))
+class MatchedVisit(Protocol):
+    """One use of one question, as far as its matching goes: a row of assignments.jsonl, for instance."""
+
+    @property
+    def epoch(self) -> int:
+        """0-based."""
+
+    @property
+    def tags(self) -> Sequence[int]:
+        """0-based tag of each of the M traces."""
+
+    @property
+    def sources(self) -> Sequence[str | None]:
+        """Source of each trace."""
 
 
 def make_configuration(tags: Sequence[int], sources: Sequence[str | None]) -> Configuration:
@@ -42,7 +54,7 @@ def make_configuration(tags: Sequence[int], sources: Sequence[str | None]) -> Co
     return tuple(sorted(zip(map(int, tags), source_labels(sources))))
 
 
-def count_configurations(visits: Iterable[Visit]) -> Counts:
+def count_configurations(visits: Iterable[MatchedVisit]) -> Counts:
     """How often each configuration was chosen, epoch by epoch, over the whole training."""
     counts: Counts = {}
     for visit in visits:
@@ -138,7 +150,7 @@ class TagCoverage:
 
 
 def select_forking_token(edges: Mapping[Edge, int], num_tags: int) -> list[TagCoverage]:
-    """The N tags from best to worst; the first is g* (equation 6).
+    """The N tags from best to worst; the first is g*, the tag of equation 6.
 
     g* is matched to the most distinct sources; ties go to the higher weighted degree, then to the lower tag. Tags
     without an edge come last. Note what this rewards: a tag that is matched to everything.
@@ -154,23 +166,24 @@ def select_forking_token(edges: Mapping[Edge, int], num_tags: int) -> list[TagCo
     return [TagCoverage(tag, of_tag[tag], reason) for tag, reason in zip(order, [first, *reasons])]
 
 
-def _lead(mine: tuple[int, int], second: tuple[int, int], name: int) -> str:
+def _lead(first: tuple[int, int], second: tuple[int, int], name: int) -> str:
     """Why the first tag stands above the second one, `<think{name}>`. Keys are (degree, weighted degree)."""
-    if mine[0] != second[0]:
-        return f"most distinct sources: {mine[0]:,}, <think{name}> has {second[0]:,}"
-    if mine[1] != second[1]:
-        return (
-            f"as many distinct sources as <think{name}> ({mine[0]:,}), matched more often: {mine[1]:,} to {second[1]:,}"
-        )
-    return f"tied with <think{name}> in distinct sources ({mine[0]:,}) and in matches ({mine[1]:,}), and the lower tag"
+    sources, matches = first
+    if sources != second[0]:
+        return f"most distinct sources: {sources:,}, <think{name}> has {second[0]:,}"
+    if matches != second[1]:
+        more_often = f"{matches:,} to {second[1]:,}"
+        return f"as many distinct sources as <think{name}> ({sources:,}), matched more often: {more_often}"
+    return f"tied with <think{name}> in distinct sources ({sources:,}) and in matches ({matches:,}), and the lower tag"
 
 
-def _reason(above: tuple[int, int], mine: tuple[int, int], name: int) -> str:
+def _reason(above: tuple[int, int], below: tuple[int, int], name: int) -> str:
     """Why `<think{name}>` stands below the tag before it."""
-    if mine[0] != above[0]:
-        return f"{mine[0]:,} distinct sources, {above[0]:,} above" if mine[0] else "matched to nothing"
-    if mine[1] != above[1]:
-        return f"as many distinct sources ({mine[0]:,}), matched less often: {mine[1]:,} to {above[1]:,}"
+    sources, matches = below
+    if sources != above[0]:
+        return f"{sources:,} distinct sources, {above[0]:,} above" if sources else "matched to nothing"
+    if matches != above[1]:
+        return f"as many distinct sources ({sources:,}), matched less often: {matches:,} to {above[1]:,}"
     return f"<think{name}> is tied with the tag above and the higher tag"
 
 

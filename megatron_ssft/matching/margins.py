@@ -15,7 +15,7 @@ from megatron_ssft.records import Assignment
 
 
 def matching_gaps(assignments: Sequence[Assignment]) -> tuple[np.ndarray, np.ndarray]:
-    """How clearly the optimal assignment of each question is the best one, in nats a question.
+    """Matching gap and second-best margin of each question, in nats per question.
 
     All questions are solved at once. In a second-best assignment some traces pass on their tags in a circle, or in a
     row that ends with a tag nobody has: the shortest cycle in a graph of the traces and one node for the unused
@@ -30,7 +30,8 @@ def matching_gaps(assignments: Sequence[Assignment]) -> tuple[np.ndarray, np.nda
         Two float64 arrays [Q]: mean over all assignments minus optimal, second-best minus optimal (inf where there is
         only one assignment). Neither is negative.
     """
-    num_tags = len(assignments[0].cost_NM)
+    costs = [_cost(a) for a in assignments]
+    num_tags = len(costs[0])
     questions = np.arange(len(assignments))[:, None]
     counts = np.array([len(a.tags) for a in assignments])
     widest = int(counts.max())
@@ -38,8 +39,8 @@ def matching_gaps(assignments: Sequence[Assignment]) -> tuple[np.ndarray, np.nda
     tags = np.zeros((len(assignments), widest), np.int64)
     tags[present] = [tag for a in assignments for tag in a.tags]
     cost = np.zeros((len(assignments), num_tags, widest))
-    for q, a in enumerate(assignments):
-        cost[q, :, : counts[q]] = a.cost_NM
+    for q, cost_NM in enumerate(costs):
+        cost[q, :, : cost_NM.shape[1]] = cost_NM
     cost -= cost.min(axis=1, keepdims=True)  # changes no difference, and constant columns then add exactly nothing
     chosen = cost[questions, tags, np.arange(widest)]  # [Q, M]
 
@@ -57,10 +58,15 @@ def matching_gaps(assignments: Sequence[Assignment]) -> tuple[np.ndarray, np.nda
         np.minimum(distance, distance[:, :, via, None] + distance[:, None, via, :], out=distance)
     margins = distance[:, nodes, nodes].min(axis=1)
     gaps = cost.mean(axis=1).sum(axis=1) - chosen.sum(axis=1)
-    for q in np.flatnonzero(margins < -1e-12 * cost.max(axis=(1, 2))):
-        gaps[q] = assignment_gap(assignments[q].cost_NM)
-        margins[q] = second_best_margin(assignments[q].cost_NM)
+    for place in np.flatnonzero(margins < -1e-12 * cost.max(axis=(1, 2))):
+        gaps[place] = assignment_gap(costs[place])
+        margins[place] = second_best_margin(costs[place])
     return np.maximum(gaps, 0.0), np.maximum(margins, 0.0)
+
+
+def _cost(assignment: Assignment) -> np.ndarray:
+    assert assignment.cost_NM is not None, "only assignments with costs have margins"
+    return assignment.cost_NM
 
 
 def relative_margins(gaps: np.ndarray, margins: np.ndarray, num_traces: np.ndarray, num_tags: int) -> np.ndarray:

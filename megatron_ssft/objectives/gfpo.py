@@ -7,12 +7,12 @@ A step asks for the tags' probabilities, takes the objective's derivative by the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.formats.metrics import GFPOMetrics
+from megatron_ssft.formats.train_state import ObjectiveState
 from megatron_ssft.objectives.formulas.forking_policy import (
     ForkCoefficients,
     ForkObjective,
@@ -138,9 +138,9 @@ class GFPO(PolicyObjective):
         by_sets = ("questions_per_step", "policy_epochs", "samples_per_question")
         return super().settled + (() if self.is_exact else by_sets)
 
-    def own_state(self) -> dict[str, Any]:
-        return {"old_logp": None if self.old_logp_QN is None else self.old_logp_QN.tolist()}
+    def own_state(self) -> ObjectiveState:
+        return ObjectiveState(old_logp=None if self.old_logp_QN is None else self.old_logp_QN.tolist())
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        if state.get("old_logp") is not None:
-            self.old_logp_QN = np.array(state["old_logp"])
+    def load_own_state(self, state: ObjectiveState) -> None:
+        if isinstance(state.old_logp, list):
+            self.old_logp_QN = np.array(state.old_logp)

@@ -21,7 +21,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from msgspec import Struct
 
 from megatron_ssft.config import TrainingRun
+from megatron_ssft.errors import UserError
 from megatron_ssft.formats.metrics import METRICS
+from megatron_ssft.formats.train_state import RunState, WeightsState
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.loss_terms import LossTerm
@@ -153,14 +155,16 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
         """Digest of the data; a run goes on only with the same."""
         return ""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint stores for this objective, as JSON."""
-        return {}
+    def complete_state(self, state: RunState) -> RunState:
+        """The state of a checkpoint with what this objective stores in it (formats/train_state.py)."""
+        return state
 
-    def check_state(self, run: Path, state: dict[str, Any]) -> None:
+    def check_state(self, run: Path, state: WeightsState) -> None:
         """Raise UserError if the checkpoint of `run` is not one of this objective. Nothing is loaded yet."""
+        if not isinstance(state, RunState):
+            raise UserError(f"--load {run}: holds weights alone; start from them with --finetune")
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: RunState) -> None:
         """Go on where `state` was taken."""
 
     # -- words ---------------------------------------------------------------------------------------------------

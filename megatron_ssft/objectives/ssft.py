@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
+from msgspec import UnsetType, structs
 
 from megatron_ssft.config import SSFTConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
 from megatron_ssft.formats.metrics import METRICS, SSFTMetrics
+from megatron_ssft.formats.train_state import RunState, SSFTState, WeightsState
 from megatron_ssft.layouts.padded import loss_denominator
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
@@ -152,20 +154,26 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
     def fingerprint(self) -> str:
         return self.sets.train.fingerprint
 
-    def state(self) -> dict[str, Any]:
+    def complete_state(self, state: RunState) -> RunState:
         """The place in the data, assignments that are reused, and the alarm's window, which the first rank keeps."""
-        return {
-            "queue": self.sets.queue.state_dict(),
-            "reused_assignments": self.matching.store.state_dict(),
-            "collapse_watch": self.watch.state_dict(),
-        }
+        return SSFTState(
+            **structs.asdict(state),
+            queue=self.sets.queue.state_dict(),
+            reused_assignments=self.matching.store.state_dict(),
+            collapse_watch=self.watch.state_dict(),
+        )
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.sets.queue.load_state_dict(state["queue"])
-        if "reused_assignments" in state:
-            self.matching.store.load_state_dict(state["reused_assignments"])
-        if "collapse_watch" in state:
-            self.watch.load_state_dict(state["collapse_watch"])
+    def check_state(self, run: Path, state: WeightsState) -> None:
+        if not isinstance(state, SSFTState):
+            raise UserError(f"--load {run}: is no run of this program; start from its weights alone with --finetune")
+
+    def load_state(self, state: RunState) -> None:
+        assert isinstance(state, SSFTState)
+        self.sets.queue.load_state_dict(state.queue)
+        if not isinstance(state.reused_assignments, UnsetType):
+            self.matching.store.load_state_dict(state.reused_assignments)
+        if not isinstance(state.collapse_watch, UnsetType):
+            self.watch.load_state_dict(state.collapse_watch)
 
     # -- words ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a step costs in model FLOPs: those the method needs for the actual lengths, without padding and recompute.
+"""Model FLOPs of a step: those the method needs for the actual lengths, without padding and recompute.
 
 A forward pass counts once, a backward pass twice (gradients of inputs and of weights). This is the convention of
 model FLOPs utilisation (MFU): recomputation makes a step slower, not its FLOPs more.
@@ -27,12 +27,12 @@ class FlopAccountant:
     """FLOPs of plans, summed over all ranks."""
 
     work: WorkModel
-    """Of a forward pass, in FLOPs (attention efficiency 1)."""
+    """Work of a forward pass, in FLOPs (attention efficiency 1)."""
 
     def forward(self, plan: MicrobatchPlan) -> float:
-        """Of a cost pass."""
+        """FLOPs of a cost pass."""
         return self.work.of(useful_size(plan))
 
     def training(self, plan: MicrobatchPlan) -> float:
-        """Of a training step: forward and backward."""
+        """FLOPs of a training step: forward and backward."""
         return 3 * self.forward(plan)

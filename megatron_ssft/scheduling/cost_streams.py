@@ -1,35 +1,29 @@
-"""Which (tag, trace) pair is scored in which forward-only stream of which rank: the packed layout's cost pass."""
+"""Planner of the cost pass in token streams: which (tag, trace) pair is scored in which stream of which rank."""
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 
 import numpy as np
 
 from megatron_ssft.layouts.packed import stream_microbatch
-from megatron_ssft.records import PAD, ForkingTokens, MicrobatchPlan, QuestionBatch, SequenceSpec, TokenizedSet
-from megatron_ssft.scheduling.balance import balance
+from megatron_ssft.records import PAD, ForkingTokens, MicrobatchPlan, QuestionBatch
+from megatron_ssft.scheduling.assembly import assemble_streams
+from megatron_ssft.scheduling.balance import balance, split_heaviest
+from megatron_ssft.scheduling.limits import StreamLimits
+from megatron_ssft.scheduling.pad_bound import pad_lower_bound
+from megatron_ssft.scheduling.sequences import cost_sequences
 from megatron_ssft.scheduling.shared_nodes import StreamNodes, stream_nodes
-from megatron_ssft.scheduling.train_streams import finished_plan
 from megatron_ssft.scheduling.work import WorkModel
 
+Run = tuple[int, int]
+"""(start, stop) in the line of pairs: a stream."""
 _PRECISION = 1000
 """The greatest work of a stream is found within 1/_PRECISION."""
 
 
 def plan_cost_streams(
-    batch: QuestionBatch,
-    tags: ForkingTokens,
-    *,
-    matching_tokens: int,
-    num_ranks: int,
-    max_tokens: int,
-    group_size: int,
-    min_microbatches: int,
-    work: WorkModel,
-    share_prompt: bool = True,
-    one_question: bool = False,
+    batch: QuestionBatch, matching_tokens: int, tags: ForkingTokens, limits: StreamLimits, work: WorkModel
 ) -> MicrobatchPlan:
     """All pairs of a tag and a trace of its question once, each trace cut to its first T_r tokens.
 
@@ -42,68 +36,41 @@ def plan_cost_streams(
     PADs, each a stream, appear only where pairs run out: on ranks that would have nothing to do and, with
     `group_size` > 1, to make every rank's count the same multiple of it. No way to cut the line needs fewer.
 
-    Args:
-        batch: Q questions.
-        tags: N forking tokens.
-        matching_tokens: T_r, tokens of each trace that count.
-        num_ranks: R, data-parallel ranks.
-        max_tokens: tokens in a stream.
-        group_size: v, to which the virtual pipeline needs the counts to be a multiple; 1 without one.
-        min_microbatches: streams wanted on each rank, to keep a pipeline filled.
-        work: estimate of the work of a stream.
-        share_prompt: pairs of a question share its prompt, those of a tag the tag (layout `packed`); else `unshared`.
-        one_question: a stream holds pairs of one question only.
-
     Returns:
         The plan; its `makespan_lower_bound` is max(work with every prompt and tag once / R, heaviest pair).
 
     Raises:
         ValueError: the batch has no traces.
     """
-    pairs = _pairs(batch, tags, matching_tokens)
+    pairs = cost_sequences(batch, matching_tokens, tags, distinct=True)
     if not pairs:
         raise ValueError("there is nothing to score: the batch has no traces")
+    num_ranks, group_size, share_prompt = limits.num_ranks, limits.group_size, limits.layout.share_prompt
     nodes = stream_nodes(batch, pairs, tags, work, share_prompt)
-    line = _Line(nodes, max_tokens, one_question)
-    step = num_ranks * group_size
-    least = -(-len(line.cut()) // step) * step
-    wanted = max(least, -(-min_microbatches // group_size) * step)
-    if wanted > len(pairs):
-        wanted = max(least, len(pairs) // step * step)
-    if group_size == 1 and wanted > len(pairs):  # counts may differ, so only a rank with nothing to do needs a PAD
-        wanted = max(len(pairs), num_ranks)
-    runs = line.even(min(wanted, len(pairs)))
-    pads = wanted - len(runs)
+    line = _Line(nodes, limits.max_tokens, limits.layout.one_question)
+    fewest = len(line.cut())
+    count = _stream_count(fewest, len(pairs), limits)
+    runs = line.even(min(count, len(pairs)))
+    num_pads = count - len(runs)
     streams = [stream_microbatch(batch, pairs[start:stop], tags, share_prompt) for start, stop in runs]
-    streams += [stream_microbatch(batch, [PAD], tags, share_prompt)] * pads
-    works = [line.work(*run) for run in runs] + [1] * pads
-    placed = balance([max(1, units) for units in works], num_ranks, equal_counts=wanted % num_ranks == 0)
-    return finished_plan([[streams[k] for k in mine] for mine in placed], nodes, work, pads, share_prompt)
+    streams += [stream_microbatch(batch, [PAD], tags, share_prompt)] * num_pads
+    works = [max(1, line.work(*run)) for run in runs] + [1] * num_pads
+    placed = balance(works, num_ranks, equal_counts=count % num_ranks == 0)
+    ranks = [[streams[k] for k in of_rank] for of_rank in placed]
+    least_pads = pad_lower_bound(len(pairs), fewest, num_ranks, equal_counts=group_size > 1, group_size=group_size)
+    return assemble_streams(ranks, nodes, work, limits.layout, least_pads)
 
 
-def distinct_traces(tokenized_set: TokenizedSet, matching_tokens: int) -> tuple[int, ...]:
-    """For each of the M traces the first whose first T_r tokens are the same, which may be itself."""
-    first: dict[bytes, int] = {}
-    return tuple(
-        first.setdefault(np.asarray(completion[:matching_tokens], dtype=np.int64).tobytes(), trace)
-        for trace, completion in enumerate(tokenized_set.completion_ids)
-    )
-
-
-def _pairs(batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int) -> list[SequenceSpec]:
-    """Every pair to be scored, in line."""
-    pairs = []
-    for question, example in enumerate(batch.sets):
-        prompt = len(example.prompt_ids)
-        scored = [
-            (trace, min(len(example.completion_ids[trace]), matching_tokens))
-            for trace, first in enumerate(distinct_traces(example, matching_tokens))
-            if trace == first
-        ]
-        for tag, ids in enumerate(tags.ids):
-            before = prompt + len(ids) - 1
-            pairs += [SequenceSpec(question, trace, tag, before + count, count) for trace, count in scored]
-    return pairs
+def _stream_count(fewest: int, num_pairs: int, limits: StreamLimits) -> int:
+    """How many streams to make, PADs included, where the budget needs `fewest`."""
+    step = limits.num_ranks * limits.group_size
+    least = -(-fewest // step) * step
+    count = max(least, -(-limits.min_microbatches // limits.group_size) * step)
+    if count > num_pairs:
+        count = max(least, num_pairs // step * step)
+    if limits.group_size == 1 and count > num_pairs:  # counts may differ, so only a rank with nothing to do needs a PAD
+        count = max(num_pairs, limits.num_ranks)
+    return count
 
 
 class _Line:
@@ -139,7 +106,7 @@ class _Line:
         """Work of a run, in units."""
         return int(self.works[stop] - self.works[start] + self.work_again[start])
 
-    def cut(self, max_work: int | None = None) -> list[tuple[int, int]]:
+    def cut(self, max_work: int | None = None) -> list[Run]:
         """The fewest runs within the limits, (start, stop) each; a run of one pair may exceed them."""
         cuts = self._cuts(max_work, self.count)
         return list(zip(cuts, cuts[1:]))
@@ -155,36 +122,30 @@ class _Line:
             cuts.append(place)
         return cuts
 
-    def even(self, wanted: int) -> list[tuple[int, int]]:
-        """`wanted` runs, at least as many as the budget needs and at most as there are pairs, the heaviest light."""
-        if wanted == self.count:
+    def even(self, count: int) -> list[Run]:
+        """`count` runs, at least as many as the budget needs and at most as there are pairs, the heaviest light."""
+        if count == self.count:
             return [(place, place + 1) for place in range(self.count)]
-        low = max(int(self.works[-1]) // wanted, self.heaviest) - 1
+        low = max(int(self.works[-1]) // count, self.heaviest) - 1
         high = self.work(0, self.count)  # needs no more runs than the budget alone
         while high - low > 1 + low // _PRECISION:
             middle = (low + high) // 2
-            if len(self._cuts(middle, wanted)) <= wanted + 1:
+            if len(self._cuts(middle, count)) <= count + 1:
                 high = middle
             else:
                 low = middle
-        return self._halve(self.cut(high), wanted)
+        runs = self.cut(high)
+        split_heaviest(runs, count, key=lambda run: (-self.work(*run), *run), halve=self._halves)
+        return sorted(runs)
 
-    def _halve(self, runs: list[tuple[int, int]], wanted: int) -> list[tuple[int, int]]:
-        """Cut the heaviest of the runs in two until there are `wanted`."""
-        missing = wanted - len(runs)
-        heap = [(-self.work(*run), run) for run in runs if run[1] - run[0] > 1]
-        done = [run for run in runs if run[1] - run[0] == 1]
-        heapq.heapify(heap)
-        for _ in range(missing):
-            _, (start, stop) = heapq.heappop(heap)
-            half = int(self.works[start]) + self.work(start, stop) // 2
-            middle = bisect_left(self.works, half, start + 1, stop - 1)
-            for part in ((start, middle), (middle, stop)):
-                if part[1] - part[0] > 1:
-                    heapq.heappush(heap, (-self.work(*part), part))
-                else:
-                    done.append(part)
-        return sorted(done + [run for _, run in heap])
+    def _halves(self, run: Run) -> tuple[Run, Run] | None:
+        """Two runs of about the same work."""
+        start, stop = run
+        if stop - start == 1:
+            return None
+        half = int(self.works[start]) + self.work(start, stop) // 2
+        middle = bisect_left(self.works, half, start + 1, stop - 1)
+        return (start, middle), (middle, stop)
 
 
 def _reach(costs: np.ndarray, again: np.ndarray, limit: int) -> np.ndarray:

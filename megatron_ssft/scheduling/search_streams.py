@@ -1,4 +1,4 @@
-"""Do these sequences fit into so many streams? Answered for certain by branch and bound, within a limited effort.
+"""Whether sequences fit into so many token streams: answered for certain by branch and bound, within a limited effort.
 
 Asked only where the number of PADs depends on it: when all but a few sequences need a stream of their own. The few
 that may share one leave little to try, so that hundreds of steps mostly settle what no heuristic can.
@@ -10,49 +10,52 @@ from collections import Counter
 
 from megatron_ssft.scheduling.shared_nodes import ItemNodes
 
-_EFFORT = 200_000
-"""Streams looked at before the search gives up: some 30 ms."""
 _MOST_ITEMS = 256
 """The search goes as deep as there are items."""
 
 
-def fit_into(nodes: ItemNodes, count: int, max_tokens: int, one_question: bool) -> tuple[list[list[int]] | None, bool]:
+def fit_into(
+    nodes: ItemNodes, count: int, max_tokens: int, one_question: bool, effort: int
+) -> tuple[list[list[int]] | None, bool]:
     """(the items in at most `count` streams or None, whether it is certain).
 
-    A stream has at most `max_tokens` tokens or is one item. None is certain where every way was ruled out.
+    A stream has at most `max_tokens` tokens or is one item. None is certain where every way was ruled out, and
+    uncertain where the search gave up after looking at `effort` streams.
     """
     if not one_question:
-        return _search(nodes, list(range(len(nodes.question))), count, max_tokens)
+        return _search(nodes, list(range(len(nodes.question))), count, max_tokens, effort)
     groups: dict[int, list[int]] = {}
     for item, question in enumerate(nodes.question):
         groups.setdefault(question, []).append(item)
     streams: list[list[int]] = []
     for items in groups.values():
         for number in range(1, len(items) + 1):
-            found, certain = _search(nodes, items, number, max_tokens)
+            packing, certain = _search(nodes, items, number, max_tokens, effort)
             if not certain:
                 return None, False
-            if found is not None:
-                streams += found
+            if packing is not None:
+                streams += packing
                 break
     return (streams if len(streams) <= count else None), True
 
 
-def _search(nodes: ItemNodes, items: list[int], count: int, max_tokens: int) -> tuple[list[list[int]] | None, bool]:
-    """As `fit_into`, for some items."""
+def _search(
+    nodes: ItemNodes, items: list[int], count: int, max_tokens: int, effort: int
+) -> tuple[list[list[int]] | None, bool]:
+    """`fit_into` for some of the items, in streams that may hold several questions."""
     longer = [[item] for item in items if nodes.alone_tokens[item] > max_tokens]
     items = [item for item in items if nodes.alone_tokens[item] <= max_tokens]
     if len(longer) > count:
         return None, True
     if len(items) > _MOST_ITEMS:
         return None, False
-    search = _Search(nodes, items, count - len(longer), max_tokens)
-    found = search.place(0)
-    return ([*longer, *(stream.items for stream in search.streams)] if found else None), found is not None
+    search = _Search(nodes, items, count - len(longer), max_tokens, effort)
+    fits = search.place(0)
+    return ([*longer, *(stream.items for stream in search.streams)] if fits else None), fits is not None
 
 
 class _Stream:
-    """What stands in a stream."""
+    """A stream in the making, from which the last item can be taken back."""
 
     def __init__(self) -> None:
         self.items: list[int] = []
@@ -70,11 +73,11 @@ class _Search:
     into a stream: what is in a stream adds up to no more than its tokens.
     """
 
-    def __init__(self, nodes: ItemNodes, items: list[int], count: int, max_tokens: int) -> None:
+    def __init__(self, nodes: ItemNodes, items: list[int], count: int, max_tokens: int, effort: int) -> None:
         self.nodes, self.count, self.max_tokens = nodes, count, max_tokens
         self.items = sorted(items, key=lambda item: (-nodes.alone_tokens[item], nodes.question[item], item))
         self.streams: list[_Stream] = []
-        self.effort = _EFFORT
+        self.effort = effort
         self.sharing = any(nodes.prompt_tokens[item] + nodes.tag_tokens[item] for item in items)
         groups: dict[int, list[int]] = {}
         self.last: dict[int, int] = {}  # where the last item of a question stands
@@ -138,7 +141,7 @@ class _Search:
 
     def _choices(self, item: int) -> list[_Stream]:
         """Streams with room, of several alike one: first those where the prompt stands already, then the fullest."""
-        choices: dict[tuple, _Stream] = {}
+        choices: dict[tuple[bool, int, frozenset[tuple[int, int]] | None], _Stream] = {}
         for stream in self.streams:
             added = self._added_tokens(stream, item)
             room = self.max_tokens - stream.tokens - added

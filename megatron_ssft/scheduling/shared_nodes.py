@@ -1,4 +1,4 @@
-"""What the sequences of a stream have in common, in numbers: tokens and work of prompts, tags and the rest.
+"""Shared nodes: tokens and work of the prompts and tags that sequences of a token stream have in common.
 
 A stream holds the prompt of a question once and each of its tags once, so the size of a stream is the sum over the
 distinct nodes in it and what a sequence adds depends on what stands there already. Planners move sequences about by
@@ -14,17 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ssft.records import ForkingTokens, QuestionBatch, SequenceSpec
+from megatron_ssft.scheduling.balance import UNITS
 from megatron_ssft.scheduling.work import WorkModel
 
 OPEN_PARTS = 32
 """Parts or streams of a question into which the next of its items may go: the latest, so that planning stays linear."""
-UNITS = 1 << 40
-"""Integer units in the work of all sequences, each alone: sums of integers are the same on every machine."""
 
 
 @dataclass(frozen=True)
 class StreamNodes:
-    """The three nodes of each of S sequences; work in integer units, all arrays int64 [S].
+    """The three nodes of each of S sequences; work in integer units, `UNITS` for all of them; arrays int64 [S].
 
     Without sharing, prompt and tag belong to the sequence's own node.
     """
@@ -78,8 +77,21 @@ def stream_nodes(
     own_work = flops(tagged, length) + work.scored * scored
     total = math.fsum((prompt_work + tag_work + own_work).tolist())
     scale = UNITS / total if total > 0 else 1.0
-    in_units = [np.rint(part * scale).astype(np.int64) for part in (prompt_work, tag_work, own_work)]
-    return StreamNodes(question, tag, prompt, tagged - prompt, length - tagged, *in_units, flops_per_unit=1 / scale)
+
+    def in_units(part: np.ndarray) -> np.ndarray:
+        return np.rint(part * scale).astype(np.int64)
+
+    return StreamNodes(
+        question,
+        tag,
+        prompt_tokens=prompt,
+        tag_tokens=tagged - prompt,
+        own_tokens=length - tagged,
+        prompt_work=in_units(prompt_work),
+        tag_work=in_units(tag_work),
+        own_work=in_units(own_work),
+        flops_per_unit=1 / scale,
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,8 @@ class ItemNodes:
         """Work of a stream of these items."""
         if len(items) == 1:
             return self.alone_work[items[0]]
-        total, seen = 0, set()
+        total = 0
+        seen: set[tuple[int, int]] = set()
         for item in items:
             question = self.question[item]
             total += self.own_work[item]

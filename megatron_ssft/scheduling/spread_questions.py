@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ssft.scheduling.shared_nodes import UNITS, ItemNodes, Part, question_parts
+from megatron_ssft.scheduling.balance import UNITS, best_exchange, longest_first
+from megatron_ssft.scheduling.shared_nodes import ItemNodes, Part, question_parts
 
-_STRIDE = 2 * UNITS
+Bundle = tuple[Part | None, int]
+"""A part and an item of it, -1 for the whole part; None: nothing."""
+_NO_LIMIT = 2 * UNITS
 """Above the work of anything."""
 _TOLERANCE = 500
 """Exchanges end within 1/_TOLERANCE of the goal."""
@@ -37,7 +39,7 @@ def spread_over_ranks(
         share_prompt: whether it is worth while to keep questions together at all.
     """
     enough = goal + goal // _TOLERANCE
-    limits = [goal, _STRIDE, goal // 2, goal // 4, 0] if share_prompt else [0]
+    limits = [goal, _NO_LIMIT, goal // 2, goal // 4, 0] if share_prompt else [0]
     best: list[list[Part]] = []
     for limit in limits if len(nodes.question) <= _SMALL_STEP else limits[:1]:
         ranks = _longest_first(question_parts(nodes, max_tokens, limit), num_ranks, max_tokens)
@@ -56,20 +58,16 @@ def _load(parts: list[Part]) -> int:
 
 
 def _longest_first(parts: list[Part], num_ranks: int, max_tokens: int) -> list[list[Part]]:
-    """LPT: heaviest first onto the least loaded rank."""
+    """LPT; a part that comes to others of its question shares what they have in common."""
     ranks: list[dict[int, list[Part]]] = [{} for _ in range(num_ranks)]  # by question
-    heap = [(0, rank) for rank in range(num_ranks)]
-    for part in sorted(parts, key=lambda p: (-p.work, p.items[0])):
-        load, rank = heap[0]
-        alike = ranks[rank].get(part.question)
-        if alike is None:
-            ranks[rank][part.question] = [part]
-            load += part.work
-        else:
-            load -= _load(alike)
-            _put(part, alike, max_tokens)
-            load += _load(alike)
-        heapq.heapreplace(heap, (load, rank))
+
+    def place(part: Part, rank: int, load: int) -> int:
+        alike = ranks[rank].setdefault(part.question, [])
+        before = _load(alike)
+        _put(part, alike, max_tokens)
+        return load + _load(alike) - before
+
+    longest_first(sorted(parts, key=lambda p: (-p.work, p.items[0])), num_ranks, place)
     return [[part for alike in by_question.values() for part in alike] for by_question in ranks]
 
 
@@ -91,8 +89,8 @@ class _Bundles:
     """int64 [n]: work that arrives where the bundle goes (at most; joining a part there saves some)"""
     gain: np.ndarray
     """int64 [n]: work that leaves with it"""
-    what: list[tuple[Part | None, int]]
-    """n pairs of a part and an item of it, -1 for the whole part"""
+    what: list[Bundle]
+    """n of them"""
 
 
 class _Exchange:
@@ -113,12 +111,12 @@ class _Exchange:
             if self.loads[busiest] <= goal or not others:
                 return
             near = max(2, _MAX_COMBINATIONS // len(self._bundles_of(busiest).what))
-            found = self._best(busiest, others[:near])
-            if found is None and near < len(others):
-                found = self._best(busiest, others[near:])
-            if found is None:
+            exchange = self._best(busiest, others[:near])
+            if exchange is None and near < len(others):
+                exchange = self._best(busiest, others[near:])
+            if exchange is None:
                 return
-            given, partner, taken = found
+            given, partner, taken = exchange
             self._move(given, busiest, partner)
             self._move(taken, partner, busiest)
             for rank in (busiest, partner):
@@ -126,8 +124,8 @@ class _Exchange:
                 self.bundles[rank] = None
 
     def _bundles_of(self, rank: int) -> _Bundles:
-        found = self.bundles[rank]
-        if found is None:
+        bundles = self.bundles[rank]
+        if bundles is None:
             entries: list[tuple[int, int, Part | None, int]] = [(0, 0, None, -1)]
             for part in self.ranks[rank]:
                 entries.append((part.work, part.work, part, -1))
@@ -136,37 +134,30 @@ class _Exchange:
                     entries += [(alone[item], part.own_gain(item), part, item) for item in part.items]
             entries[1:] = sorted(entries[1:], key=lambda e: e[0])
             numbers = np.array([e[:2] for e in entries], dtype=np.int64)
-            found = _Bundles(numbers[:, 0], numbers[:, 1], [e[2:] for e in entries])
-            self.bundles[rank] = found
-        return found
+            bundles = _Bundles(numbers[:, 0], numbers[:, 1], [e[2:] for e in entries])
+            self.bundles[rank] = bundles
+        return bundles
 
-    def _best(self, busiest: int, partners: list[int]) -> tuple[tuple, int, tuple] | None:
-        """(given, partner, taken) that leaves the two ranks the least makespan; None: no gain.
-
-        Taking back about (what I give + what arrives there - the difference of the two loads) / 2 makes two ranks
-        equal; a search in the partners' sorted costs finds the neighbours of that.
-        """
-        mine = self._bundles_of(busiest)
-        theirs = [self._bundles_of(rank) for rank in partners]
-        offset = np.arange(len(partners)) * _STRIDE
-        sizes = np.array([len(bundles.what) for bundles in theirs])
-        first = np.cumsum(sizes) - sizes
-        cost = np.concatenate([bundles.cost for bundles in theirs])
-        gain = np.concatenate([bundles.gain for bundles in theirs])
-        load, loads = self.loads[busiest], np.array([self.loads[rank] for rank in partners])
-        leaves, arrives = mine.gain[1:, None], mine.cost[1:, None]
-        wanted = np.clip((loads - load + leaves + arrives) // 2, 0, _STRIDE - 1)
-        after = np.searchsorted(cost + np.repeat(offset, sizes), wanted + offset)
-        near = np.clip(np.stack([after - 1, after]), first, first + sizes - 1)  # [2, mine, partners]
-        span = np.maximum(load - leaves + cost[near], loads - gain[near] + arrives)
-        best = int(span.argmin())
-        if span.flat[best] >= load:
+    def _best(self, busiest: int, partners: list[int]) -> tuple[Bundle, int, Bundle] | None:
+        """(given, partner, taken) that leaves the two ranks the least makespan; None: no gain."""
+        own = self._bundles_of(busiest)
+        offers = [self._bundles_of(rank) for rank in partners]
+        exchange = best_exchange(
+            self.loads[busiest],
+            own.gain[1:],
+            own.cost[1:],
+            np.array([self.loads[rank] for rank in partners]),
+            np.concatenate([bundles.cost for bundles in offers]),
+            np.concatenate([bundles.gain for bundles in offers]),
+            np.array([len(bundles.what) for bundles in offers]),
+        )
+        if exchange is None:
             return None
-        _, given, partner = np.unravel_index(best, span.shape)
-        taken = theirs[partner].what[near.flat[best] - first[partner]]
-        return mine.what[given + 1], partners[partner], taken
+        given, partner, taken = exchange
+        before = sum(len(bundles.what) for bundles in offers[:partner])
+        return own.what[given + 1], partners[partner], offers[partner].what[taken - before]
 
-    def _move(self, bundle: tuple[Part | None, int], source: int, target: int) -> None:
+    def _move(self, bundle: Bundle, source: int, target: int) -> None:
         part, item = bundle
         if part is None:
             return

@@ -1,4 +1,4 @@
-"""How much work a forward pass is: FLOPs from counts, for balancing ranks and for accounting."""
+"""Work of a forward pass: FLOPs from counts, for balancing ranks and for accounting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WorkModel:
 
     @classmethod
     def for_model(cls, model: ModelConfig, vocab_size: int, attention_efficiency: float = 1.0) -> WorkModel:
-        """FLOPs of matrix products (2 a multiply-add) in one forward pass; norms, rotations, softmax are left out.
+        """FLOPs of matrix products (2 per multiply-add) in one forward pass; norms, rotations, softmax are left out.
 
         Backward doubles all three terms; tensor and pipeline parallelism divide them.
 
@@ -30,14 +30,16 @@ class WorkModel:
             attention_efficiency: speed of core attention over that of the other matrix products, in FLOP/s. 1 counts
                 FLOPs; a measured value makes the work proportional to time.
         """
-        query_width = model.num_attention_heads * model.kv_channels
-        kv_width = model.num_query_groups * model.kv_channels
-        attention = model.hidden_size * (2 * query_width + 2 * kv_width)  # Q and output; K and V
-        mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_hidden_size
+        layers, hidden, heads = model.num_layers, model.hidden_size, model.num_attention_heads
+        groups, channels, ffn = model.num_query_groups, model.kv_channels, model.ffn_hidden_size
+        assert layers and hidden and heads and groups and channels and ffn, "a configuration has its defaults filled in"
+        query_width, kv_width = heads * channels, groups * channels
+        attention = hidden * (2 * query_width + 2 * kv_width)  # Q and output; K and V
+        mlp = (3 if model.swiglu else 2) * hidden * ffn
         return cls(
-            token=2.0 * model.num_layers * (attention + mlp),
-            pair=2.0 * model.num_layers * 2 * query_width / attention_efficiency,  # scores and values
-            scored=2.0 * model.hidden_size * vocab_size,
+            token=2.0 * layers * (attention + mlp),
+            pair=2.0 * layers * 2 * query_width / attention_efficiency,  # scores and values
+            scored=2.0 * hidden * vocab_size,
         )
 
     def of(self, size: Size) -> float:

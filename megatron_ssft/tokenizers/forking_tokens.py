@@ -1,4 +1,4 @@
-"""The N global forking tokens as token-id sequences (paper, section 2.1; both forms of DESIGN's contract)."""
+"""The N global forking tokens as token-id sequences (paper, section 2.1), in two forms."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def vocab_size_with_tags(tokenizer: Tokenizer, tags: ForkingTokens) -> int:
 
 
 def _special_ids(tokenizer: Tokenizer, strings: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    ids, following = [], tokenizer.vocab_size
+    ids, next_id = [], tokenizer.vocab_size
     for string in strings:
-        known = tokenizer.token_to_id(string)
-        if known is None:
-            known, following = following, following + 1
-        ids.append((known,))
+        token_id = tokenizer.token_to_id(string)
+        if token_id is None:
+            token_id, next_id = next_id, next_id + 1
+        ids.append((token_id,))
     return tuple(ids)
 
 

@@ -119,21 +119,21 @@ def _convert_sentencepiece_folder(folder: Path, source: Path) -> None:
     (folder / "tokenizer.json").write_text(converted.to_str(), encoding="utf-8")
     # The class written for SentencePiece files would build its own rules, beginning with another first space.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    named = folder / "special_tokens_map.json"
-    elsewhere = read_json(named) if named.is_file() else {}
+    map_file = folder / "special_tokens_map.json"
+    map_entries = read_json(map_file) if map_file.is_file() else {}
     for key, piece in piece_names(model).items():
-        if key not in elsewhere:
+        if key not in map_entries:
             config.setdefault(key, piece)
     write_json(path, config)
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Tokens that a SentencePiece checkpoint adds to its model: id -> arguments of tokenizers.AddedToken."""
-    found = {}
+    arguments = {}
     legacy = folder / "added_tokens.json"
     for content, token_id in (read_json(legacy) if legacy.is_file() else {}).items():
-        found[int(token_id)] = {"content": content, "normalized": False}
+        arguments[int(token_id)] = {"content": content, "normalized": False}
     for token_id, entry in config.get("added_tokens_decoder", {}).items():
         flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        found[int(token_id)] = {flag: entry[flag] for flag in flags if flag in entry}
-    return found
+        arguments[int(token_id)] = {flag: entry[flag] for flag in flags if flag in entry}
+    return arguments

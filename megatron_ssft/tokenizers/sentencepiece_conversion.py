@@ -141,7 +141,7 @@ def _set_text_rules(converted: tokenizers.Tokenizer, proto: Any, legacy: bool) -
 
 
 def _add_special_pieces(converted: tokenizers.Tokenizer, proto: Any) -> None:
-    """Those that SentencePiece itself never makes of a text, but a chat template spells."""
+    """Add the pieces that SentencePiece never makes of a text, but a chat template spells."""
     from tokenizers import AddedToken
 
     special = [p.piece for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)]

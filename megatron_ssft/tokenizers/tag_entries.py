@@ -26,9 +26,9 @@ def add_forking_tokens(folder: Path, source: Path, tags: ForkingTokens) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{source}: no tokenizer that the forking tokens could be added to; add its files")
     before = load_tokenizer(folder, source)
-    added = _add_tags(folder, source, tags) if tags.format == "special" else []
+    new_ids = _add_tags(folder, source, tags) if tags.format == "special" else []
     after = load_tokenizer(folder, source)
-    for problem in _problems(before, after, tags, added):
+    for problem in _problems(before, after, tags, new_ids):
         raise UserError(f"{source}: the exported tokenizer would be wrong: {problem}")
 
 
@@ -36,11 +36,11 @@ def _add_tags(folder: Path, source: Path, tags: ForkingTokens) -> list[int]:
     """Write the tags that are no added tokens yet into the tokenizer files; returns their ids."""
     data = read_json(folder / "tokenizer.json")
     present = {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
-    wanted = {tag: ids[0] for tag, ids in zip(tags.strings, tags.ids)}
-    for tag, token_id in wanted.items():
+    tag_ids = {tag: ids[0] for tag, ids in zip(tags.strings, tags.ids)}
+    for tag, token_id in tag_ids.items():
         if present.get(tag, token_id) != token_id:
             raise UserError(f"{source}: the tokenizer knows {tag!r} as id {present[tag]}, the model as {token_id}")
-    new = {tag: token_id for tag, token_id in wanted.items() if tag not in present}
+    new = {tag: token_id for tag, token_id in tag_ids.items() if tag not in present}
     if not new:
         return []
     # Not special: decoding with skip_special_tokens keeps them. Found in the text as it stands, neighbours untouched.
@@ -68,51 +68,53 @@ def _pin_ids(data: dict[str, Any], new: dict[str, int], source: Path) -> None:
     import tokenizers
 
     def misplaced() -> list[str]:
-        read = tokenizers.Tokenizer.from_str(json.dumps(data))
-        return [tag for tag, i in new.items() if read.token_to_id(tag) != i or read.id_to_token(i) != tag]
+        reader = tokenizers.Tokenizer.from_str(json.dumps(data))
+        return [tag for tag, i in new.items() if reader.token_to_id(tag) != i or reader.id_to_token(i) != tag]
 
-    wrong = misplaced()
-    if wrong:
+    bad_tags = misplaced()
+    if bad_tags:
         vocabulary = data["model"].get("vocab")
-        others = {entry["id"] for entry in data["added_tokens"] if entry["content"] not in new}
-        if isinstance(vocabulary, dict) and not set(new.values()) & (others | set(vocabulary.values())):
+        other_ids = {entry["id"] for entry in data["added_tokens"] if entry["content"] not in new}
+        if isinstance(vocabulary, dict) and not set(new.values()) & (other_ids | set(vocabulary.values())):
             vocabulary.update(new)
-            wrong = misplaced()
-    if wrong:
+            bad_tags = misplaced()
+    if bad_tags:
         raise UserError(
-            f"{source}: the tokenizer cannot give {wrong[0]!r} the id {new[wrong[0]]}, taken or out of reach"
+            f"{source}: the tokenizer cannot give {bad_tags[0]!r} the id {new[bad_tags[0]]}, taken or out of reach"
         )
 
 
 def _problems(
     before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, tags: ForkingTokens, added: list[int]
 ) -> list[str]:
-    """What an exported tokenizer gets wrong, compared with the one before the tags were added."""
+    """Faults of an exported tokenizer, compared with the one before the tags were added."""
 
     def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    found = []
+    problems = []
     for text in PROBES:
         if ids(after, text) != ids(before, text) or after(text)["input_ids"] != before(text)["input_ids"]:
-            found.append(f"it encodes {text!r} otherwise than before")
+            problems.append(f"it encodes {text!r} otherwise than before")
     ids_before, ids_after = before.get_vocab(), after.get_vocab()
-    moved = [token for token, token_id in ids_before.items() if ids_after.get(token) != token_id]
-    if moved:
-        found.append(f"it moves {moved[0]!r} from id {ids_before[moved[0]]} to {ids_after.get(moved[0])}")
+    moved_tokens = [token for token, token_id in ids_before.items() if ids_after.get(token) != token_id]
+    if moved_tokens:
+        problems.append(
+            f"it moves {moved_tokens[0]!r} from id {ids_before[moved_tokens[0]]} to {ids_after.get(moved_tokens[0])}"
+        )
     for name in ("chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(after, name) != getattr(before, name):
-            found.append(f"its {name} changed")
+            problems.append(f"its {name} changed")
     for tag, sequence in zip(tags.strings, tags.ids):
         if ids(after, tag) != list(sequence):
-            found.append(f"it encodes {tag!r} as {ids(after, tag)} instead of {list(sequence)}")
+            problems.append(f"it encodes {tag!r} as {ids(after, tag)} instead of {list(sequence)}")
     for tag, (token_id, *_) in zip(tags.strings, tags.ids) if tags.format == "special" else ():
-        for left in ("a", "a \n"):
-            if ids(after, f"{left}{tag}b")[: len(ids(before, left)) + 1] != [*ids(before, left), token_id]:
-                found.append(f"it does not find {tag!r} within a text")
+        for context in ("a", "a \n"):
+            if ids(after, f"{context}{tag}b")[: len(ids(before, context)) + 1] != [*ids(before, context), token_id]:
+                problems.append(f"it does not find {tag!r} within a text")
         entry = after.added_tokens_decoder.get(token_id)
         if entry is None or entry.lstrip or entry.rstrip or entry.single_word:
-            found.append(f"{tag!r} takes the spaces around it, or needs them")
+            problems.append(f"{tag!r} takes the spaces around it, or needs them")
         if token_id in added and after.decode([token_id], skip_special_tokens=True) != tag:
-            found.append(f"it loses {tag!r} when it decodes")
-    return found
+            problems.append(f"it loses {tag!r} when it decodes")
+    return problems

@@ -13,7 +13,7 @@ from megatron_ssft.tokenizers.hf_folder import load_tokenizer
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project needs of a tokenizer."""
+    """Interface of a tokenizer, as far as this project needs it."""
 
     vocab_size: int
     """Entries before any forking tokens: every id of `encode` and every special id is smaller."""

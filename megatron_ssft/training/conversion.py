@@ -114,7 +114,7 @@ def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: T
 
 def _precision(run: Path) -> dict[str, Any]:
     """The precision of a run's weights, from its newest checkpoint's state."""
-    return {"bf16": bool(read_state(run, find_latest(run)).get("bf16"))}
+    return {"bf16": read_state(run, find_latest(run)).bf16}
 
 
 def _load(engine: Engine, run: Path) -> int:

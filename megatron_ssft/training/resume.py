@@ -6,95 +6,83 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from msgspec import structs
 
 from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS
+from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
 from megatron_ssft.hf.assets import copy_assets
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 
-STATE_FORMAT = 1
 
-
-def run_state(config: RunConfig, vocabulary: Vocabulary, iteration: int, data: str) -> dict[str, Any]:
-    """Everything that decides the future of a run besides weights, optimizer and the objective's own state, as JSON.
-
-    There is no random state: every draw is a function of the seed, the epoch and the question. Nor is there one of
-    the learning rate, a function of the step.
+def run_state(config: RunConfig, vocabulary: Vocabulary, iteration: int, data: str) -> RunState:
+    """What decides the future of a run besides weights, optimizer and the objective's own state.
 
     Args:
         data: the fingerprint of what it is trained on.
     """
-    return weights_state(config, vocabulary) | {
-        "iteration": iteration,
-        "data": data,
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
-        "has_optimizer": True,
-    }
+    weights = structs.asdict(weights_state(config, vocabulary)) | {"iteration": iteration, "has_optimizer": True}
+    return RunState(**weights, data=data, use_distributed_optimizer=config.parallel.use_distributed_optimizer)
 
 
-def weights_state(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a checkpoint of weights alone says of itself, as JSON."""
-    return {
-        "format": STATE_FORMAT,
-        "iteration": 0,
-        "has_optimizer": False,
-        "model": dataclasses.asdict(config.model),
-        "vocab_size": vocabulary.size,
-        "forking_tokens": {
-            "format": vocabulary.tags.format,
-            "strings": list(vocabulary.tags.strings),
-            "ids": [list(ids) for ids in vocabulary.tags.ids],
-        },
-        "bf16": config.parallel.bf16,
-    }
+def weights_state(config: RunConfig, vocabulary: Vocabulary) -> WeightsState:
+    """What a checkpoint of weights alone says of itself."""
+    return WeightsState(
+        format=STATE_FORMAT,
+        iteration=0,
+        has_optimizer=False,
+        model=dataclasses.asdict(config.model),
+        vocab_size=vocabulary.size,
+        forking_tokens=TagState(
+            format=vocabulary.tags.format,
+            strings=list(vocabulary.tags.strings),
+            ids=[list(ids) for ids in vocabulary.tags.ids],
+        ),
+        bf16=config.parallel.bf16,
+    )
 
 
-def refuse_contradictions(
-    run: Path,
-    stored: dict[str, Any],
-    ours: dict[str, Any],
-    finetune: bool,
-    flag: str = "--load",
-    otherwise: str = "start from the weights alone with --finetune",
-) -> None:
-    """Raise UserError where a checkpoint and this run contradict each other.
+def refuse_other_model(run: Path, stored: WeightsState, ours: WeightsState, flag: str = "--load") -> None:
+    """Raise UserError where the weights of a checkpoint do not fit this run.
 
     Args:
-        run: the folder given as --load.
-        stored, ours: `run_state` of the checkpoint and of this run.
-        finetune: only the weights are taken over, so only they have to fit.
+        run: the folder of the checkpoint.
+        stored, ours: states of the checkpoint and of this run.
         flag: by which `run` was given.
-        otherwise: what to do instead of resuming.
     """
-    if stored.get("format") != STATE_FORMAT:
-        raise UserError(f"{flag} {run}: checkpoint format {stored.get('format')}, this version reads {STATE_FORMAT}")
-    for name, value in stored["model"].items():
-        if name != "transformer_impl" and ours["model"].get(name) != value:
+    for name, value in stored.model.items():
+        if name != "transformer_impl" and ours.model.get(name) != value:
             raise UserError(
-                f"{flag} {run}: the checkpoint has {name} {value}, this run {ours['model'].get(name)}; "
+                f"{flag} {run}: the checkpoint has {name} {value}, this run {ours.model.get(name)}; "
                 f"--config {run}/config.yaml takes the checkpoint's settings"
             )
-    if not stored["forking_tokens"]["ids"]:
+    if not stored.forking_tokens.ids:
         raise UserError(f"{flag} {run}: was imported without tags; import it again with --num-forking-tokens N")
     for name in ("vocab_size", "forking_tokens"):
-        if stored[name] != ours[name]:
+        if getattr(stored, name) != getattr(ours, name):
             raise UserError(f"{flag} {run}: tokenizer or forking tokens differ from the checkpoint's ({name})")
-    if finetune:
-        return
+
+
+def refuse_other_run(run: Path, stored: RunState, ours: RunState, otherwise: str) -> None:
+    """Raise UserError where a run cannot go on from a checkpoint whose weights fit it.
+
+    Args:
+        otherwise: what to do instead of resuming.
+    """
     for name in ("use_distributed_optimizer", "bf16"):
-        if stored[name] != ours[name]:
+        if getattr(stored, name) != getattr(ours, name):
             raise UserError(
-                f"{flag} {run}: saved {'with' if stored[name] else 'without'} --{name.replace('_', '-')}; "
+                f"--load {run}: saved {'with' if getattr(stored, name) else 'without'} --{name.replace('_', '-')}; "
                 f"resume the same way, or {otherwise}"
             )
-    if stored["data"] != ours["data"]:
+    if stored.data != ours.data:
         raise UserError(
-            f"{flag} {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
+            f"--load {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
             f"data means nothing; resume with the same, or {otherwise}"
         )
 

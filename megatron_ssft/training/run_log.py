@@ -38,7 +38,7 @@ class WandbRun(Protocol):
 
 
 class Log(Protocol):
-    """What a trainer may do with its log, on every rank."""
+    """A run's log as trainers use it, on every rank."""
 
     def say(self, text: str) -> None:
         """Print one line."""

@@ -11,10 +11,11 @@ from megatron_ssft.config import SSFTConfig, TrainingRun
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.registry import objective_of
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state, save_checkpoint
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights
@@ -28,8 +29,9 @@ from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,
-    refuse_contradictions,
     refuse_occupied_folder,
+    refuse_other_model,
+    refuse_other_run,
     resumable,
     run_state,
 )
@@ -226,18 +228,19 @@ class Trainer:
             return False
         if not self.objective.continues_elsewhere:
             return checkpoint.continues_in_place
-        state = on_first_rank(lambda: read_state(run, find_latest(run)), self.topology)
-        return bool(state.get("has_optimizer", True))
+        return read_state_everywhere(run, self._latest(run), self.topology).has_optimizer
 
     def _resume(self, run: Path) -> None:
         """Go on where the newest checkpoint was taken. Raises UserError where it and this run contradict each other."""
-        iteration = int(on_first_rank(lambda: find_latest(run), self.topology))
-        state = on_first_rank(lambda: read_state(run, iteration), self.topology)
+        iteration = self._latest(run)
+        state = read_state_everywhere(run, iteration, self.topology)
         self.objective.check_state(run, state)
+        assert isinstance(state, RunState)
+        refuse_other_model(run, state, self.state())
         otherwise = "start from the weights alone with --finetune"
         if not self.objective.continues_elsewhere:
             otherwise = "start again with another --save"
-        refuse_contradictions(run, state, self.state(), finetune=False, otherwise=otherwise)
+        refuse_other_run(run, state, self.state(), otherwise)
         load_checkpoint(self.engine, run, iteration)
         self.objective.load_state(state)
         self.iteration = iteration
@@ -245,11 +248,14 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, object]:
-        """What a checkpoint stores besides weights and optimizer, as JSON."""
-        return run_state(self.config.run, self.vocabulary, self.iteration, self.objective.fingerprint) | (
-            self.objective.state()
-        )
+    def state(self) -> RunState:
+        """What a checkpoint stores besides weights and optimizer."""
+        state = run_state(self.config.run, self.vocabulary, self.iteration, self.objective.fingerprint)
+        return self.objective.complete_state(state)
+
+    def _latest(self, run: Path) -> int:
+        """The iteration of the newest complete checkpoint. Raises UserError. Collective."""
+        return int(on_first_rank(lambda: find_latest(run), self.topology))
 
     def _save_is_due(self) -> bool:
         every = self.config.run.checkpoint.save_interval

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from msgspec import structs
 
 from megatron_ssft.config import StartConfig
 from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state
+from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
-from megatron_ssft.training.resume import refuse_contradictions, weights_state
+from megatron_ssft.training.resume import refuse_other_model, weights_state
 
 _UNTIED = "untie_embeddings_and_output_weights"
 
@@ -41,9 +42,9 @@ def take_weights(engine: Engine, vocabulary: Vocabulary, start: StartConfig, sou
         engine.optimizer.reload_model_params()
         return
     iteration = int(on_first_rank(lambda: find_latest(source), topology))
-    state: dict[str, Any] = on_first_rank(lambda: read_state(source, iteration), topology)
-    untie = own_head and not state.get("model", {}).get(_UNTIED, True)
+    state = read_state_everywhere(source, iteration, topology)
+    untie = own_head and not state.model.get(_UNTIED, True)
     if untie:
-        state["model"][_UNTIED] = True
-    refuse_contradictions(source, state, weights_state(config, vocabulary), finetune=True, flag=flag)
+        state = structs.replace(state, model=state.model | {_UNTIED: True})
+    refuse_other_model(source, state, weights_state(config, vocabulary), flag)
     load_checkpoint(engine, source, iteration, weights_only=True, untie=untie)

@@ -13,8 +13,7 @@ import pytest
 
 from tests.helpers.bad_input import complaint, contents, flags, row, start_each, without, write_rows
 from tests.helpers.distributed import run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 # -- data ------------------------------------------------------------------------------------------------------------
 

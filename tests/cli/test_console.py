@@ -21,9 +21,9 @@ from megatron_ssft.cli import demo
 from megatron_ssft.cli.main import COMMANDS, dispatch, overview, program_name
 from megatron_ssft.errors import UserError
 from megatron_ssft.rounds.commands import Tools
+from tests.helpers.paths import ROOT
 from tests.helpers.wheels import build_wheel, install_wheel, installed_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 DOORS = [ROOT / "pretrain_ssft.py", *sorted((ROOT / "tools").glob("*.py"))]
 CONSOLE = ["-m", "megatron_ssft.cli"]
 

@@ -7,14 +7,12 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_ssft.formats.rollouts import write_scored
+from tests.helpers.paths import ROOT
 from tests.helpers.scored_rows import question, scored
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_tool(*arguments):

@@ -27,8 +27,8 @@ from megatron_ssft.hf.assets import write_assets
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer
 from tests.helpers.hf_models import random_model
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = Sampling(temperature=0.9, top_p=0.95, top_k=0, max_new_tokens=6)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,8 @@ from megatron_ssft.data.examples import read_examples
 from megatron_ssft.datasets.held_out import is_held_out, split_set
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.errors import UserError
-from megatron_ssft.scoring.run import read_questions
-
-ROOT = Path(__file__).resolve().parents[2]
+from megatron_ssft.scoring.questions import read_questions
+from tests.helpers.paths import ROOT
 
 
 def save(path, *rows):

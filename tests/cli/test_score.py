@@ -13,11 +13,11 @@ import pytest
 
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.formats.rollouts import Rollout, read_scored
-from megatron_ssft.scoring.run import LocatedQuestion, Marks
+from megatron_ssft.scoring.questions import LocatedQuestion
+from megatron_ssft.scoring.resume import Marks
 from megatron_ssft.scoring.sandbox import mechanisms
 from megatron_ssft.scoring.verifiers.common import Settings
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -281,9 +281,9 @@ def test_groups_come_from_scores_and_questions(tmp_path):
     assert (tmp_path / "w.jsonl").read_text() == ""
 
 
-def test_programs_are_scored_behind_walls(tmp_path):
-    if all(mechanisms.probe(kind) is not None for kind in mechanisms.KINDS):
-        pytest.skip("this machine cannot isolate programs")
+def test_programs_are_scored_in_the_sandbox(tmp_path):
+    if all(mechanisms.probe(mechanism) is not None for mechanism in mechanisms.MECHANISMS):
+        pytest.skip("this machine has no sandbox for programs")
     questions = write(
         tmp_path / "q.jsonl",
         [

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,8 +15,8 @@ from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.fields import field_docstrings
 from megatron_ssft.config.flags import build_config, build_parser, flat, parse_arguments, sections_of, to_yaml
 from tests.helpers.config_flags import BASE, argv, from_file, parse
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = sections_of(SSFTConfig)
 FIELDS = [(section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
 from megatron_ssft.errors import UserError
-from megatron_ssft.scoring.run import read_questions
+from megatron_ssft.scoring.questions import read_questions
 from megatron_ssft.scoring.verifiers import choice, exact, mathematics
 from tests.helpers.benchmark_rows import GPQA, HUMANEVAL, error_of, lcb, pack, read, save
 

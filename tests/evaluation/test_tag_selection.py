@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation import tag_selection
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "select_tag.py"
 
 

@@ -12,13 +12,12 @@ import textwrap
 import pytest
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.rollout_writer import RolloutWriter, resume_rollouts
 from megatron_ssft.formats.rollouts import (
     Rollout,
-    RolloutWriter,
     mark,
     read_rollouts,
     read_scored,
-    resume_rollouts,
     score_rollout,
     to_line,
     write_scored,
@@ -253,7 +252,7 @@ def test_what_write_returned_from_outlives_sigkill(tmp_path):
         import sys
         sys.path[:0] = sys.argv[2:]
         from tests.formats.test_rollouts import ORIGIN, rollout
-        from megatron_ssft.formats.rollouts import RolloutWriter, resume_rollouts
+        from megatron_ssft.formats.rollout_writer import RolloutWriter, resume_rollouts
         done = resume_rollouts(sys.argv[1], **ORIGIN)
         with RolloutWriter(sys.argv[1]) as writer:
             for sample in range(len(done), 10**9):

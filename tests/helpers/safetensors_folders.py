@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from safetensors.torch import save_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.hf.safetensors_io import INDEX, SINGLE
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"a.weight": (7, 12), "a.bias": (7,), "b.weight": (5, 3), "c.weight": (1, 1)}
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 

@@ -11,6 +11,7 @@ from megatron_ssft.hf.scratch_assets import write_scratch_assets
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 
+TP2PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 DEMO = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 192, "num_attention_heads": 4}
 FAMILY = {
     "llama": {},

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from megatron_ssft.layouts.padded import collate, loss_denominator
 from megatron_ssft.matching import Matcher
 from megatron_ssft.records import (
     PAD,
@@ -16,13 +17,7 @@ from megatron_ssft.records import (
     SequenceSpec,
     TokenizedSet,
 )
-from megatron_ssft.scheduling import (
-    WorkModel,
-    collate,
-    loss_denominator,
-    plan_cost_microbatches,
-    plan_train_microbatches,
-)
+from megatron_ssft.scheduling import RowLimits, WorkModel, plan_cost_rows, plan_train_rows
 from megatron_ssft.scheduling.work import padded_microbatch
 
 WORK = WorkModel(1.0, 2e-3, 0.0)
@@ -107,9 +102,7 @@ def test_training_arrays_and_denominator(tags, train_tag, normalization, multipl
         )
         assert type(denominator) is int
         for ranks, b in ((1, 1), (2, 3), (3, 4)):
-            plan = plan_train_microbatches(
-                batch, assignments, tags, num_ranks=ranks, micro_batch_size=b, group_size=1, work=WORK
-            )
+            plan = plan_train_rows(batch, assignments, tags, RowLimits(ranks, b), WORK)
             total = check(batch, plan, tags, None, train_tag, normalization, multiple)
             assert total == pytest.approx(denominator, rel=1e-6)
 
@@ -118,9 +111,7 @@ def test_training_arrays_and_denominator(tags, train_tag, normalization, multipl
 @pytest.mark.parametrize("cut", [1, 5, 1000])
 def test_cost_arrays_weigh_each_pair_as_a_mean(tags, cut):
     batch = make_batch(3)
-    plan = plan_cost_microbatches(
-        batch, tags, matching_tokens=cut, num_ranks=2, tokens_per_microbatch=120, group_size=2, work=WORK
-    )
+    plan = plan_cost_rows(batch, cut, tags, RowLimits(2, max_tokens=120, group_size=2), WORK)
     total = check(batch, plan, tags, cut, False, "sequence", 4)
     assert total == pytest.approx(4 * batch.num_traces)
     assert check(batch, plan, tags, cut, False, "token", 4) == 4 * sum(
@@ -160,9 +151,7 @@ def test_only_pads():
 
 def test_a_plan_for_another_cut_is_noticed():
     batch = make_batch(1)
-    plan = plan_cost_microbatches(
-        batch, SPECIAL, matching_tokens=2, num_ranks=1, tokens_per_microbatch=64, group_size=1, work=WORK
-    )
+    plan = plan_cost_rows(batch, 2, SPECIAL, RowLimits(1, max_tokens=64), WORK)
     with pytest.raises(AssertionError, match="differ"):
         for microbatch in plan.ranks[0]:
             collate(

@@ -121,7 +121,7 @@ def test_optimizer_state_of_the_tags_is_kept(saved):
 def test_run_folder_holds_checkpoints_tracker_and_nothing_else(saved):
     assert sorted(os.listdir(saved[0])) == ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"]
     assert (saved[0] / "latest_checkpointed_iteration.txt").read_text() == "2"
-    assert read_state(saved[0], 2)["iteration"] == 2
+    assert read_state(saved[0], 2).iteration == 2
 
 
 # -- any layout ------------------------------------------------------------------------------------------------------

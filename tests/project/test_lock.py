@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 WITHOUT_LOCK = {"torch"}
 """Its build depends on the machine; the Makefile names it."""

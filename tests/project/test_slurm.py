@@ -12,8 +12,8 @@ import pytest
 
 from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import parse_arguments
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
 SCRIPTS = ["single_node.sbatch", "multi_node.sbatch"]
 JOB_ID = "271828"

@@ -12,7 +12,7 @@ import pytest
 from megatron_ssft.errors import UserError
 from megatron_ssft.report.policy_runs import is_policy_run, load_policy_evaluation, load_policy_runs
 from megatron_ssft.report.report import write_report
-from tests.evaluation.test_policy_evaluation import GROUPS, evaluated, write_lines
+from tests.helpers.policy_evaluations import GROUPS, evaluated, write_lines
 from tests.report.test_figures import make_run
 from tests.report.test_report_html import HOSTILE, Page, check_safe, pictures, tool  # noqa: F401
 

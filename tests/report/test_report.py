@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +22,6 @@ from megatron_ssft.matching.statistics import (
     whole_epochs,
 )
 from megatron_ssft.report.runs import final_mean, gap_by_iteration
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _write(folder, metrics=(), visits=()):

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -17,9 +16,9 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.report.exhibits import Exhibit, Picture, Section, TableData
 from megatron_ssft.report.html import LARGEST_SVG, page
 from megatron_ssft.report.report import write_report
+from tests.helpers.paths import ROOT
 from tests.report.test_figures import make_evaluation, make_run
 
-ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -20,8 +20,7 @@ from megatron_ssft.rounds.gfpo_rounds import questions_of_round
 from megatron_ssft.rounds.processes import MARK
 from megatron_ssft.rounds.round_table import round_row
 from megatron_ssft.rounds.stages import newest_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 # All four programs. What they make follows from what they are given, as in the real ones, and is gone on with after a
 # kill. STUB_HOLD=stage:round stops one half-way, for ever and deaf to SIGTERM, until it is killed.

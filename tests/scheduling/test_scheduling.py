@@ -13,7 +13,7 @@ import pytest
 from megatron_ssft.config import ModelConfig
 from megatron_ssft.matching import Matcher
 from megatron_ssft.records import PAD, ForkingTokens, QuestionBatch, QuestionVisit, Size, TokenizedSet
-from megatron_ssft.scheduling import WorkModel, plan_cost_microbatches, plan_train_microbatches
+from megatron_ssft.scheduling import RowLimits, WorkModel, plan_cost_rows, plan_train_rows
 from megatron_ssft.scheduling.balance import balance, makespan_lower_bound
 
 WORK = WorkModel(token=1.0, pair=4e-5, scored=0.0)
@@ -52,21 +52,11 @@ def assign(batch, seed=0):
 
 def train_plan(batch, assignments=None, tags=SPECIAL, ranks=1, b=1, v=1, work=WORK):
     assignments = assign(batch) if assignments is None else assignments
-    return plan_train_microbatches(
-        batch, assignments, tags, num_ranks=ranks, micro_batch_size=b, group_size=v, work=work
-    )
+    return plan_train_rows(batch, assignments, tags, RowLimits(ranks, b, group_size=v), work)
 
 
 def cost_plan(batch, tags=SPECIAL, matching_tokens=1000, ranks=1, budget=4096, v=1, work=WORK):
-    return plan_cost_microbatches(
-        batch,
-        tags,
-        matching_tokens=matching_tokens,
-        num_ranks=ranks,
-        tokens_per_microbatch=budget,
-        group_size=v,
-        work=work,
-    )
+    return plan_cost_rows(batch, matching_tokens, tags, RowLimits(ranks, max_tokens=budget, group_size=v), work)
 
 
 def check_report(plan, work=WORK):
@@ -252,15 +242,8 @@ def test_cost_plan_is_even_where_microbatches_are_few(ranks):
 
 
 def test_fewer_pairs_than_ranks_leave_one_pad_a_rank():
-    plan = plan_cost_microbatches(
-        make_batch([[5]]),
-        ForkingTokens(("<a>", "<b>"), ((1,), (2,)), "special"),
-        matching_tokens=5,
-        num_ranks=5,
-        tokens_per_microbatch=1000,
-        group_size=1,
-        work=WORK,
-    )
+    tags = ForkingTokens(("<a>", "<b>"), ((1,), (2,)), "special")
+    plan = plan_cost_rows(make_batch([[5]]), 5, tags, RowLimits(5, max_tokens=1000), WORK)
     assert sorted(rank[0].sequences[0].is_pad for rank in plan.ranks) == [False, False, True, True, True]
     assert all(len(rank) == 1 for rank in plan.ranks) and plan.pad_sequences == 3
 

@@ -10,22 +10,27 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_ssft.config import ModelConfig
 from megatron_ssft.records import Assignment, ForkingTokens, QuestionBatch, QuestionVisit, Size, TokenizedSet
-from megatron_ssft.scheduling import WorkModel
-from megatron_ssft.scheduling.cost_streams import distinct_traces, plan_cost_streams
-from megatron_ssft.scheduling.pack_streams import fewest_streams, pack
+from megatron_ssft.scheduling import (
+    StreamLayout,
+    StreamLimits,
+    WorkModel,
+    distinct_traces,
+    plan_cost_streams,
+    plan_train_streams,
+)
+from megatron_ssft.scheduling.pack_streams import pack
+from megatron_ssft.scheduling.pad_bound import fewest_streams
 from megatron_ssft.scheduling.search_streams import fit_into
+from megatron_ssft.scheduling.sequences import train_sequences
 from megatron_ssft.scheduling.shared_nodes import ItemNodes, Part, question_parts, stream_nodes
-from megatron_ssft.scheduling.train_rows import train_sequences
-from megatron_ssft.scheduling.train_streams import plan_train_streams
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = WorkModel(token=1.0, pair=4e-5, scored=0.2)
 LARGE = WorkModel.for_model(
     ModelConfig(
@@ -40,6 +45,7 @@ LARGE = WorkModel.for_model(
 )
 SPECIAL = ForkingTokens(tuple(f"<think{i}>" for i in range(1, 9)), tuple((900 + i,) for i in range(8)), "special")
 TEXT = ForkingTokens(tuple(f"<think{i}>" for i in range(1, 9)), tuple((5,) * (3 + i % 3) for i in range(8)), "text")
+EFFORT = StreamLimits(1, 1).search_effort
 TWO = ForkingTokens(("<a>", "<b>"), ((1,), (2, 3)), "text")
 
 
@@ -80,23 +86,13 @@ def large_step(questions, seed):
 
 
 def train_plan(step, tags=SPECIAL, ranks=1, budget=32768, v=1, equal=False, work=WORK, **options):
-    return plan_train_streams(
-        *step, tags, num_ranks=ranks, max_tokens=budget, group_size=v, equal_counts=equal, work=work, **options
-    )
+    limits = StreamLimits(ranks, budget, v, equal_counts=equal, layout=StreamLayout(**options))
+    return plan_train_streams(*step, tags, limits, work)
 
 
 def cost_plan(batch, tags=SPECIAL, cut=1000, ranks=1, budget=4096, v=1, least=1, work=WORK, **options):
-    return plan_cost_streams(
-        batch,
-        tags,
-        matching_tokens=cut,
-        num_ranks=ranks,
-        max_tokens=budget,
-        group_size=v,
-        min_microbatches=least,
-        work=work,
-        **options,
-    )
+    limits = StreamLimits(ranks, budget, v, min_microbatches=least, layout=StreamLayout(**options))
+    return plan_cost_streams(batch, cut, tags, limits, work)
 
 
 def tree_size(batch, tags, sequences, share=True):
@@ -376,11 +372,11 @@ def test_search_and_bound_against_every_partition():
 
         least = min(len(streams) for streams in set_partitions(sequences) if all(map(fits, streams)))
         assert fewest_streams(nodes, budget, one) <= least
-        found, certain = fit_into(ItemNodes.of(nodes), least, budget, one)
+        found, certain = fit_into(ItemNodes.of(nodes), least, budget, one, EFFORT)
         assert certain and len(found) <= least
         assert sorted(itertools.chain(*found)) == list(range(len(sequences)))
         assert all(fits([sequences[k] for k in stream]) for stream in found)
-        assert fit_into(ItemNodes.of(nodes), least - 1, budget, one) == (None, True)
+        assert fit_into(ItemNodes.of(nodes), least - 1, budget, one, EFFORT) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +390,8 @@ def test_search_tells_streams_of_one_size_apart_by_what_they_share(count, length
     remaining = iter(tags)
     step = make_batch(lengths, prompts), [Assignment(tuple(next(remaining) for _ in of)) for of in lengths]
     sequences = train_sequences(*step, SPECIAL)
-    found, certain = fit_into(ItemNodes.of(stream_nodes(step[0], sequences, SPECIAL, WORK, True)), count, budget, False)
+    nodes = ItemNodes.of(stream_nodes(step[0], sequences, SPECIAL, WORK, True))
+    found, certain = fit_into(nodes, count, budget, False, EFFORT)
     assert certain and len(found) == count
     assert all(tree_size(step[0], SPECIAL, [sequences[k] for k in of]).tokens <= budget for of in found)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_ssft.errors import UserError
@@ -20,16 +21,16 @@ from megatron_ssft.scoring.sandbox.programs import Limits, run_program
 from megatron_ssft.scoring.verifiers import code
 from megatron_ssft.scoring.verifiers.common import Judgement, Settings, UnusableQuestion
 from tests.helpers.hostile_programs import CHEATS, CONTAINED, HONEST, HONEST_FUNCTIONS, RIGHT, TESTS
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-PROBLEMS = {kind: mechanisms.probe(kind) for kind in mechanisms.KINDS}
+PROBLEMS = {mechanism: mechanisms.probe(mechanism) for mechanism in mechanisms.MECHANISMS}
 IS_REFUSED = r"landlock_create_ruleset|unshare|uid_map|setgroups|mount |chroot|PR_SET_SECCOMP|system call table"
-"""The machine says no to the walls; any other problem is a hole in them."""
+"""The machine refuses the restrictions; any other problem is a gap in them."""
 LIMITS = Limits(seconds=1.0, memory_mb=512)
 
 
 @pytest.fixture(params=["landlock", pytest.param("namespaces", marks=[] if PROBLEMS["landlock"] else pytest.mark.slow)])
-def walls(request):
+def mechanism(request):
     problem = PROBLEMS[request.param]
     if problem is not None and re.search(IS_REFUSED, problem):
         pytest.skip(problem)
@@ -37,31 +38,32 @@ def walls(request):
     return request.param
 
 
-def attempt(source: str, walls: str | None, limits: Limits = LIMITS) -> tuple[str, str | None]:
-    output, problem = run_program(source, b"3 4\n", limits, walls)
+def attempt(source: str, mechanism: str | None, limits: Limits = LIMITS) -> tuple[str, str | None]:
+    output, problem = run_program(source, b"3 4\n", limits, mechanism)
     return output.decode("utf-8", "replace"), problem
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_honest_programs_run(walls, name):
+def test_honest_programs_run(mechanism, name):
     source, expected = HONEST[name]
-    output, problem = attempt(source, walls, Limits(seconds=20.0))
+    output, problem = attempt(source, mechanism, Limits(seconds=20.0))
     assert problem is None
     assert expected is None or output == expected
 
 
 @pytest.mark.parametrize("name", CONTAINED)
-def test_hostile_programs_are_contained(walls, name):
+def test_hostile_programs_are_contained(mechanism, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))  # other tests run programs meanwhile
     source, expected = CONTAINED[name]
     limits = LIMITS if expected == "timeout" else Limits(seconds=15.0, memory_mb=512)
     began = time.monotonic()
-    _, problem = attempt(source, walls, limits)
+    _, problem = attempt(source, mechanism, limits)
     assert problem is not None and problem.startswith(tuple(expected.split("|"))), problem
     assert time.monotonic() - began < limits.seconds + 8.0
-    assert not list(Path(programs.tempfile.gettempdir()).glob("ssft-program-*/box/*"))
+    assert not list(tmp_path.glob("ssft-program-*"))
 
 
-def test_neither_files_nor_processes_outside_are_within_reach(walls, tmp_path):
+def test_neither_files_nor_processes_outside_are_within_reach(mechanism, tmp_path):
     secret = tmp_path / "tests.jsonl"
     secret.write_text("the expected output is 424242")
     listener = socket.create_server(("127.0.0.1", 0))
@@ -106,7 +108,7 @@ for folder, folders, files in os.walk("/"):
         folders.clear()
 """
     standard_library = Path(os.__file__).stat().st_mtime_ns
-    output, problem = attempt(source, walls, Limits(seconds=20.0))
+    output, problem = attempt(source, mechanism, Limits(seconds=20.0))
     assert problem is None
     assert set(output.split()) <= {"PermissionError", "FileNotFoundError", "NotADirectoryError", "OSError"}, output
     assert secret.read_text() == "the expected output is 424242" and secret.stat().st_mode & 0o400
@@ -119,20 +121,21 @@ for folder, folders, files in os.walk("/"):
     listener.close()
 
 
-def test_nothing_survives_the_worker_that_started_it(walls, tmp_path):
+def test_nothing_survives_the_worker_that_started_it(mechanism, tmp_path):
     """A program whose parent is killed ends with it."""
     source = "import time; time.sleep(60)"
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from megatron_ssft.scoring.sandbox.programs import *\n"
-        f"with started({{'role': 'program', 'source': {source!r}}}, walls={walls!r}, limits=Limits()) as p:\n"
+        f"task = {{'role': 'program', 'source': {source!r}}}\n"
+        f"with start_program(task, mechanism={mechanism!r}, limits=Limits()) as p:\n"
         "    print(p.process.pid, flush=True); time.sleep(60)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
     child = int(parent.stdout.readline())
-    assert Path(f"/proc/{child}").exists()
+    assert psutil.pid_exists(child)
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 5
@@ -143,18 +146,18 @@ def test_nothing_survives_the_worker_that_started_it(walls, tmp_path):
 
 def _is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
 
 
-def test_walls_hold_for_an_ordinary_user(walls):
+def test_restrictions_hold_for_an_ordinary_user(mechanism):
     if os.getuid() == 0 and shutil.which("unshare") is None:
         pytest.skip("no unshare command")
     command = [
         sys.executable,
         "-c",
-        f"from megatron_ssft.scoring.sandbox import mechanisms; print(mechanisms.probe({walls!r}))",
+        f"from megatron_ssft.scoring.sandbox import mechanisms; print(mechanisms.probe({mechanism!r}))",
     ]
     if os.getuid() == 0:  # the same files stay readable, but no capability is left
         command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command]
@@ -164,15 +167,15 @@ def test_walls_hold_for_an_ordinary_user(walls):
     assert done.stdout == "None\n", done.stderr
 
 
-def test_without_walls_programs_are_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(mechanisms, "probe", lambda kind: f"no {kind} here")
+def test_without_a_mechanism_programs_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(mechanisms, "probe", lambda mechanism: f"no {mechanism} here")
     with pytest.raises(UserError, match=r"^--verifier code: this machine cannot .*no landlock.*--unsafe-code[^\n]*$"):
         mechanisms.choose()
 
 
-def test_a_hole_in_the_walls_is_noticed(monkeypatch):
+def test_a_gap_in_the_restrictions_is_noticed(monkeypatch):
     monkeypatch.setattr(programs, "readable_paths", lambda: ("/",))
-    assert "read other files" in mechanisms.probe(next(kind for kind, p in PROBLEMS.items() if p is None))
+    assert "read other files" in mechanisms.probe(next(mechanism for mechanism, p in PROBLEMS.items() if p is None))
 
 
 def test_unsafe_programs_have_limits_too():
@@ -182,27 +185,27 @@ def test_unsafe_programs_have_limits_too():
 
 
 @pytest.mark.parametrize("name", CHEATS)
-def test_function_tests_are_not_cheated(walls, name):
+def test_function_tests_are_not_cheated(mechanism, name):
     source, expected = CHEATS[name]
-    verdict = run_function_tests(source, TESTS, "f", LIMITS, walls)
+    verdict = run_function_tests(source, TESTS, "f", LIMITS, mechanism)
     assert verdict.startswith(tuple(expected.split("|"))), verdict
 
 
 @pytest.mark.parametrize("name", HONEST_FUNCTIONS)
-def test_honest_functions_pass(walls, name):
+def test_honest_functions_pass(mechanism, name):
     source, tests, entry_point = HONEST_FUNCTIONS[name]
-    assert run_function_tests(source, tests, entry_point, Limits(seconds=20.0), walls) == "correct"
+    assert run_function_tests(source, tests, entry_point, Limits(seconds=20.0), mechanism) == "correct"
 
 
-def test_function_tests_that_pass_more_than_data_say_so(walls):
-    assert run_function_tests(RIGHT, "assert f(lambda: 1) == 2", "f", LIMITS, walls) == "unsupported test"
+def test_function_tests_that_pass_more_than_data_say_so(mechanism):
+    assert run_function_tests(RIGHT, "assert f(lambda: 1) == 2", "f", LIMITS, mechanism) == "unsupported test"
 
 
-def test_a_preamble_stands_before_the_solution(walls):
+def test_a_preamble_stands_before_the_solution(mechanism):
     """Imports and helpers that a benchmark gives every solution; what is imported from the future stays in front."""
     tests = {"type": "stdin", "cases": [{"input": "3 4", "output": "7"}], "preamble": "def add(a, b): return a + b"}
     program = "```python\nfrom __future__ import annotations\nprint(add(*map(int, input().split())))\n```"
-    settings = Settings(None, timeout=10, memory_mb=512, walls=walls)
+    settings = Settings(None, timeout=10, memory_mb=512, mechanism=mechanism)
     assert code.judge(program, {"tests": tests}, settings) == Judgement("correct", code.extract(program, None))
     without = {name: value for name, value in tests.items() if name != "preamble"}
     assert code.judge(program, {"tests": without}, settings).verdict.startswith("crash")

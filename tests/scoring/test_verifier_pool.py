@@ -190,6 +190,6 @@ def test_programs_are_judged_by_all_cases():
         ("```python\ndef f(x): return 2 * x\n```", function),
         ("```python\ndef f(x): return x\n```", function),
     ]
-    with VerifierPool("code", Settings(walls=mechanisms.choose()), 2) as pool:
+    with VerifierPool("code", Settings(mechanism=mechanisms.choose()), 2) as pool:
         verdicts = [judgement.verdict for judgement in pool.judge(rows)]
     assert verdicts == ["correct", "wrong", "crash: ZeroDivisionError", "no answer", "correct", "wrong"]

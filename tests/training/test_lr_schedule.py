@@ -13,7 +13,7 @@ from megatron_ssft.training.lr_schedule import learning_rate, warmup_iterations
 
 def rates(train_iters, **settings):
     """The rate of every step of a run whose length does not come from the configuration."""
-    training = TrainingConfig(**({"train_epochs": 1, "lr": 1.0} | settings))
+    training = TrainingConfig(**({"lr": 1.0} | settings))
     return [learning_rate(training, iteration, train_iters) for iteration in range(1, train_iters + 1)]
 
 
@@ -107,7 +107,7 @@ def test_warmup_as_long_as_the_run_ends_at_the_peak(style):
     ],
 )
 def test_length_of_the_warmup(settings, train_iters, steps):
-    assert warmup_iterations(TrainingConfig(train_epochs=1, **settings), train_iters) == steps
+    assert warmup_iterations(TrainingConfig(**settings), train_iters) == steps
 
 
 def test_rate_does_not_depend_on_what_was_asked_before():

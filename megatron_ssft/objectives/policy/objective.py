@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.errors import UserError, shared_error
@@ -19,6 +19,7 @@ from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.metrics import METRICS
 from megatron_ssft.formats.policy import PolicyLine, Split, policy_lines
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
+from megatron_ssft.formats.train_state import ObjectiveState, PolicyState, RunState, WeightsState
 from megatron_ssft.objectives.formulas.drift import measure_drift
 from megatron_ssft.objectives.formulas.forking_policy import log_policy
 from megatron_ssft.objectives.objective import Decision, Figures, LoadWeights, Objective, Report, StepContext
@@ -213,32 +214,34 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
         """Settings that a run keeps: what its optimizer's state and its reference are made for."""
         return ("objective", "trainable", "anchor", "anchor_top_k")
 
-    def own_state(self) -> dict[str, Any]:
+    def own_state(self) -> ObjectiveState:
         """What the subclass stores in a checkpoint."""
-        return {}
+        return ObjectiveState()
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
+    def load_own_state(self, state: ObjectiveState) -> None:
         """Take `own_state` up again."""
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "policy": {name: getattr(self.policy, name) for name in self.settled},
-            "objective": self.own_state(),
-            "stale": self.stale,
-        }
+    def complete_state(self, state: RunState) -> RunState:
+        return PolicyState(
+            **structs.asdict(state),
+            policy={name: getattr(self.policy, name) for name in self.settled},
+            objective=self.own_state(),
+            stale=self.stale,
+        )
 
-    def check_state(self, run: Path, state: dict[str, Any]) -> None:
-        if "policy" not in state:
+    def check_state(self, run: Path, state: WeightsState) -> None:
+        if not isinstance(state, PolicyState):
             raise UserError(f"--load {run}: is no run of this program; give another --save to start one from it")
-        for name, value in state["policy"].items():
+        for name, value in state.policy.items():
             if getattr(self.policy, name) != value:
                 flag = name.replace("_", "-")
                 raise UserError(f"--load {run}: was started with --{flag} {value}; resume the same way")
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: RunState) -> None:
+        assert isinstance(state, PolicyState)
         on_first_rank(lambda: (self.save / FINISHED).unlink(missing_ok=True), self.topology)
-        self.stale = bool(state["stale"])
-        self.load_own_state(state["objective"])
+        self.stale = state.stale
+        self.load_own_state(state.objective)
         self.reference = Reference(self.save)
 
     # -- words ---------------------------------------------------------------------------------------------------

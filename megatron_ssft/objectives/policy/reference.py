@@ -17,7 +17,6 @@ The folder appears under its name complete or not at all, and is read memory-map
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import msgspec
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.files import publish_folder, sync_file, write_durably
 from megatron_ssft.objectives.policy.completion_scoring import Answers
 from megatron_ssft.parallel.collectives import barrier, gather_json, on_first_rank
 from megatron_ssft.parallel.topology import Topology
@@ -129,8 +128,7 @@ def write_reference(
             index, ranks=tuple(wrote), kinds=tuple(kinds_of[wrote[0]]) if wrote else (), fork=fork_QN is not None
         )
         write_durably(partial / _INDEX, msgspec.json.encode(written).decode())
-        shutil.rmtree(save / FOLDER, ignore_errors=True)
-        os.rename(partial, save / FOLDER)
+        publish_folder(partial, save / FOLDER)
 
     barrier(topology)
     on_first_rank(publish, topology)
@@ -139,8 +137,7 @@ def write_reference(
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 class Reference:

@@ -7,8 +7,6 @@ JSON; megatron-core's pickles are scanned before they are opened.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,34 +15,35 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import sync_folder, write_durably
+from megatron_ssft.formats.files import publish_folder, write_durably
 from megatron_ssft.formats.run_folder import STATE, TRACKER, checkpoint_folder
+from megatron_ssft.formats.train_state import WeightsState, decode_state, encode_state, read_train_state
 from megatron_ssft.parallel.checkpoint.pickle_scan import refuse_unusable
 from megatron_ssft.parallel.checkpoint.writer import save_strategy
 from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
 from megatron_ssft.parallel.optimizer import ShardedState, load_optimizer_state, sharded_optimizer_state
+from megatron_ssft.parallel.topology import Topology
 
 _ROWS = "forking_rows.weight"
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 _EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
 
 
-def read_state(run: Path, iteration: int) -> dict[str, object]:
-    """The JSON state stored with a checkpoint. Raises UserError if it is damaged."""
-    path = checkpoint_folder(run, iteration) / STATE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove this checkpoint to load an older one") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path}: holds no state of a run; remove this checkpoint to load an older one")
-    return state
+def read_state(run: Path, iteration: int) -> WeightsState:
+    """The state stored with a checkpoint, as the record of its kind. Raises UserError if it is damaged."""
+    return read_train_state(checkpoint_folder(run, iteration) / STATE)
 
 
-def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, object]) -> Path:
-    """Write weights, optimizer (where there is one) and `state` (JSON). Collective; returns the folder."""
+def read_state_everywhere(run: Path, iteration: int, topology: Topology) -> WeightsState:
+    """`read_state` by the first rank, whose errors all ranks share. Collective."""
+    text: str = on_first_rank(lambda: encode_state(read_state(run, iteration)), topology)
+    return decode_state(text, checkpoint_folder(run, iteration) / STATE)
+
+
+def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsState) -> Path:
+    """Write weights, optimizer (where there is one) and `state`. Collective; returns the folder."""
     folder = checkpoint_folder(run, iteration)
     partial = run / f".{folder.name}.partial"
     topology = engine.topology
@@ -54,15 +53,10 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: dict[str, 
         partial.mkdir(parents=True)
 
     def publish() -> None:
-        write_durably(partial / STATE, json.dumps(state, indent=1))
-        replaced = run / f".{folder.name}.old"
-        if folder.exists():  # the same iteration once more, after resuming from before it
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(folder, replaced)
-        os.rename(partial, folder)
-        sync_folder(run)
+        write_durably(partial / STATE, encode_state(state))
+        # The folder is there already where a run resumed from before it.
+        publish_folder(partial, folder, old=run / f".{folder.name}.old")
         write_durably(run / TRACKER, str(iteration))
-        shutil.rmtree(replaced, ignore_errors=True)
 
     on_first_rank(prepare, topology)
     fold_forking_rows(engine.chunks)

@@ -1,4 +1,4 @@
-"""Tests of a function against a solution nobody vouches for: each in a process of its own, behind the same walls."""
+"""Tests of a function against a solution nobody vouches for, each in a process of its own in the sandbox."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 from contextlib import ExitStack
 from typing import BinaryIO
 
-from megatron_ssft.scoring.sandbox.programs import Limits, Program, memory_file, started, watch
+from megatron_ssft.scoring.sandbox.inside.specification import Mechanism, Report, Task
+from megatron_ssft.scoring.sandbox.programs import Limits, Program, memory_file, start_program, watch
 
 
-def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits, walls: str | None) -> str:
+def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits, mechanism: Mechanism | None) -> str:
     """Run the Python code `tests` against the function `entry_point` that `source` defines, and return the verdict.
 
     The solution gets to know the arguments of the calls as they come and nothing else; what it returns reaches the
-    tests as plain data (jail/plain_values.py), and only the process of the tests can report success. The time limit
+    tests as plain data (inside/plain_values.py), and only the process of the tests can report success. The time limit
     holds for all calls together, the other limits for each of the two processes. Raises SandboxError.
     """
     with ExitStack() as stack:
@@ -22,35 +23,51 @@ def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits
         requests, requests_in = _pipe(stack)
         replies, replies_in = _pipe(stack)
 
-        def start(role: str, code: str, ends: dict[str, BinaryIO], more: dict[str, int]) -> Program:
-            descriptors = {name: end.fileno() for name, end in ends.items()} | more
-            spec = {"role": role, "source": code, "entry_point": entry_point, **descriptors}
-            program = started(spec, walls=walls, limits=limits, descriptors=list(descriptors.values()))
-            entered = stack.enter_context(program)
-            for end in ends.values():  # so that either side sees the other one's end
+        def start(task: Task, ends: tuple[BinaryIO, BinaryIO], *others: int) -> Program:
+            descriptors = [*(end.fileno() for end in ends), *others]
+            program = stack.enter_context(
+                start_program(task, mechanism=mechanism, limits=limits, descriptors=descriptors)
+            )
+            for end in ends:  # so that either side sees the other one's end
                 end.close()
-            return entered
+            return program
 
-        solution = start("solution", source, {"requests": requests, "replies": replies_in}, {})
-        judge = start("tests", tests, {"requests": requests_in, "replies": replies}, {"report": report})
+        solution_task: Task = {
+            "role": "solution",
+            "source": source,
+            "entry_point": entry_point,
+            "requests": requests.fileno(),
+            "replies": replies_in.fileno(),
+        }
+        solution = start(solution_task, (requests, replies_in))
+        tests_task: Task = {
+            "role": "tests",
+            "source": tests,
+            "entry_point": entry_point,
+            "requests": requests_in.fileno(),
+            "replies": replies.fileno(),
+            "report": report,
+        }
+        judge = start(tests_task, (requests_in, replies), report)
         watch([solution, judge], limits.seconds)
         return _verdict(os.pread(report, 4096, 0), solution, judge)
 
 
 def _verdict(report: bytes, solution: Program, judge: Program) -> str:
-    outcome = json.loads(report) if report else {"outcome": "none", "error": ""}
-    if outcome["outcome"] == "passed":
+    result: Report = json.loads(report) if report else {"outcome": "none", "error": ""}
+    if result["outcome"] == "passed":
         return "correct"
-    if solution.stopped in ("timeout", "disk", "threads"):
-        return solution.problem()
-    if outcome["outcome"] == "failed":
+    problem = solution.problem()
+    if problem is not None and solution.stopped in ("timeout", "disk", "threads"):
+        return problem
+    if result["outcome"] == "failed":
         return "wrong"
-    if outcome["outcome"] == "raised":
-        return f"crash: {outcome['error'][:60]}"
-    if outcome["outcome"] == "unsupported":
+    if result["outcome"] == "raised":
+        return f"crash: {result['error'][:60]}"
+    if result["outcome"] == "unsupported":
         return "unsupported test"
-    if outcome["outcome"] == "gone":
-        return solution.problem() or "crash: ended early"
+    if result["outcome"] == "gone":
+        return problem or "crash: ended early"
     return judge.problem() or "crash: no report of the tests"
 
 

@@ -1,16 +1,19 @@
-"""Whether this machine can lock a program in, found out by trying."""
+"""Which mechanism shuts a program off from the file system on this machine, found out by trying."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+from typing import get_args
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.scoring.sandbox import seccomp
+from megatron_ssft.scoring.sandbox.inside.specification import Mechanism
 from megatron_ssft.scoring.sandbox.programs import Limits, SandboxError, run_program
 
-KINDS = ("landlock", "namespaces")
+MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
+"""In the order in which they are tried."""
 
 _PROBE = """
 import json, os, socket, sys
@@ -35,28 +38,28 @@ print(json.dumps({{
 """
 
 
-def choose() -> str:
-    """The kind of walls that holds on this machine, one of KINDS. Raises UserError if none does."""
+def choose() -> Mechanism:
+    """Find the first mechanism that holds on this machine. Raises UserError if none does."""
     reasons = []
     if not seccomp.is_supported():
         reasons.append(f"no system call table for {os.uname().machine}")
     else:
-        for kind in KINDS:
-            reason = probe(kind)
+        for mechanism in MECHANISMS:
+            reason = probe(mechanism)
             if reason is None:
-                return kind
-            reasons.append(f"{kind}: {reason}")
+                return mechanism
+            reasons.append(f"{mechanism}: {reason}")
     raise UserError(
-        f"--verifier code: this machine cannot lock programs in ({'; '.join(reasons)}); score on another machine, "
-        "or give --unsafe-code if you trust every program"
+        f"--verifier code: this machine cannot put programs into a sandbox ({'; '.join(reasons)}); score on another "
+        "machine, or give --unsafe-code if you trust every program"
     )
 
 
-def probe(kind: str) -> str | None:
-    """What is wrong with walls of this kind here; None if they hold."""
+def probe(mechanism: Mechanism) -> str | None:
+    """Say what is wrong with the mechanism on this machine; None if it holds."""
     with tempfile.NamedTemporaryFile(prefix="ssft-probe-") as secret:
         try:
-            output, problem = run_program(_PROBE.format(secret=secret.name), b"", Limits(), kind)
+            output, problem = run_program(_PROBE.format(secret=secret.name), b"", Limits(), mechanism)
         except SandboxError as error:
             return str(error)
         if problem is not None:

@@ -1,8 +1,9 @@
-"""Programs nobody vouches for, run in processes of their own behind walls (jail/walls.py), watched from outside.
+"""Programs nobody vouches for, run in processes of their own under restrictions, watched from outside.
 
-A program has the interpreter's folders to read, a temporary folder to write, one processor, limited time, memory, file
-sizes and threads, an environment of PATH and LANG. It cannot start processes, open sockets, signal anyone or read any
-other file. Standard input, output and errors are files in memory, so that nothing it does to them can block the parent.
+The process applies its restrictions itself (inside/restrictions.py) before the program begins. A program reads the
+interpreter's folders and writes a temporary folder; its environment is PATH and LANG. It has one processor, and limited
+time, memory, file sizes and threads. It cannot start processes, open sockets, signal anyone or read any other file.
+Standard input, output and errors are files in memory, so that nothing it does to them can block the parent.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import psutil
 
 from megatron_ssft.scoring.sandbox import seccomp
+from megatron_ssft.scoring.sandbox.inside.specification import Mechanism, Specification, Task
 
 MAX_THREADS = 64
 MAX_FILE_BYTES = 16 << 20
@@ -35,11 +40,11 @@ MAX_OPEN_FILES = 32
 STACK_BYTES = 64 << 20
 
 ENDED_BY = "ended by: "
-"""What jail/child.py writes before the name of the exception that ended the program."""
+"""What inside/child.py writes before the name of the exception that ended the program."""
 _CHILD = Path(__file__).with_name("inside") / "child.py"
 _POLL_SECONDS = 0.02
 _START_SECONDS = 60.0
-"""For the interpreter and the walls, on a busy machine; the program's own time starts after that."""
+"""For the interpreter and the restrictions, on a busy machine; the program's own time starts after that."""
 _GRACE_SECONDS = 1.0
 _STDERR_TAIL = 4096
 _SYSTEM_PATHS = (
@@ -48,8 +53,11 @@ _SYSTEM_PATHS = (
 )
 
 
+StopReason = Literal["timeout", "disk", "threads", "unwanted"]
+
+
 class SandboxError(RuntimeError):
-    """The walls could not be built."""
+    """The restrictions could not be applied."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +74,20 @@ class Limits:
 
 @dataclass
 class Program:
-    """A process behind walls."""
+    """A process in the sandbox."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     folder: str
     stdout: int
     stderr: int
-    stopped: str | None = None
-    """Why it was killed from outside: timeout, disk, threads, or unwanted; None if it was not."""
+    stopped: StopReason | None = None
+    """Why it was killed from outside; None if it was not."""
 
-    def stop(self, reason: str = "unwanted") -> None:
+    def stop(self, reason: StopReason = "unwanted") -> None:
         """Kill it if it still runs."""
         if self.process.poll() is None:
             self.stopped = reason
-            os.killpg(self.process.pid, signal.SIGKILL)  # without walls there may be others
+            os.killpg(self.process.pid, signal.SIGKILL)  # without a mechanism there may be others
             self.process.wait()
 
     def error_output(self) -> str:
@@ -110,8 +118,8 @@ class Program:
             return "memory"
         return "disk" if name == "FileTooLarge" else f"crash: {name}"
 
-    def excess(self) -> str | None:
-        """What it overdoes at the moment: "disk", "threads" or None."""
+    def excess(self) -> Literal["disk", "threads"] | None:
+        """Look for a limit that it exceeds at the moment."""
         size = 0
         with os.scandir(self.folder) as entries:
             for count, entry in enumerate(entries):
@@ -122,10 +130,10 @@ class Program:
                 if count > MAX_FOLDER_FILES or size > MAX_FOLDER_BYTES:
                     return "disk"
         try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
+            num_threads = psutil.Process(self.process.pid).num_threads()
+        except psutil.NoSuchProcess:
             return None
-        return "threads" if int(stat.rpartition(")")[2].split()[17]) > MAX_THREADS else None
+        return "threads" if num_threads > MAX_THREADS else None
 
 
 def watch(programs: Sequence[Program], seconds: float) -> None:
@@ -150,12 +158,12 @@ def watch(programs: Sequence[Program], seconds: float) -> None:
 
 
 @contextmanager
-def started(
-    spec: dict[str, object], *, walls: str | None, limits: Limits, stdin: bytes = b"", descriptors: Sequence[int] = ()
+def start_program(
+    task: Task, *, mechanism: Mechanism | None, limits: Limits, stdin: bytes = b"", descriptors: Sequence[int] = ()
 ) -> Iterator[Program]:
-    """A program that has just begun to run `spec["source"]` (see jail/child.py); gone with its folder afterwards.
+    """Start a program, which has just begun to run the source when this returns; gone with its folder afterwards.
 
-    `walls`: "landlock", "namespaces", or None for limits alone. Raises SandboxError if the walls cannot be built.
+    `mechanism`: None for resource limits alone. Raises SandboxError if the restrictions cannot be applied.
     """
     with ExitStack() as stack:
         base = os.path.realpath(tempfile.mkdtemp(prefix="ssft-program-"))
@@ -164,8 +172,8 @@ def started(
         os.mkdir(folder, 0o700)
         os.mkdir(root, 0o700)
         spec_file, stdin_file, stdout, stderr = (memory_file(stack) for _ in range(4))
-        full = {**spec, **_walls_spec(walls, limits), "folder": folder, "root": root}
-        _fill(spec_file, json.dumps(full).encode("ascii"))
+        spec = _specification(task, mechanism, limits, folder, root)
+        _fill(spec_file, json.dumps(spec).encode("ascii"))
         _fill(stdin_file, stdin)
         ready, ready_child = os.pipe()
         stack.callback(os.close, ready)
@@ -190,11 +198,15 @@ def started(
         yield program
 
 
-def _walls_spec(walls: str | None, limits: Limits) -> dict[str, object]:
+def _specification(task: Task, mechanism: Mechanism | None, limits: Limits, folder: str, root: str) -> Specification:
+    """Add the restrictions to the task."""
     return {
-        "walls": walls,
+        **task,
+        "mechanism": mechanism,
+        "folder": folder,
+        "root": root,
         "readable": readable_paths(),
-        "filter": base64.b64encode(seccomp.build_filter()).decode() if walls is not None else "",
+        "filter": base64.b64encode(seccomp.build_filter()).decode() if mechanism is not None else "",
         "limits": {
             "cpu_seconds": int(limits.seconds) + 2,
             "memory": limits.memory_mb << 20,
@@ -207,30 +219,31 @@ def _walls_spec(walls: str | None, limits: Limits) -> dict[str, object]:
     }
 
 
-def run_program(source: str, stdin: bytes, limits: Limits, walls: str | None) -> tuple[bytes, str | None]:
+def run_program(source: str, stdin: bytes, limits: Limits, mechanism: Mechanism | None) -> tuple[bytes, str | None]:
     """Run a whole program on one input.
 
     Returns what it wrote to standard output (its first MAX_FILE_BYTES) and why it failed, as a verdict, or None.
     Raises SandboxError.
     """
-    with started({"role": "program", "source": source}, walls=walls, limits=limits, stdin=stdin) as program:
+    task: Task = {"role": "program", "source": source}
+    with start_program(task, mechanism=mechanism, limits=limits, stdin=stdin) as program:
         watch([program], limits.seconds)
         return os.pread(program.stdout, MAX_FILE_BYTES, 0), program.problem()
 
 
 @functools.cache
 def readable_paths() -> tuple[str, ...]:
-    """What a program may read: the interpreter with its packages and the system's libraries; outer folders first."""
-    found = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *_SYSTEM_PATHS}
-    found.update(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    ordered = sorted({os.path.normpath(path) for path in found if os.path.exists(path)} - {"/"})
+    """List what a program may read: the interpreter, its packages, the system's libraries; outer folders first."""
+    paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *_SYSTEM_PATHS}
+    paths.update(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    ordered = sorted({os.path.normpath(path) for path in paths if os.path.exists(path)} - {"/"})
     return tuple(
         path for path in ordered if os.path.islink(path) or not any(path.startswith(f"{outer}/") for outer in ordered)
     )
 
 
 def memory_file(stack: ExitStack) -> int:
-    """Descriptor of an empty file in memory, closed by `stack`."""
+    """Open an empty file in memory, closed by `stack`, and return its descriptor."""
     descriptor = os.memfd_create("ssft")
     stack.callback(os.close, descriptor)
     return descriptor

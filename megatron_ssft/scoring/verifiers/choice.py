@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 
 from megatron_ssft.boxed import last_boxes
 from megatron_ssft.scoring.verifiers.common import (
@@ -52,8 +53,8 @@ def judge(text: str, question: Question, settings: Settings) -> Judgement:
     """Compare the letter that `text` settles on with the gold letter."""
     choices = question.get("choices")
     texts = [str(choice) for choice in choices] if isinstance(choices, list) else []
-    found = extract(text, _letters(question), settings.answer_after, texts)
-    return NO_ANSWER if found is None else wrong_or_correct(found == _gold(question), found)
+    letter = extract(text, _letters(question), settings.answer_after, texts)
+    return NO_ANSWER if letter is None else wrong_or_correct(letter == _gold(question), letter)
 
 
 def _gold(question: Question) -> str:
@@ -69,8 +70,10 @@ def _letters(question: Question) -> str:
     return string.ascii_uppercase[: len(choices)]
 
 
-def extract(text: str, letters: str = "ABCD", answer_after: str | None = None, choices: list[str] = ()) -> str | None:
-    """The letter, one of `letters`; None if there is none or no single one."""
+def extract(
+    text: str, letters: str = "ABCD", answer_after: str | None = None, choices: Sequence[str] = ()
+) -> str | None:
+    """Find the letter, one of `letters`; None if there is none or no single one."""
     part = answer_part(text, answer_after)
     if part is None:
         return None
@@ -80,16 +83,16 @@ def extract(text: str, letters: str = "ABCD", answer_after: str | None = None, c
         if named != {None}:
             return named.pop() if len(named) == 1 else None
     part = _plain(part[-_TAIL:])
-    places = [match for match in _ANSWER.finditer(part) if _LETTER.match(part, match.end())]
-    for match in reversed(places):
-        letter, is_letter = _letter_at(part, match.end(), letters, strict=match[0].rstrip()[-1:] not in (":", "="))
+    places = [(lead, match) for lead in _ANSWER.finditer(part) if (match := _LETTER.match(part, lead.end()))]
+    for lead, match in reversed(places):
+        letter, is_letter = _read_letter(match, letters, strict=lead[0].rstrip()[-1:] not in (":", "="))
         if is_letter:
             return letter
     return _from_last_line(part, letters)
 
 
-def _boxed(content: str, letters: str, choices: list[str]) -> str | None:
-    """The letter that a box names, alone or in front of its text."""
+def _boxed(content: str, letters: str, choices: Sequence[str]) -> str | None:
+    """Find the letter that a box names, alone or in front of its text."""
     plain = _plain(content).strip()
     plain = _ANSWER.sub("", plain, count=1) if _ANSWER.match(plain) else plain
     match = re.fullmatch(r"\(?\s*([A-Za-z])\s*(?:[).:,].*)?", plain, re.DOTALL)
@@ -99,17 +102,16 @@ def _boxed(content: str, letters: str, choices: list[str]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def _letter_at(text: str, place: int, letters: str, strict: bool) -> tuple[str | None, bool]:
-    """(letter or None for two of them, whether there is a letter of a choice at `place` at all).
+def _read_letter(match: re.Match[str], letters: str, strict: bool) -> tuple[str | None, bool]:
+    """Return (letter or None for two of them, whether there is a letter of a choice at all).
 
-    `strict`: there is no colon in front, so a small letter or an `A` before a word is none.
+    `match`: of _LETTER. `strict`: there is no colon in front, so a small letter or an `A` before a word is none.
     """
-    match = _LETTER.match(text, place)
     letter = match["letter"].upper()
     bracketed = bool(match["open"] and match["close"])
     if letter not in letters:
         return None, False
-    rest = text[match.end() : match.end() + 200]
+    rest = match.string[match.end() : match.end() + 200]
     if not bracketed:
         if letter in "AI" and _ARTICLE_FOLLOWS.match(rest):
             return None, False
@@ -130,7 +132,7 @@ def _from_last_line(text: str, letters: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Without the markup that stands around letters."""
+    """Remove the markup that stands around letters."""
     return _WRAPPER.sub("", text)
 
 

@@ -1,9 +1,12 @@
-"""What all verifiers share: their result, their settings, and where in a text the answer is looked for."""
+"""Shared by all verifiers: their contract, result and settings, and where in a text the answer is looked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_ssft.scoring.sandbox.inside.specification import Mechanism
 
 Question = Mapping[str, object]
 """A row of the questions file."""
@@ -22,8 +25,8 @@ class Settings:
     timeout: float = 10.0
     """Seconds."""
     memory_mb: int = 1024
-    walls: str | None = None
-    """Code: what mechanism.choose found, or None to run programs without walls."""
+    mechanism: Mechanism | None = None
+    """Code: what `mechanisms.choose` returned, or None to run programs under resource limits alone."""
     processor: int = 0
     """Code: the processor to use."""
 
@@ -42,20 +45,32 @@ class Judgement:
         return self.verdict == "correct"
 
 
+class Verifier(Protocol):
+    """A module that judges texts."""
+
+    def check_question(self, question: Question, /) -> None:
+        """Raises UnusableQuestion where there is nothing to judge by."""
+
+    def judge(self, text: str, question: Question, settings: Settings, /) -> Judgement:
+        """Judge a text by a question that `check_question` accepted. Raises nothing, whatever the text is."""
+
+
 NO_ANSWER = Judgement("no answer", None)
 
 
 def wrong_or_correct(is_correct: bool, answer: str) -> Judgement:
-    """The judgement of an answer that was found."""
+    """Make the judgement of an answer that was found."""
     return Judgement("correct" if is_correct else "wrong", answer)
 
 
 def answer_part(text: str, answer_after: str | None) -> str | None:
-    """Where to look for the answer: after `answer_after`, else after the last closing think tag, or before it if
-    nothing follows. None where `answer_after` does not occur."""
+    """Cut out where to look for the answer; None where `answer_after` is given and does not occur.
+
+    That is after `answer_after`, else after the last closing think tag, or before it if nothing follows.
+    """
     if answer_after:
-        _, found, rest = text.rpartition(answer_after)
-        return rest if found else None
+        _, separator, rest = text.rpartition(answer_after)
+        return rest if separator else None
     if answer_after is None:
         start = text.rfind("</think")
         end = text.find(">", start, start + 40) if start >= 0 else -1
@@ -65,7 +80,7 @@ def answer_part(text: str, answer_after: str | None) -> str | None:
 
 
 def string_gold(question: Question) -> str:
-    """The gold answer as text. Raises UnusableQuestion where it is missing or blank."""
+    """Read the gold answer as text. Raises UnusableQuestion where it is missing or blank."""
     answer = question.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = repr(answer)

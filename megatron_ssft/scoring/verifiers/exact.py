@@ -34,34 +34,34 @@ def check_question(question: Question) -> None:
 
 def judge(text: str, question: Question, settings: Settings) -> Judgement:
     """Compare the final answer of `text` with the gold answer."""
-    found = extract(text, settings.answer_after)
-    if found is None:
+    answer = extract(text, settings.answer_after)
+    if answer is None:
         return NO_ANSWER
-    return wrong_or_correct(found == normalise(string_gold(question)), found)
+    return wrong_or_correct(answer == normalise(string_gold(question)), answer)
 
 
 def extract(text: str, answer_after: str | None) -> str | None:
-    """The final answer, normalised; None if there is none."""
+    """Find the final answer, normalised; None if there is none."""
     part = answer_part(text, answer_after)
     if part is None:
         return None
     place, boxes = last_boxes(part)
     hash_place = part.rfind("#")
     if place > hash_place:
-        found = boxes[-1]
+        answer = boxes[-1]
     elif hash_place >= 0:
-        found = part[hash_place + 1 :].lstrip().partition("\n")[0]
+        answer = part[hash_place + 1 :].lstrip().partition("\n")[0]
     elif answer_after is not None:
-        found = part
+        answer = part
     else:
         return None
-    if len(found) > MAX_ANSWER:
+    if len(answer) > MAX_ANSWER:
         return None
-    return normalise(found) or None
+    return normalise(answer) or None
 
 
 def normalise(answer: str) -> str:
-    """Without what does not count."""
+    """Remove what does not count."""
     answer = " ".join(answer.split()).rstrip(".").strip()
     answer = answer.removeprefix("\\$").strip("$").strip()
     return _THOUSANDS.sub(lambda number: number[0].replace(",", ""), answer)

@@ -34,7 +34,7 @@ class MathEquivalence:
             raise UserError("--answers math needs the package math-verify; install it or take --answers string")
         self._seconds = seconds
         self._process: subprocess.Popen[str] | None = None
-        self._known: dict[tuple[str, str], bool] = {}
+        self._verdicts: dict[tuple[str, str], bool] = {}
 
     def __call__(self, a: str, b: str) -> bool:
         """False as well where the comparison fails or does not end in time."""
@@ -42,12 +42,13 @@ class MathEquivalence:
             return True
         if _WHOLE_NUMBER.fullmatch(a) and _WHOLE_NUMBER.fullmatch(b):
             return int(a) == int(b)
-        if (a, b) not in self._known:
-            self._known[a, b] = self._ask(a, b)
-        return self._known[a, b]
+        if (a, b) not in self._verdicts:
+            self._verdicts[a, b] = self._ask(a, b)
+        return self._verdicts[a, b]
 
     def _ask(self, a: str, b: str) -> bool:
         process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None  # pipes
         try:
             process.stdin.write(json.dumps([a, b]) + "\n")
             process.stdin.flush()
@@ -60,9 +61,15 @@ class MathEquivalence:
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", __name__, str(self._seconds)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         folders = os.pathsep.join(path for path in sys.path if path)
-        return subprocess.Popen(command, text=True, env={**os.environ, "PYTHONPATH": folders}, **pipes)
+        return subprocess.Popen(
+            command,
+            text=True,
+            env={**os.environ, "PYTHONPATH": folders},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
 
     def close(self) -> None:
         """End the process; the next question would start another."""

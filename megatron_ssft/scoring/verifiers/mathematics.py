@@ -17,6 +17,8 @@ import logging
 import math
 import re
 from fractions import Fraction
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from megatron_ssft.boxed import last_boxes
 from megatron_ssft.scoring.verifiers.common import (
@@ -29,6 +31,9 @@ from megatron_ssft.scoring.verifiers.common import (
     string_gold,
     wrong_or_correct,
 )
+
+if TYPE_CHECKING:  # takes a second, and the other verifiers have no need of it
+    import sympy
 
 MAX_ANSWER = 4000
 """Characters; what is longer is no final answer."""
@@ -80,31 +85,31 @@ def check_question(question: Question) -> None:
 
 def judge(text: str, question: Question, settings: Settings) -> Judgement:
     """Compare the final answer of `text` with the gold answer."""
-    found = extract(text, settings.answer_after)
-    if found is None:
+    answer = extract(text, settings.answer_after)
+    if answer is None:
         return NO_ANSWER
-    return wrong_or_correct(equal(string_gold(question), found), found)
+    return wrong_or_correct(equal(string_gold(question), answer), answer)
 
 
 def extract(text: str, answer_after: str | None = None) -> str | None:
-    """The final answer as it stands in the text; None if there is none."""
+    """Find the final answer as it stands in the text; None if there is none."""
     part = answer_part(text, answer_after)
     if part is None:
         return None
     _, boxes = last_boxes(part)
     if boxes:
-        found = ", ".join(box.strip() for box in boxes)
+        answer = ", ".join(box.strip() for box in boxes)
     elif (marker := part.rfind("####")) >= 0:
-        found = part[marker + 4 :].strip().partition("\n")[0]
+        answer = part[marker + 4 :].strip().partition("\n")[0]
     elif last_line := _LAST_LINE.fullmatch(part[-_TAIL:].strip().rpartition("\n")[2]):
-        found = last_line[1]
+        answer = last_line[1]
     elif answer_after is not None and len(part) <= _TAIL and "\n" not in part.strip():
-        found = part
+        answer = part
     else:
         parsed = _library().parse(part[-_TAIL:], parsing_timeout=None)
-        found = next((item for item in parsed if isinstance(item, str)), "")
-    found = found.strip()
-    return found if found and len(found) <= MAX_ANSWER else None
+        answer = next((item for item in parsed if isinstance(item, str)), "")
+    answer = answer.strip()
+    return answer if answer and len(answer) <= MAX_ANSWER else None
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -132,12 +137,12 @@ def is_readable(gold: str) -> bool:
 
 
 def normalise(answer: str) -> str:
-    """The same answer in the words that math-verify understands; empty if nothing is left."""
+    """Put the answer into words that math-verify understands; empty if nothing is left."""
     answer = answer.strip()
     for before, after in _REPLACED:
         answer = answer.replace(before, after)
     answer = re.sub(r"(?<!\\)[.;,]\s*$", "", answer).strip()
-    answer = _SEPARATED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), answer)
+    answer = _SEPARATED.sub(lambda number: number[1] + re.sub(r"\D", "", number[2]), answer)
     if _TRIGONOMETRIC.search(answer):
         answer = _DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", answer)
     if mixed := _MIXED.fullmatch(answer):
@@ -150,7 +155,7 @@ def normalise(answer: str) -> str:
 
 
 def _plain_number(answer: str) -> Fraction | None:
-    """The value of digits with at most a sign, a point and commas between thousands."""
+    """Read digits with at most a sign, a point and commas between thousands."""
     answer = answer.replace("$", "").replace("\\!", "").replace("\\", "").strip().removeprefix("+")
     if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", answer):
         answer = answer.replace(",", "")
@@ -159,14 +164,14 @@ def _plain_number(answer: str) -> Fraction | None:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(answer: str) -> tuple[object, ...]:
-    """What math-verify makes of a final answer: an expression, then the text itself."""
+    """Let math-verify read a final answer: an expression, then the text itself."""
     library = _library()
     config = (library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig())
     return tuple(map(_with_imaginary_unit, library.parse(rf"\boxed{{{answer}}}", config, parsing_timeout=None)))
 
 
 def _with_imaginary_unit(expression: object) -> object:
-    """`i`, a symbol like any other to math-verify, as the number it is."""
+    """Replace `i`, a symbol like any other to math-verify, by the number."""
     import sympy
 
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)) or _is_huge(expression):
@@ -189,8 +194,8 @@ def _is_huge(expression: object) -> bool:
     return False
 
 
-def _size(expression: object) -> float:
-    """A rough absolute value, infinity where it does not fit a float; 0 for what is not a number."""
+def _size(expression: sympy.Basic) -> float:
+    """Estimate the absolute value, infinity where it does not fit a float; 0 for what is not a number."""
     import sympy
 
     try:
@@ -209,8 +214,8 @@ def _size(expression: object) -> float:
 
 
 @functools.cache
-def _library() -> object:
-    """math_verify, imported when needed: it takes a second."""
+def _library() -> ModuleType:
+    """Import math_verify when it is needed: it takes a second."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarm is off

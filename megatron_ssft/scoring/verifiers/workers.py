@@ -17,7 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.scoring.verifiers.code import count_programs
 from megatron_ssft.scoring.verifiers.common import Judgement, Question, Settings
+from megatron_ssft.scoring.verifiers.protocol import EqualTask, Reply, Setup, Task
 
 _ROOT = str(Path(__file__).resolve().parents[3])
 _START_SECONDS = 120.0
@@ -39,15 +41,16 @@ class _Worker:
     def __init__(self, verifier: str, settings: Settings, folder: str) -> None:
         """`folder` is for temporary files."""
         self._folder = folder
-        self._setup = {"verifier": verifier, "settings": dataclasses.asdict(settings)}
-        self._process: subprocess.Popen | None = None
+        self._verifier, self._settings = verifier, settings
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, task: dict[str, object], seconds: float) -> dict[str, object]:
-        """The reply to `task`. Raises _WorkerGone; the next call starts a new process."""
+    def ask(self, task: Task, seconds: float) -> Reply:
+        """Wait for the reply to `task`. Raises _WorkerGone; the next call starts a new process."""
         try:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            return self._exchange(task, seconds)
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._start()
+            return _exchange(process, task, seconds)
         except _WorkerGone:
             self.kill()
             raise
@@ -59,10 +62,10 @@ class _Worker:
             process.kill()
             process.wait()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         self.kill()
         paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_ssft.scoring.verifiers.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -71,33 +74,43 @@ class _Worker:
             bufsize=0,
             start_new_session=True,
         )
+        setup: Setup = {
+            "verifier": self._verifier,
+            "settings": dataclasses.asdict(self._settings),
+            "parent": os.getpid(),
+        }
         try:
-            self._exchange({**self._setup, "parent": os.getpid()}, _START_SECONDS)
+            _exchange(process, setup, _START_SECONDS)
         except _WorkerGone as gone:
             raise UserError(f"a verifier process does not start ({gone.reason}); what it says stands above") from gone
+        return process
 
-    def _exchange(self, message: dict[str, object], seconds: float) -> dict[str, object]:
-        deadline = time.monotonic() + seconds
-        view = memoryview(json.dumps(message).encode("ascii") + b"\n")
-        try:
-            while view:
-                view = view[self._process.stdin.write(view) :]
-        except BrokenPipeError as error:
-            raise self._gone() from error
-        reply = bytearray()
-        while not reply.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                raise _WorkerGone("timeout")
-            part = os.read(self._process.stdout.fileno(), 1 << 20)
-            if not part:
-                raise self._gone()
-            reply += part
-        return json.loads(reply)
 
-    def _gone(self) -> _WorkerGone:
-        self._process.kill()  # it has closed its pipes: nothing will come
-        return _WorkerGone(f"crash: verifier, exit status {self._process.wait()}")
+def _exchange(process: subprocess.Popen[bytes], message: Setup | Task, seconds: float) -> Reply:
+    """Send one message and wait for the reply. Raises _WorkerGone."""
+    assert process.stdin is not None and process.stdout is not None  # pipes
+    deadline = time.monotonic() + seconds
+    data = memoryview(json.dumps(message).encode("ascii") + b"\n")
+    try:
+        while data:
+            data = data[process.stdin.write(data) :]
+    except BrokenPipeError as error:
+        raise _gone(process) from error
+    reply = bytearray()
+    while not reply.endswith(b"\n"):
+        rest = deadline - time.monotonic()
+        if rest <= 0 or not select.select([process.stdout], [], [], rest)[0]:
+            raise _WorkerGone("timeout")
+        part = os.read(process.stdout.fileno(), 1 << 20)
+        if not part:
+            raise _gone(process)
+        reply += part
+    return json.loads(reply)
+
+
+def _gone(process: subprocess.Popen[bytes]) -> _WorkerGone:
+    process.kill()  # it has closed its pipes: nothing will come
+    return _WorkerGone(f"crash: verifier, exit status {process.wait()}")
 
 
 class VerifierPool:
@@ -124,29 +137,33 @@ class VerifierPool:
         self._folder.cleanup()
 
     def check(self, questions: Iterable[Question]) -> Iterator[str | None]:
-        """For each question in order why it is unusable, or None. Raises UserError."""
-        for reply in self._in_order(({"task": "check", "question": q} for q in questions), self._settings.timeout):
+        """Say for each question, in order, why it is unusable, or None. Raises UserError."""
+        tasks: Iterator[Task] = ({"task": "check", "question": question} for question in questions)
+        for reply in self._in_order(tasks, self._settings.timeout):
             if "verdict" in reply:
                 yield f"the gold answer cannot be read within the limits ({reply['verdict']})"
             else:
                 yield reply.get("unusable")
 
     def judge(self, rows: Iterable[tuple[str, Question]]) -> Iterator[Judgement]:
-        """The judgement of each (text, question), in order. Raises UserError if programs cannot be started."""
-        tasks = ({"task": "judge", "text": text, "question": question} for text, question in rows)
+        """Judge each (text, question), in order. Raises UserError if programs cannot be started."""
+        tasks: Iterator[Task] = ({"task": "judge", "text": text, "question": question} for text, question in rows)
         for reply in self._in_order(tasks, None):
             if "failure" in reply or "unusable" in reply:
                 raise UserError(f"--verifier {self._verifier}: {reply.get('failure') or reply.get('unusable')}")
-            yield Judgement(str(reply["verdict"]), reply["answer"])
+            yield Judgement(reply["verdict"], reply["answer"])
 
     def equal(self, gold: str, answer: str) -> bool:
         """Whether two answers are mathematically the same, as `math` judges; False where that takes too long."""
-        task = {"task": "equal", "gold": gold, "answer": answer}
-        return bool(next(self._in_order([task], self._settings.timeout)).get("equal", False))
+        task: EqualTask = {"task": "equal", "gold": gold, "answer": answer}
+        return next(self._in_order([task], self._settings.timeout)).get("equal", False)
 
-    def _in_order(self, tasks: Iterable[dict[str, object]], seconds: float | None) -> Iterator[dict[str, object]]:
-        """Replies in the order of the tasks, of which only a few are taken ahead."""
-        waiting: collections.deque[Future] = collections.deque()
+    def _in_order(self, tasks: Iterable[Task], seconds: float | None) -> Iterator[Reply]:
+        """Yield the replies in the order of the tasks, of which only a few are taken ahead.
+
+        `seconds`: limit for each; None: that of judging a rollout.
+        """
+        waiting: collections.deque[Future[Reply]] = collections.deque()
         for task in tasks:
             waiting.append(self._threads.submit(self._ask, task, seconds or self._limit(task)))
             if len(waiting) > 4 * self._workers:
@@ -154,15 +171,13 @@ class VerifierPool:
         while waiting:
             yield waiting.popleft().result()
 
-    def _limit(self, task: dict[str, object]) -> float:
+    def _limit(self, task: Task) -> float:
         """Seconds for one rollout. Programs are timed where they run; this only guards the guard."""
-        if self._verifier != "code":
+        if self._verifier != "code" or task["task"] != "judge":
             return self._settings.timeout
-        tests = task["question"]["tests"]
-        programs = 2 if tests["type"] == "function" else len(tests["cases"])
-        return programs * (self._settings.timeout + _PROGRAM_START_SECONDS)
+        return count_programs(task["question"]) * (self._settings.timeout + _PROGRAM_START_SECONDS)
 
-    def _ask(self, task: dict[str, object], seconds: float) -> dict[str, object]:
+    def _ask(self, task: Task, seconds: float) -> Reply:
         worker = getattr(self._local, "worker", None)
         if worker is None:
             with self._lock:

@@ -1,13 +1,7 @@
-"""Runs one program inside the walls: `python -I child.py SPEC_FD READY_FD`, SPEC_FD holding a JSON object.
+"""Runs one program inside the sandbox: `python -I child.py SPEC_FD READY_FD`.
 
-    role      "program": the source is a whole program that reads standard input; "solution": it defines the function
-              that the process then calls for the tests' process; "tests": the source is the tests
-    source, entry_point, requests, replies, report     text and descriptors, as the role needs them
-    walls     "landlock", "namespaces" or null
-    folder, root, readable, filter, limits, processor, parent
-
-One byte on READY_FD says that the walls stand; until then no line of the source has run, after it nothing of this file
-matters to the verdict except in the process of the tests.
+SPEC_FD holds a `Specification` as JSON. One byte on READY_FD says that the restrictions are in force. Until then no
+line of the source has run; after it nothing of this file matters to the verdict, except in the process of the tests.
 """
 
 from __future__ import annotations
@@ -19,19 +13,24 @@ import os
 import sys
 import types
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import function_calls
-import restrictions as walls
+TYPE_CHECKING = False  # typing itself would take time at the start of every program
+if TYPE_CHECKING:
+    from megatron_ssft.scoring.sandbox.inside import function_calls, restrictions
+    from megatron_ssft.scoring.sandbox.inside.specification import Specification
+else:  # started by path, so that the package need not be readable: the neighbours have bare names
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import function_calls
+    import restrictions
 
-del sys.path[0]
+    del sys.path[0]
 
 
 def main() -> None:
-    """Read the specification, build the walls, play the role."""
+    """Read the specification, apply the restrictions, play the role."""
     spec_descriptor, ready = int(sys.argv[1]), int(sys.argv[2])
     with open(spec_descriptor, encoding="utf-8") as file:
-        spec = json.load(file)
-    _build_walls(spec)
+        spec: Specification = json.load(file)
+    _apply_restrictions(spec)
     sys.dont_write_bytecode = True
     sys.argv = ["program.py"]
     sys.excepthook = _name_the_exception
@@ -46,20 +45,20 @@ def main() -> None:
         _run(spec["source"], "__main__")
 
 
-def _build_walls(spec: dict) -> None:
-    walls.use_one_processor(spec["processor"])
-    if spec["walls"] == "namespaces":
-        walls.enter_namespaces(spec["folder"], spec["root"], spec["readable"])
-    walls.limit_resources(**spec["limits"])
-    if spec["walls"] == "landlock":
-        walls.enter_landlock(spec["folder"], spec["readable"])
-    walls.die_with_parent(spec["parent"])  # a change of user namespace may undo it, so after that
-    if spec["walls"] is not None:
-        walls.lock(base64.b64decode(spec["filter"]))
+def _apply_restrictions(spec: Specification) -> None:
+    restrictions.use_one_processor(spec["processor"])
+    if spec["mechanism"] == "namespaces":
+        restrictions.enter_namespaces(spec["folder"], spec["root"], spec["readable"])
+    restrictions.limit_resources(**spec["limits"])
+    if spec["mechanism"] == "landlock":
+        restrictions.enter_landlock(spec["folder"], spec["readable"])
+    restrictions.die_with_parent(spec["parent"])  # a change of user namespace may undo it, so after that
+    if spec["mechanism"] is not None:
+        restrictions.drop_privileges(base64.b64decode(spec["filter"]))
 
 
 def _name_the_exception(kind: type[BaseException], error: BaseException, traceback: object) -> None:
-    """Instead of a traceback, which nobody reads. The text is known to sandbox.py."""
+    """Write the exception's name instead of a traceback, which nobody reads; `programs.ENDED_BY` reads it."""
     too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
     os.write(2, f"\nended by: {'FileTooLarge' if too_large else kind.__name__}".encode())
 

@@ -11,7 +11,14 @@ import json
 import os
 from collections.abc import Callable
 
-import plain_values
+TYPE_CHECKING = False  # typing itself would take time at the start of every program
+if TYPE_CHECKING:
+    from typing import Any
+
+    from megatron_ssft.scoring.sandbox.inside import plain_values
+    from megatron_ssft.scoring.sandbox.inside.specification import Report
+else:  # child.py found this file by its bare name
+    import plain_values
 
 _MORE_THAN_A_TEXT = ("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError", "ExceptionGroup")
 """Exceptions that cannot be made from a message alone."""
@@ -42,9 +49,9 @@ class UnsupportedCall(Exception):
     """The tests pass something that is not plain data."""
 
 
-def serve(namespace: dict[str, object], entry_point: str, requests: int, replies: int) -> None:
+def serve(namespace: dict[str, Any], entry_point: str, requests: int, replies: int) -> None:
     """Answer calls until the tests hang up."""
-    function = _find(namespace, entry_point)
+    function = _find_function(namespace, entry_point)
     while True:
         try:
             arguments, keywords = plain_values.decode(plain_values.receive(requests))
@@ -62,8 +69,8 @@ def serve(namespace: dict[str, object], entry_point: str, requests: int, replies
         plain_values.send(replies, [value, raised, changed])
 
 
-def _find(namespace: dict[str, object], entry_point: str) -> Callable:
-    """The function of that name; failing that, a method of `Solution()`, or of the class before the dot."""
+def _find_function(namespace: dict[str, Any], entry_point: str) -> Callable[..., object]:
+    """Look for the function of that name; failing that, a method of `Solution()`, or of the class before the dot."""
     if "." in entry_point:
         owner, name = entry_point.rsplit(".", 1)
         return getattr(namespace[owner](), name)
@@ -75,34 +82,42 @@ def _find(namespace: dict[str, object], entry_point: str) -> Callable:
 
 
 def run_tests(source: str, entry_point: str, requests: int, replies: int, report: int) -> None:
-    """Run the tests and write one JSON object to `report`: {"outcome": passed|failed|raised|gone|unsupported, "error"}.
+    """Run the tests and write a `Report` to the descriptor `report`.
 
     If the tests define `check`, as HumanEval's do, and never call it, it is called with the function.
     """
-    raised_by_solution: list[BaseException] = []
+    raised_by_solution: list[tuple[Exception, str]] = []
     remote = _remote(requests, replies, raised_by_solution)
     name = entry_point.rsplit(".", 1)[-1]
-    namespace: dict[str, object] = {"__name__": "__main__", name: remote, "candidate": remote}
+    namespace: dict[str, Any] = {"__name__": "__main__", name: remote, "candidate": remote}
     with _Caught() as caught:
         exec(compile(source, "tests.py", "exec", dont_inherit=True), namespace)
         if "def check(" in source and "check(" not in source.replace("def check(", ""):
             namespace["check"](remote)
-    error = caught.error
-    if error is None:
-        outcome = "passed"
-    elif isinstance(error, SolutionGone):
-        outcome = "gone"
-    elif isinstance(error, UnsupportedCall):
-        outcome = "unsupported"
-    else:
-        outcome = "raised" if any(error is other for other in raised_by_solution) else "failed"
-    kind = getattr(error, "solution_name", type(error).__name__)
-    os.write(report, json.dumps({"outcome": outcome, "error": kind}).encode())
+    os.write(report, json.dumps(_report(caught.error, raised_by_solution)).encode())
     os._exit(0)
 
 
-def _remote(requests: int, replies: int, raised: list[BaseException]) -> Callable:
-    """The function under test, as the tests see it."""
+def _report(error: BaseException | None, raised_by_solution: list[tuple[Exception, str]]) -> Report:
+    """Tell from the exception that ended the tests, if there is one, how they went."""
+    kind = type(error).__name__
+    if error is None:
+        return {"outcome": "passed", "error": kind}
+    if isinstance(error, SolutionGone):
+        return {"outcome": "gone", "error": kind}
+    if isinstance(error, UnsupportedCall):
+        return {"outcome": "unsupported", "error": kind}
+    for raised, name in raised_by_solution:
+        if error is raised:
+            return {"outcome": "raised", "error": name}
+    return {"outcome": "failed", "error": kind}
+
+
+def _remote(requests: int, replies: int, raised: list[tuple[Exception, str]]) -> Callable[..., object]:
+    """Make the function under test, as the tests see it.
+
+    What it raises for the solution is added to `raised`, with the name that the exception has there.
+    """
 
     def candidate(*arguments: object, **keywords: object) -> object:
         message = plain_values.encode([list(arguments), keywords])
@@ -117,27 +132,25 @@ def _remote(requests: int, replies: int, raised: list[BaseException]) -> Callabl
         except (EOFError, OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
             raise SolutionGone from problem
         for argument, new in zip(arguments, changes):
-            _update(argument, new)
+            if type(argument) is type(new):
+                _update(argument, new)
         if error is not None:
-            raised.append(_exception(str(name), str(text)))
-            raise raised[-1]
+            raised.append((_exception(str(name), str(text)), str(name)))
+            raise raised[-1][0]
         return value
 
     return candidate
 
 
-def _exception(name: str, text: str) -> BaseException:
+def _exception(name: str, text: str) -> Exception:
     kind = getattr(builtins, name, None)
-    known = isinstance(kind, type) and issubclass(kind, Exception) and name not in _MORE_THAN_A_TEXT
-    error = kind(text) if known else SolutionError(text)
-    error.solution_name = name
-    return error
+    if isinstance(kind, type) and issubclass(kind, Exception) and name not in _MORE_THAN_A_TEXT:
+        return kind(text)
+    return SolutionError(text)
 
 
-def _update(argument: object, new: object) -> None:
-    """Bring what the solution did to an argument in place into the tests' own object."""
-    if type(argument) is not type(new):
-        return
+def _update(argument: object, new: Any) -> None:
+    """Bring what the solution did to an argument in place into the tests' own object; both have one type."""
     if isinstance(argument, (list, bytearray)):
         argument[:] = new
     elif isinstance(argument, (dict, set)):

@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+TYPE_CHECKING = False  # typing itself would take time at the start of every program
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_BYTES = 64 << 20
 MAX_ITEMS = 100_000
 """Of an iterator."""
 _SAFE = 2**53
+_VIEWS: tuple[type[Iterable[object]], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_FROM_HEX: dict[str, Callable[[str], object]] = {"bytes": bytes.fromhex, "bytearray": bytearray.fromhex}
+_FROM_ITEMS: dict[str, Callable[[list[Any]], object]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "iterator": iter,
+    "range": lambda bounds: range(*bounds),
+}
 
 
 class Opaque:
@@ -26,8 +40,6 @@ class Opaque:
     def __eq__(self, other: object) -> bool:
         return False
 
-    __hash__ = None
-
     def __repr__(self) -> str:
         return f"<{self.kind}>"
 
@@ -37,7 +49,7 @@ class ValueTooLarge(Exception):
 
 
 def encode(value: object) -> object:
-    """`value` as something that JSON can hold. Raises RecursionError for one that contains itself."""
+    """Turn `value` into something that JSON can hold. Raises RecursionError for one that contains itself."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
@@ -60,15 +72,15 @@ def encode(value: object) -> object:
         return ["range", [encode(value.start), encode(value.stop), encode(value.step)]]
     if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist())
-    if isinstance(value, (type({}.keys()), type({}.values()), type({}.items()))):
+    if isinstance(value, _VIEWS):
         return ["list", [encode(item) for item in value]]
     if isinstance(value, Iterator):
         return ["iterator", [encode(item) for _, item in zip(range(MAX_ITEMS), value)]]
     return ["opaque", type(value).__name__]
 
 
-def decode(data: object) -> object:
-    """The value of `encode`'s result. Raises ValueError, TypeError or RecursionError for anything else."""
+def decode(data: object) -> Any:
+    """Rebuild the value from `encode`'s result. Raises ValueError, TypeError or RecursionError for anything else."""
     if not isinstance(data, list):
         if data is None or isinstance(data, (bool, int, float, str)):
             return data
@@ -78,16 +90,13 @@ def decode(data: object) -> object:
         return int(payload, 16)
     if kind == "complex":
         return complex(*payload)
-    if kind in ("bytes", "bytearray"):
-        return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(payload)
+    if kind in _FROM_HEX:
+        return _FROM_HEX[kind](payload)
     if kind == "dict":
         return {decode(key): decode(item) for key, item in payload}
     if kind == "opaque":
         return Opaque(str(payload)[:80])
-    items = [decode(item) for item in payload]
-    if kind == "range":
-        return range(*items)
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}[kind](items)
+    return _FROM_ITEMS[kind]([decode(item) for item in payload])
 
 
 def send(descriptor: int, message: object) -> None:
@@ -100,7 +109,7 @@ def send(descriptor: int, message: object) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def receive(descriptor: int) -> object:
+def receive(descriptor: int) -> Any:
     """Read one message. Raises EOFError when the other side is gone, ValueError for what is no message, OSError."""
     size = int.from_bytes(_read(descriptor, 8), "big")
     if size > MAX_BYTES:

@@ -1,4 +1,4 @@
-"""The walls around a program under test, built by its own process before the program's first line.
+"""Restrictions of a program under test, applied by its own process before the program's first line.
 
 Two ways to shut off the file system, each without privileges: Landlock (Linux 5.13) and, where the kernel lacks it, a
 mount namespace of its own that holds nothing but the interpreter. In both the program reads the interpreter's folders
@@ -65,7 +65,7 @@ def use_one_processor(number: int) -> None:
     os.sched_setaffinity(0, {allowed[number % len(allowed)]})
 
 
-def lock(seccomp_filter: bytes) -> None:
+def drop_privileges(seccomp_filter: bytes) -> None:
     """Drop all capabilities and privileges to come, and install the system call filter. Raises OSError."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()
@@ -125,6 +125,7 @@ def enter_namespaces(folder: str, root: str, readable: Sequence[str]) -> None:
     new = _CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWIPC
     _checked(_libc.unshare(new), "unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        # The kernel takes these by /proc alone; and only the standard library can be imported here.
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write(text)
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE, None)
@@ -158,21 +159,23 @@ def _make_parents(path: str) -> None:
 
 def _mounts_under(root: str) -> list[tuple[str, int]]:
     """Mount points below `root` with those of their flags that a remount must keep."""
-    kept = {
+    flag_of_option = {
         "nodev": _MS_NODEV,
         "noexec": _MS_NOEXEC,
         "noatime": _MS_NOATIME,
         "nodiratime": _MS_NODIRATIME,
         "relatime": _MS_RELATIME,
     }
-    found = []
+    mounts = []
+    # Not in the standard library; psutil, which cannot be imported here, does not know a bind mount's own flags.
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             fields = line.split(b" ")
             path = os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), fields[4]))
             if path.startswith(root + "/"):
-                found.append((path, sum(kept.get(option, 0) for option in os.fsdecode(fields[5]).split(","))))
-    return found
+                options = os.fsdecode(fields[5]).split(",")
+                mounts.append((path, sum(flag_of_option.get(option, 0) for option in options)))
+    return mounts
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None) -> None:

@@ -1,0 +1,52 @@
+"""The last step of every planner: microbatches of each rank become a plan with its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_ssft.records import Microbatch, MicrobatchPlan, PlanLayout
+from megatron_ssft.scheduling.limits import StreamLayout
+from megatron_ssft.scheduling.shared_nodes import StreamNodes
+from megatron_ssft.scheduling.work import WorkModel
+
+
+def assemble_plan(
+    ranks: Sequence[Sequence[Microbatch]],
+    work: WorkModel,
+    *,
+    layout: PlanLayout,
+    pad_lower_bound: int,
+    makespan_lower_bound: float,
+) -> MicrobatchPlan:
+    """The plan in which rank r runs `ranks[r]` in this order; its PADs and its makespan are counted here."""
+    makespan = max(math.fsum(work.of(microbatch.size) for microbatch in microbatches) for microbatches in ranks)
+    return MicrobatchPlan(
+        ranks=tuple(map(tuple, ranks)),
+        pad_sequences=sum(s.is_pad for microbatches in ranks for mb in microbatches for s in mb.sequences),
+        pad_lower_bound=pad_lower_bound,
+        makespan=makespan,
+        makespan_lower_bound=min(makespan, makespan_lower_bound),  # which is rounded
+        layout=layout,
+    )
+
+
+def assemble_streams(
+    ranks: Sequence[Sequence[Microbatch]],
+    nodes: StreamNodes,
+    work: WorkModel,
+    layout: StreamLayout,
+    pad_lower_bound: int,
+) -> MicrobatchPlan:
+    """The plan of these streams, each rank's heaviest first.
+
+    No plan has a smaller makespan than max(work with every prompt and tag once / R, heaviest sequence).
+    """
+    bound = max(nodes.shared_once / len(ranks), float(nodes.alone_work.max())) * nodes.flops_per_unit
+    return assemble_plan(
+        [sorted(microbatches, key=lambda mb: -work.of(mb.size)) for microbatches in ranks],
+        work,
+        layout=layout.name,
+        pad_lower_bound=pad_lower_bound,
+        makespan_lower_bound=bound,
+    )

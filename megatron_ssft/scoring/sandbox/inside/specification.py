@@ -1,0 +1,66 @@
+"""The JSON object that tells a process of the sandbox what to run, and under which restrictions.
+
+For annotations only: the process itself reads the object without importing this file.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict
+
+Mechanism = Literal["landlock", "namespaces"]
+"""How the file system is shut off."""
+
+
+class Task(TypedDict):
+    """What to run."""
+
+    role: Literal["program", "solution", "tests"]
+    """`program`: the source is a whole program that reads standard input; `solution`: it defines the function that the
+    process then calls for the process of the tests; `tests`: it is the tests."""
+    source: str
+    entry_point: NotRequired[str]
+    """The function under test; not for a program, as all that follows."""
+    requests: NotRequired[int]
+    """Descriptor of the calls."""
+    replies: NotRequired[int]
+    """Descriptor of their results."""
+    report: NotRequired[int]
+    """Descriptor of the outcome; tests only."""
+
+
+class ResourceLimits(TypedDict):
+    """Hard limits; memory, file_size and stack in bytes."""
+
+    cpu_seconds: int
+    memory: int
+    file_size: int
+    open_files: int
+    stack: int
+
+
+class Specification(Task):
+    """A task and its restrictions."""
+
+    mechanism: Mechanism | None
+    """None: resource limits are the only restriction."""
+    folder: str
+    """The program's own, which it may write."""
+    root: str
+    """Empty folder for the file system of the namespaces."""
+    readable: tuple[str, ...]
+    """Files and folders the program may read."""
+    filter: str
+    """System call filter, base64; empty without a mechanism."""
+    limits: ResourceLimits
+    processor: int
+    parent: int
+    """Process to die with."""
+
+
+class Report(TypedDict):
+    """What the process of the tests reports."""
+
+    outcome: Literal["passed", "failed", "raised", "gone", "unsupported", "none"]
+    """`none` is said by the reader of an empty report."""
+    error: str
+    """Name of the exception, where there is one."""

@@ -1,0 +1,160 @@
+"""Inputs of a policy's evaluation that do not belong together, and the program itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from megatron_ssft.errors import UserError
+from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
+from megatron_ssft.evaluation.policy_inputs import load_inputs
+from tests.helpers.paths import ROOT
+from tests.helpers.policy_evaluations import (
+    AFTER,
+    BEFORE,
+    GREEDY,
+    GROUPS,
+    GROUPS_TRAIN,
+    MODES,
+    OWN,
+    OWN_BEFORE,
+    POLICY,
+    REWARDS,
+    began,
+    each,
+    evaluated,
+    make_files,
+    plain,
+    policy_rows,
+    reward_rows,
+    write_lines,
+)
+
+TEMPERATURE = {"mode": "each", "temperature": 1.0, "seed": 1}
+REFUSED = {
+    "a question is missing": ({"own": began("own", {q: OWN[q] for q in "abc"})}, "own.jsonl: .*missing, such as 'd'"),
+    "a question is new": ({"after": each("after", {**AFTER, "e": ["1", "1"]})}, "after.jsonl: .* in it, such as 'e'"),
+    "all questions differ": (
+        {"before": each("before", {"z": ["1", "1"]})},
+        "own.jsonl: .*1 of its .* 'z', 4 are not in it, such as 'a'",
+    ),
+    "before and after swapped": (
+        {"before": each("after", AFTER), "after": each("before", BEFORE)},
+        "own.jsonl: of another model .* than --after",
+    ),
+    "the same file twice": ({"after": each("before", BEFORE)}, "after.jsonl: of the same model as --before"),
+    "own of the model before": ({"own": began("own", OWN, model="old" * 16)}, "own.jsonl: of the same model as --own"),
+    "own of a third model": ({"own_greedy": began("own_greedy", GREEDY, model="x")}, "own_greedy.jsonl: of another"),
+    "own before of the model after": (
+        {"own_before": began("own_before", OWN_BEFORE, model="new" * 16)},
+        "own.jsonl: of the same model as --own-before",
+    ),
+    "own and greedy swapped": (
+        {"own": began("own_greedy", GREEDY), "own_greedy": began("own", OWN)},
+        "own.jsonl: generated with --tags own-greedy, which is no --own; give one generated with --tags own$",
+    ),
+    "each in place of own": ({"own": each("after", AFTER)}, "own.jsonl: generated with --tags each"),
+    "own in place of each": ({"before": began("own_before", OWN_BEFORE)}, "before.jsonl: generated with --tags own,"),
+    "grpo under every tag": ({"grpo": each("grpo_x", AFTER, model="rl")}, "grpo.jsonl: generated with --tags each"),
+    "grpo that did not train": ({"grpo": began("grpo_before", plain(GREEDY))}, "same model as --grpo-before"),
+    "a tag is missing": ({"after": each("after", {q: [t[0]] for q, t in AFTER.items()})}, "after.jsonl: has tags"),
+    "a tag is missing once": ({"after": each("after", {**AFTER, "c": ["11", ""]})}, "'c' has no samples under tag 1"),
+    "own knows more tags": ({"own": began("own", {**OWN, "a": "2+"})}, "own.jsonl: has samples of tag 2"),
+    "hotter after": ({"after": each("after", AFTER, sampling=TEMPERATURE)}, "temperature 0.7 before and 1.0"),
+    "another verifier": ({"after": each("after", AFTER, verifier="math")}, "after.jsonl: not made like --before: v"),
+    "rewards of held-out questions": ({"rewards": reward_rows({"a": [1, 1]})}, "rewards.jsonl: 1 of the questions are"),
+    "rewards of three tags": (
+        {"rewards": [{**reward_rows()[0], "tags": [0, 1, 2], "n": [1] * 3, "sum": [1] * 3, "truncated": [0] * 3}]},
+        "rewards.jsonl",
+    ),
+    "no rewards": ({"rewards": []}, "rewards.jsonl:1: the file is empty"),
+    "no policy": ({"policy": []}, "policy.jsonl:1: the file is empty"),
+    "a policy of training questions": ({"policy": policy_rows(split="train")}, "no policy of held-out questions"),
+    "a policy that never ended": ({"policy": policy_rows({0: POLICY[0]})}, "the policy at step 0 alone"),
+    "a policy of other questions": (
+        {"policy": policy_rows({0: POLICY[0], 5: {"a": [1, 0]}})},
+        "step 5 lacks 3 of the questions of --before, such as 'b'",
+    ),
+    "a policy of three tags": (
+        {"policy": policy_rows({k: dict.fromkeys("abcd", [1, 0, 0]) for k in (0, 1)})},
+        "a policy of 3 tags",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_do_not_belong_together(tmp_path, case):
+    replaced, said = REFUSED[case]
+    with pytest.raises(UserError, match=said) as error:
+        evaluated(tmp_path, **replaced)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_question_without_a_group(tmp_path):
+    scored, rewards, policy = make_files(tmp_path)
+    inputs = load_inputs(scored, rewards, policy)
+    for grouping, said in (
+        (Grouping("g", {"a": "x"}), "'b' is not in --data;"),
+        (Grouping("g", GROUPS, {"t1": "x"}), "'t2' is not in --data-train"),
+        (Grouping("g", GROUPS, dict.fromkeys(REWARDS, "x")), "no question of the rewards is of g 'y'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate_policy(inputs, grouping)
+
+
+def test_what_need_not_be_wrong_is_remarked(tmp_path):
+    own = began("own", OWN, sampling={"mode": "own", "temperature": 1.0})
+    record = evaluated(tmp_path, ("before", "after", "own", "own_greedy"), own=own, rewards=reward_rows(model="b" * 9))
+    assert any("rewards are of another model" in line for line in record["remarks"])
+    assert any(line.startswith("--own was generated with temperature 1.0 instead of 0.7") for line in record["remarks"])
+    assert len(record["remarks"]) == 2
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate_policy_tool", ROOT / "tools" / "evaluate_policy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(folder, roles=tuple(MODES) + ("before", "after"), **replaced):
+    scored, rewards, policy = make_files(folder, roles, **replaced)
+    found = ["--rewards", str(rewards), "--policy", str(policy), "--output", str(folder / "out")]
+    for role, path in scored.items():
+        found += ["--" + role.replace("_", "-"), str(path)]
+    return found
+
+
+def test_the_command(tool, tmp_path, capsys):
+    held, train = (
+        write_lines(tmp_path / f"{name}.jsonl", [{"id": id, "operation": group} for id, group in groups.items()])
+        for name, groups in (("H", GROUPS), ("Q", GROUPS_TRAIN))
+    )
+    group = ["--data", str(held), "--data-train", str(train), "--group-by", "operation"]
+    tool.main([*arguments(tmp_path / "files"), *group])
+    out = capsys.readouterr().out
+    record = json.loads((tmp_path / "files" / "out" / "policy_evaluation.json").read_text())
+    assert record["group_by"] == "operation" and record["groups"] == GROUPS
+    for said in ("own choice, sampled", "0.812 ±0.120", "best tag per operation", "recovered headroom", "83%", "+0.062",
+                 "<think1> 90%"):  # fmt: skip
+        assert said in out, said
+    assert max(map(len, out.splitlines()[:-1])) <= 100
+
+
+def test_nothing_is_written_for_files_that_do_not_fit(tool, tmp_path):
+    for case in ("a question is missing", "before and after swapped"):
+        with pytest.raises(UserError):
+            tool.main(arguments(tmp_path, **REFUSED[case][0]))
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="give another --output"):
+        tool.main(arguments(tmp_path))
+    for more in (["--data", "x"], ["--group-by", "x"], ["--data-train", "x"]):
+        with pytest.raises(UserError, match="--data"):
+            tool.main([*arguments(tmp_path / "b"), *more])
