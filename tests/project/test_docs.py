@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -100,6 +101,25 @@ def test_each_behaviour_is_where_the_architecture_says():
             if not re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b", source, re.M):
                 lost.append((behaviour.strip(), file, name))
     assert lost == []
+
+
+def test_readme_lists_every_folder():
+    (tree,) = (block.text for block in pages.blocks(README) if block.text.startswith("megatron_ssft/"))
+    listed = re.findall(r"^( *)([\w.]+)(/?)", tree, re.M)
+    inside = {name for indent, name, slash in listed if indent and slash}
+    folders = {path.parent.name for path in (ROOT / "megatron_ssft").glob("*/__init__.py")}
+    assert inside == folders
+    assert [name for indent, name, _ in listed if not indent and not (ROOT / name).exists()] == []
+
+
+def test_architecture_lists_the_floors_in_their_order():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    floors = [name for layer in layers for name in layer.split(" | ")]
+    table = pages.without_blocks(ROOT / "docs/architecture.md").partition("## Floors")[2].partition("\n## ")[0]
+    first_cells = re.findall(r"^\| (`[^|]*`) \|", table, re.M)
+    assert [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)] == floors
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------
