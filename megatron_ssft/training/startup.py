@@ -68,6 +68,8 @@ def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
     """The same for policy learning, which takes a run's layout over as well, and an export's tags. Raises UserError."""
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
+    if values.get("train_iters") is None:
+        raise UserError("--train-iters is required: the number of optimizer steps")
     load = Path(str(values["load"]))
     values = complete_values(values)
     if is_hf_folder(load):
