@@ -6,7 +6,9 @@ flags and files are checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ import tomllib
 
 import pytest
 
+from megatron_ssft.cli.main import COMMANDS, dispatch
 from tests.helpers import markdown_pages as pages
 from tests.helpers.markdown_pages import NO_COMMANDS, NOT_RUN, PAGES, PROGRAMS, RUN, Block
 from tests.helpers.paths import ROOT
@@ -201,37 +204,30 @@ SUBCOMMANDS = ("convert", "prepare-data")
 
 
 def split_command(words):
-    """(what its --help is asked of, the words after it); (None, words) for programs of others."""
+    """(our program, as words; the words after it); (None, words) for programs of others."""
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
-    if not words:
-        return None, words
-    if words[0] == "megatron-ssft":
-        return command_of_ours(words[1:])
-    for place, word in enumerate(words[:-1]):
-        if word == "-m" and words[place + 1] == "megatron_ssft.cli":
-            return command_of_ours(words[place + 2 :])
     for place, word in enumerate(words):
+        if (place, word) == (0, "megatron-ssft") or word == "megatron_ssft.cli":
+            words = words[place + 1 :]
+            size = 0 if words[0].startswith("-") else 2 if words[0] in SUBCOMMANDS else 1
+            return ("megatron-ssft", *words[:size]), words[size:]
         if word.endswith(".py") and (ROOT / word).is_file():
             return (word,), words[place + 1 :]
     return None, words
 
 
-def command_of_ours(words):
-    """(command with its subcommand, the words after it)."""
-    size = 2 if words[0] in SUBCOMMANDS else 1
-    command = () if words[0].startswith("-") else tuple(words[:size])
-    return ("-m", "megatron_ssft.cli", *command), words[len(command) :]
-
-
 @functools.cache
 def flags_of(program):
-    """Flags in the program's --help."""
-    command = [sys.executable, *program, "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, f"{program}: {result.stderr}"
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", result.stdout))
+    """Flags that one of our programs has: by its --help, or, for a benchmark, by its source."""
+    if program[0] == "megatron-ssft":
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            dispatch([*program[1:], "--help"], "megatron-ssft")
+        return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text.getvalue()))
+    file = ROOT / program[0]
+    sources = [file.read_text(encoding="utf-8"), (ROOT / "benchmarks/harness.py").read_text(encoding="utf-8")]
+    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', "".join(sources)))
 
 
 def unknown_flags(words):
@@ -248,14 +244,13 @@ def lost_files(words):
     return [word for word in named if not (ROOT / word).exists()]
 
 
+@pytest.mark.slow
 def test_breaches_are_found():
     assert lost_files(["sbatch", "examples/slurm/no.sbatch"]) == ["examples/slurm/no.sbatch"]
-    assert split_command(
-        ["A=b", "torchrun", "--nproc-per-node", "2", "-m", "megatron_ssft.cli", "train", "--lr", "1"]
-    ) == (
-        ("-m", "megatron_ssft.cli", "train"),
-        ["--lr", "1"],
-    )
+    launched = ["A=b", "torchrun", "--nproc-per-node", "2", "-m", "megatron_ssft.cli", "train", "--lr", "1"]
+    assert split_command(launched) == (("megatron-ssft", "train"), ["--lr", "1"])
+    assert split_command(["docker", "build", "-t", "megatron-ssft", "."])[0] is None
+    assert unknown_flags(["python", "benchmarks/layouts.py", "--rounds", "2", "--no-such-flag"]) == ["--no-such-flag"]
     assert unknown_flags(["megatron-ssft", "select-tag", "RUN", "--no-such-flag"]) == ["--no-such-flag"]
     assert unknown_flags(["megatron-ssft", "convert", "export", "RUN", "HF_DIR", "--no-verify"]) == []
 
@@ -271,13 +266,12 @@ def test_flags_and_files_of_a_command_that_is_not_run(block: Block):
 @pytest.mark.slow
 @each_page
 def test_flags_in_the_text_exist(page):
-    ours = ["train", "gfpo", "generate", "score", "evaluate", "report", "select-tag", "gfpo-rounds", "evaluate-policy"]
-    known = {"--help", "--version", "--nproc-per-node", "--target"}
-    for command in ours:
-        known |= flags_of(("-m", "megatron_ssft.cli", command))
-    for command in ("convert import", "convert export", "prepare-data benchmark", "prepare-data pool"):
-        known |= flags_of(("-m", "megatron_ssft.cli", *command.split()))
-    for program in {b for block in ALL_BLOCKS for w in block.commands() if (b := split_command(w)[0])}:
+    known = {"--nproc-per-node", "--target"}  # torchrun's and docker's
+    for command in COMMANDS:
+        if command not in SUBCOMMANDS:
+            known |= flags_of(("megatron-ssft", command))
+    programs = {split_command(words)[0] for block in ALL_BLOCKS for words in block.commands()}
+    for program in programs - {None}:
         known |= flags_of(program)
     flags = {f for word in pages.code_words(page) for f in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", word)}
     assert sorted(flags - known) == []
