@@ -66,8 +66,8 @@ class CollapseWatchState(TypedDict):
     """Memory of the watch for a collapse of the matching."""
 
     steps: int
-    window: list[list[list[list[int | str | None]]]]
-    """For each step of the window [tags, sources], each a list per question."""
+    window: list[tuple[list[list[int]], list[list[str | None]]]]
+    """The window's steps: the tags of each question, the sources of each question."""
     gaps: list[float]
     margins: list[float | None]
     """null stands for infinity."""

@@ -23,12 +23,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import source_labels
+from megatron_ssft.formats.train_state import CollapseWatchState
 from megatron_ssft.matching.assignment import MODES, assignment_gap
 from megatron_ssft.matching.margins import matching_gaps, relative_margins
 from megatron_ssft.records import Assignment
@@ -153,20 +153,6 @@ class TagSourceInformation:
 
 StepEdges = tuple[list[list[int]], list[list[str | None]]]
 """Tags and sources of the traces of each question of a step."""
-
-
-class WatchState(TypedDict):
-    """The state of a `CollapseWatch`, as JSON values."""
-
-    steps: int
-    window: list[StepEdges]
-    """The window's steps: the tags of each question, the sources of each question."""
-    gaps: list[float]
-    margins: list[float | None]
-    """None: infinite."""
-    known_sources: bool
-    was_informative: bool
-    told: list[str]
 
 
 class CollapseWatch:
@@ -312,7 +298,7 @@ class CollapseWatch:
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> WatchState:
+    def state_dict(self) -> CollapseWatchState:
         """JSON values; the window's tags and sources are the bulk of it, some 20 bytes per trace."""
         return {
             "steps": self._steps,
@@ -324,7 +310,7 @@ class CollapseWatch:
             "told": sorted(self._told),
         }
 
-    def load_state_dict(self, state: WatchState) -> None:
+    def load_state_dict(self, state: CollapseWatchState) -> None:
         """Go on where `state_dict` was taken, in place of what was seen so far; the window's length may differ.
 
         Raises:
