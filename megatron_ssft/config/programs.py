@@ -83,7 +83,7 @@ def check_context_parallel(run: RunConfig) -> None:
     require(
         run.parallel.context_parallel_size == 1 or not (run.checkpoint.export_hf_at_save and run.checkpoint.verify_hf),
         "--export-hf-at-save cannot be verified with --context-parallel-size above 1; give --no-verify-hf and run "
-        "tools/convert_hf.py verify afterwards",
+        "megatron-ssft convert verify afterwards",
     )
 
 

@@ -56,7 +56,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is to be generated, from what, into which file. Names are those of the flags of tools/generate.py."""
+    """What is to be generated, from what, into which file. Names are those of the flags of megatron-ssft generate."""
 
     model: Path
     data: Path

@@ -87,7 +87,7 @@ def _check_run(folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"--load {folder}: neither a run (config.yaml, iter_*) nor a Hugging Face folder (config.json); give the "
-            "folder that was --save of pretrain_ssft.py"
+            "folder that was --save of megatron-ssft train"
         )
     if not any(folder.glob("iter_*")):
         raise UserError(f"--load {folder}: holds no checkpoint (iter_*); give the run that it was to start from")
