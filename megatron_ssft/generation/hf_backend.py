@@ -62,7 +62,7 @@ class HFBackend:
 
     @property
     def origin(self) -> Origin:
-        """What shapes the samples besides the sampling settings."""
+        """Name what shapes the samples besides the sampling settings."""
         return {"backend": "hf", "dtype": str(self._dtype).removeprefix("torch.")}
 
     @property

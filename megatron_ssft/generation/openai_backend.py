@@ -124,7 +124,7 @@ class OpenAIBackend:
 
     @property
     def origin(self) -> Origin:
-        """What shapes the samples besides the sampling settings."""
+        """Name what shapes the samples besides the sampling settings."""
         return {
             "backend": "openai",
             "served_model": self._served_model,

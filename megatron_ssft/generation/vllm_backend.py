@@ -39,7 +39,7 @@ class VLLMBackend:
 
     @property
     def origin(self) -> Origin:
-        """What shapes the samples besides the sampling settings."""
+        """Name what shapes the samples besides the sampling settings."""
         return {"backend": "vllm", "dtype": self._dtype}
 
     def load(self) -> None:
