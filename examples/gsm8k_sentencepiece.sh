@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Trains a small GPT from scratch on grade-school mathematics with a SentencePiece tokenizer: four processes as
-# TP2 x PP2, 30 steps, a few minutes on two CPU cores.
+# Trains a small GPT from scratch on grade-school mathematics with a SentencePiece tokenizer.
+# Four processes as TP2 x PP2, 30 steps, a few minutes on two CPU cores.
 #
 #   examples/gsm8k_sentencepiece.sh DATA.jsonl tokenizer.model RUN_FOLDER [more flags]
 #
-# Data rows: {"id", "question", "answer", "traces": [{"source", "text", "correct"}]}; incorrect traces are left out.
+# DATA.jsonl: traces of several teachers on GSM8K, which are not shipped; docs/training.md has the format. Traces that
+# are marked as incorrect are left out. examples/data/arithmetic_teachers.jsonl has this format too.
+# tokenizer.model: any SentencePiece model, such as the one inside the package mistral-common.
 set -euo pipefail
 DATA=${1:?DATA: JSONL file of questions with several traces}
 TOKENIZER=${2:?TOKENIZER: SentencePiece model file}
