@@ -45,7 +45,7 @@ def test_a_damaged_evaluation_is_one_line_or_harmless(tmp_path):
                 load_evaluation(folder)
             except UserError as error:
                 refused += 1
-                assert "\n" not in str(error) and "tools/evaluate.py" in str(error)
+                assert "\n" not in str(error) and "megatron-ssft evaluate" in str(error)
     assert refused > 400
 
 

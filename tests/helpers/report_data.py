@@ -99,7 +99,7 @@ def make_scored(
 
 
 def make_evaluation(folder: Path, runs: dict[str, Sequence[float]], *, group: bool = False, **options: object) -> Path:
-    """evaluation.json of `runs` (name -> accuracy of each tag), as tools/evaluate.py writes it."""
+    """evaluation.json of `runs` (name -> accuracy of each tag), as megatron-ssft evaluate writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [make_scored(folder / f"run{k}.jsonl", accuracy) for k, accuracy in enumerate(runs.values())]
     if group:
@@ -152,7 +152,7 @@ def peaked(place, height):
 
 
 def make_policy_run(folder, objective="gfpo-exact", steps=8, questions=12, split="eval", policy=True, **columns):
-    """A run as tools/train_gfpo.py leaves it: at the end question k has nine tenths of its policy on tag k mod 3."""
+    """A run as megatron-ssft gfpo leaves it: at the end question k has nine tenths of its policy on tag k mod 3."""
     folder.mkdir(parents=True)
     rows = []
     for step in range(1, steps + 1):

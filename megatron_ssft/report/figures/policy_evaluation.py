@@ -17,7 +17,7 @@ _NAMED = ("own", "fixed", "uniform", "group", "other_samples", "oracle", "grpo")
 
 
 def add_evaluation(section: Section, record: PolicyEvaluationRecord) -> None:
-    """Add the picture, and the tables of tools/evaluate_policy.py."""
+    """Add the picture, and the tables of megatron-ssft evaluate-policy."""
     section.exhibits.append(draw_rows(record))
     for table in policy_tables(record):
         header, rows = [clean(cell) for cell in table.header], [[clean(cell) for cell in row] for row in table.rows]

@@ -47,9 +47,9 @@ def write_report(
     """Write the report on the runs in `folders` to `output`, its pictures as PNG files to `png_folder`.
 
     Args:
-        folders: of runs of pretrain_ssft.py and of tools/train_gfpo.py, in any order.
-        evaluation: the output folder of tools/evaluate.py.
-        policy_evaluation: that of tools/evaluate_policy.py.
+        folders: of runs of megatron-ssft train and megatron-ssft gfpo, in any order.
+        evaluation: the output folder of megatron-ssft evaluate.
+        policy_evaluation: that of megatron-ssft evaluate-policy.
         groups: question's id -> its group, to show the policies' tags by; default: those of `policy_evaluation`.
         png_folder: by default `<output's name without its ending>_figures` beside the report.
 

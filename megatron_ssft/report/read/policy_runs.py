@@ -19,7 +19,7 @@ from megatron_ssft.formats.run_folder import FINISHED, POLICY
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """A run of tools/train_gfpo.py."""
+    """A run of `megatron-ssft gfpo`."""
 
     name: str
     metrics: Metrics

@@ -1,4 +1,4 @@
-"""tools/report.py on training runs: its output, and what it refuses."""
+"""megatron-ssft report on training runs: its output, and what it refuses."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_what_cannot_be_read_or_written(tool, tmp_path):
         ([tmp_path / "nowhere"], "is not a folder"),
         ([tmp_path / "file"], "is not a folder"),
         ([run, tmp_path / "no_run"], "give the folder a run was saved in"),
-        ([run, "--eval", tmp_path / "no_run"], "give the --output folder of tools/evaluate.py"),
-        ([run, "--eval", tmp_path / "file"], "tools/evaluate.py"),
+        ([run, "--eval", tmp_path / "no_run"], "give the --output folder of megatron-ssft evaluate"),
+        ([run, "--eval", tmp_path / "file"], "megatron-ssft evaluate"),
     ):
         with pytest.raises(UserError, match=said) as error:
             tool.main([*map(str, arguments), "--output", str(tmp_path / "r.html")])

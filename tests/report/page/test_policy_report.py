@@ -216,7 +216,7 @@ def test_what_cannot_be_read(tool, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "policy_evaluation.json").write_text("{")
     for more, said in (
-        (["--policy-eval", tmp_path], "tools/evaluate_policy.py"),
+        (["--policy-eval", tmp_path], "megatron-ssft evaluate-policy"),
         (["--policy-eval", tmp_path / "bad"], "not valid JSON"),
         (["--data", tmp_path], "--group-by and --data go together"),
         (["--data", tmp_path / "none.jsonl", "--group-by", "x"], "cannot read the questions"),
