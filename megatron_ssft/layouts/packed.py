@@ -150,7 +150,7 @@ def _join(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _joined_chains(segments: list[Segment]) -> list[Segment]:
-    """Join a segment to the one whose end it directly follows, where that is its only context. Attention stays the same.
+    """Join a segment to the one whose end it directly follows, where that is its only context; attention is the same.
 
     A node is joined to its parent where it is the first of its children and stands right behind it. What else
     sees the parent is not affected, as contexts are ranges of the stream, not segments.
