@@ -28,12 +28,12 @@ from megatron_ssft.cli.options import parse_options
 from megatron_ssft.config.checks import require
 from megatron_ssft.config.fields import Flag
 from megatron_ssft.demo.data import write_demo_data
+from megatron_ssft.demo.evaluation import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.demo.policy import check_policy, policy_table
-from megatron_ssft.demo.result import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.demo.training import check_training, summarize, training_table
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.policy_evaluation import load_policy_evaluation
 from megatron_ssft.formats.run_logs import load_run
-from megatron_ssft.report.policy_runs import load_policy_evaluation
 
 CONSOLE = ("-m", "megatron_ssft.cli")
 """Stands between the interpreter and a command of the project."""

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, write, say where. Raises UserError."""
     flags = parse_options(ReportFlags, __doc__, argv, prog)
     from megatron_ssft.evaluation.scored_runs import read_groups
-    from megatron_ssft.report.report import write_report
+    from megatron_ssft.report.page.report import write_report
 
     groups = None
     if flags.data is not None and flags.group_by is not None:

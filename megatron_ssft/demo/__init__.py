@@ -1,1 +1,1 @@
-"""The demo: its synthetic data, and what its runs promise."""
+"""The demo: its synthetic data, and a table and bars for each stage (training, evaluation, policy)."""

@@ -108,7 +108,7 @@ def make_demo_sets(
     for flag, count in (("train", train), ("held-out", held_out)):
         if count <= 0 or count % len(OPERATIONS):
             raise UserError(
-                f"--{flag} {count}: must be a positive multiple of {len(OPERATIONS)}, one part an operation"
+                f"--{flag} {count}: must be a positive multiple of {len(OPERATIONS)}, one part per operation"
             )
     if train + held_out > available:
         raise UserError(f"--train {train} and --held-out {held_out}: only {available} different questions exist")
@@ -119,7 +119,8 @@ def make_demo_sets(
     train_rows, held_out_rows = [], []
     per_train, per_held_out = train // len(OPERATIONS), held_out // len(OPERATIONS)
     for name in OPERATIONS:
-        drawn = rng.sample(list(itertools.product(range(8), repeat=4)), per_train + per_held_out)
+        every_digits: list[Digits] = [(a, b, c, d) for a, b, c, d in itertools.product(range(8), repeat=4)]
+        drawn = rng.sample(every_digits, per_train + per_held_out)
         rows = [_question_row(name, digits, traces, rng) for digits in drawn]
         train_rows += rows[:per_train]
         held_out_rows += rows[per_train:]
@@ -174,9 +175,9 @@ _STYLES = {
     "guess": r"\?",
     "code": r"x=[0-7](;x=[0-7]){3}",
 }
-"""What each teacher writes before `#`, right or wrong."""
+"""Form of what each teacher writes before `#`, right or wrong."""
 
 
 def writing_style(text: str) -> str | None:
-    """The teacher whose way `text` is written in, by its form alone; None for what no teacher would write."""
+    """The teacher in whose style `text` is written, by its form alone; None for what no teacher would write."""
     return next((name for name, form in _STYLES.items() if re.fullmatch(form + "#[0-7]", text)), None)

@@ -1,4 +1,4 @@
-"""What the demo's training runs show: a row a run, their table, and the bars they must meet."""
+"""The demo's training runs: a summary of each, a table of them, and the bars they must meet."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from megatron_ssft.matching.statistics import (
     tag_source_counts,
     whole_epochs,
 )
-from megatron_ssft.report.runs import final_mean, gap_by_iteration
+from megatron_ssft.report.read.runs import final_mean, gap_by_iteration
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's row in the table; NaN where a figure does not apply."""
+    """One run's row in the table; NaN where a figure does not apply."""
 
     name: str
     loss: float
     """Mean over the last 16 iterations."""
     gap_first: float = np.nan
-    """Nats, where first evaluated."""
+    """Matching gap where first evaluated, in nats per question."""
     gap_final: float = np.nan
-    """Nats, mean over the last 16 iterations that have one."""
+    """Mean matching gap of the last 16 iterations that have one, in nats per question."""
     distinct_first: float = np.nan
     """Different matchings in the first epoch."""
     distinct_last: float = np.nan
     """Different matchings in the last whole epoch."""
     bits: float = np.nan
-    """Mutual information of tag and teacher in the last whole epoch."""
+    """Mutual information between tag and source in the last whole epoch."""
     seconds: float = np.nan
     """Sum over the steps."""
     matching_share: float = np.nan
@@ -65,10 +65,10 @@ def summarize(run: Run) -> Summary:
 
 
 def check_training(optimal: Summary, random: Summary) -> list[tuple[bool, str]]:
-    """What the demo promises: (met, the promise with the measured value). A figure that is missing meets no bar."""
+    """The bars of the runs: (met, the promise with the measured value). A figure that is missing meets no bar."""
     return [
-        (optimal.gap_final >= 3, f"optimal: final gap {optimal.gap_final:.2f} nats, at least 3"),
-        (random.gap_final <= 0.3, f"random: final gap {random.gap_final:.2f} nats, at most 0.3"),
+        (optimal.gap_final >= 3, f"optimal: final matching gap {optimal.gap_final:.2f} nats per question, at least 3"),
+        (random.gap_final <= 0.3, f"random: final matching gap {random.gap_final:.2f} nats per question, at most 0.3"),
         (
             optimal.distinct_last <= min(60, optimal.distinct_first / 2),
             f"optimal: {optimal.distinct_last:.0f} distinct matchings in the last epoch, at most 60 and at most half "
@@ -83,7 +83,7 @@ def check_training(optimal: Summary, random: Summary) -> list[tuple[bool, str]]:
 
 
 def training_table(summaries: list[Summary]) -> Table:
-    """One row a run; fits 80 columns. `bits` is the mutual information of tag and teacher in the last epoch."""
+    """A row per run; fits 80 columns."""
 
     def show(value: float, form: str) -> str:
         return "-" if np.isnan(value) else format(value, form)
@@ -92,9 +92,9 @@ def training_table(summaries: list[Summary]) -> Table:
     table.add_column("matching", no_wrap=True)
     for header in (
         "final\nloss\n(nats)",
-        "gap\nfirst / final\n(nats)",
+        "matching gap\nfirst / final\n(nats per q.)",
         "distinct\nmatchings,\nfirst -> last",
-        "mutual\ninf.\n(bits)",
+        "tag-source\nmut. inf.\n(bits)",
         "seconds",
         "spent in\nmatching",
     ):

@@ -45,6 +45,11 @@ class RewardLine(Struct, frozen=True, kw_only=True):
     scores: File | UnsetType = UNSET
     """Its scores."""
 
+    @property
+    def mean_N(self) -> np.ndarray:
+        """Mean reward of each of `tags`, float64; 0 without samples."""
+        return np.asarray(self.sum, np.float64) / np.maximum(np.asarray(self.n, np.float64), 1.0)
+
 
 @dataclass(frozen=True)
 class RewardRow:
@@ -136,6 +141,11 @@ def read_rewards(path: Path, num_tags: int) -> RewardTable:
     return RewardTable(source.path, source.model, source.rollouts, source.scores, rows)
 
 
+def read_reward_lines(path: Path) -> dict[str, RewardLine]:
+    """The rows of a rewards file as they stand, by the question's id. Raises UserError for a wrong row."""
+    return _read(path, lambda row, line: _checked(row))[1]
+
+
 def read_source(path: Path) -> RewardSource:
     """Read the origin of a rewards file, whatever its counts are. Raises UserError."""
     return _read(path, lambda row, line: line)[0]
@@ -191,6 +201,13 @@ def _parse_line(raw: bytes) -> RewardLine:
         raise RowError(f"{error}; {_AGAIN}") from error
 
 
+def _checked(row: RewardLine) -> RewardLine:
+    """The row itself, where each list has a number per tag. Raises RowError."""
+    for name, values in (("n", row.n), ("truncated", row.truncated), ("sum", row.sum)):
+        _check_length(name, values, row.tags)
+    return row
+
+
 def _spread_counts(row: RewardLine, line: int, num_tags: int) -> RewardRow:
     """The counts of a line as arrays over all N tags. Raises RowError."""
     if len(set(row.tags)) < len(row.tags):
@@ -213,9 +230,14 @@ def _spread_counts(row: RewardLine, line: int, num_tags: int) -> RewardRow:
 
 def _spread(name: str, values: Sequence[float], tags: list[int], num_tags: int) -> np.ndarray:
     """float64 [N] from a number for each of `tags`; 0 elsewhere. Raises RowError."""
-    if len(values) != len(tags) or not all(value < _MOST for value in values):
-        kind = "numbers" if name == "sum" else "whole numbers"
-        raise RowError(f"{name!r} must be {len(tags)} {kind} from 0, one per tag; {_AGAIN}")
+    _check_length(name, values, tags)
     spread = np.zeros(num_tags)
     spread[tags] = values
     return spread
+
+
+def _check_length(name: str, values: Sequence[float], tags: Sequence[int]) -> None:
+    """Raise RowError unless there is a number, exact as float64, for each of `tags`."""
+    if len(values) != len(tags) or not all(value < _MOST for value in values):
+        kind = "numbers" if name == "sum" else "whole numbers"
+        raise RowError(f"{name!r} must be {len(tags)} {kind} from 0, one per tag; {_AGAIN}")

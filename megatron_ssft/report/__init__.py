@@ -1,1 +1,1 @@
-"""What a run left behind, read back and drawn."""
+"""A report on runs and evaluations: `read` reads them back, `figures` draws them, `page` writes one HTML page."""

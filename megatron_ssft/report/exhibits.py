@@ -1,4 +1,4 @@
-"""What a report is made of, without any markup: exhibits (a picture with its numbers in words and tables), sections."""
+"""Parts of a report without any markup: sections of exhibits, each a picture with its numbers in words and tables."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def short_names(names: Sequence[str], longest: int = 14) -> list[str]:
 
 
 def slugs(names: Sequence[str]) -> dict[str, str]:
-    """For each name a part of a file name: itself where it is plain, else its number from 1."""
+    """Part of a file name for each name: the name itself where it is plain, else its number from 1."""
     lower = [name.lower() for name in names]
     plain = [re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,40}", name) and not name.isdigit() for name in lower]
     return {
@@ -127,8 +127,8 @@ def percent(value: float | None) -> str:
 
 def join(parts: Iterable[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
-    known = list(parts)
-    return known[0] if len(known) == 1 else f"{', '.join(known[:-1])} and {known[-1]}" if known else ""
+    words = list(parts)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = 160) -> tuple[np.ndarray, np.ndarray, int]:
@@ -137,8 +137,8 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = 160) -> tuple[np.ndarray, np.
     Returns:
         x and y, float64, and how many points each of them stands for.
     """
-    known = np.isfinite(x) & np.isfinite(y)
-    x, y = np.asarray(x, np.float64)[known], np.asarray(y, np.float64)[known]
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = np.asarray(x, np.float64)[finite], np.asarray(y, np.float64)[finite]
     run = max(1, -(-len(x) // most))
     starts = np.arange(0, len(x), run)
     if run == 1:

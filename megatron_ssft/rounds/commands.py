@@ -1,4 +1,4 @@
-"""Flags of the loop, where things of a round stand, and the command lines of its stages."""
+"""The loop's flags, the places of a round's files, and the command lines of its stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OWN_FLAGS = {
     "train": "--load --reference --rewards --data --eval-data --save --train-iters --lr --seed --config --dry-run",
     "export": "",
 }
-"""What the loop gives to the programs itself, and --generate-args and the like may not."""
+"""Flags that the loop itself gives to the programs; --generate-args and the like may not."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Round:
-    """Where things of one round stand."""
+    """The places of one round's files."""
 
     number: int
     folder: Path
@@ -121,7 +121,7 @@ class Round:
 
     @property
     def run(self) -> Path:
-        """What training makes; the next round starts from it."""
+        """Folder of the training; the next round starts from it."""
         return self.folder / "run"
 
     @property
@@ -131,7 +131,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Commands:
-    """What is to be run. Arguments are paths where they mean files, and without what does not shape the outcome."""
+    """Command lines of the stages. Arguments are paths where they mean files, and leave out what shapes no outcome."""
 
     options: Options
     tools: Tools
@@ -140,12 +140,12 @@ class Commands:
         """Round `number`, from 0."""
         return Round(number, self.options.save / f"round_{number:03d}")
 
-    def run_before(self, now: Round) -> Path:
+    def run_before(self, round_: Round) -> Path:
         """The run whose weights a round starts from."""
-        return self.round(now.number - 1).run if now.number else self.options.load
+        return self.round(round_.number - 1).run if round_.number else self.options.load
 
     def launcher(self) -> list[str]:
-        """What stands before a program of several ranks."""
+        """Words that stand before a program of several ranks."""
         if self.options.launcher is not None:
             return shlex.split(self.options.launcher)
         ranks = self.options.nproc or _model_parallel_size(self.options.load / "config.yaml")
@@ -154,52 +154,52 @@ class Commands:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
     def export_command(self, run: Path, target: Path) -> list[str]:
-        """With --export-args on all ranks, otherwise in one process."""
+        """The export of a run: with --export-args on all ranks, otherwise in one process."""
         further = self.options.further("export")
         start = self.launcher() if further else [sys.executable]
         return [*start, *self.tools.export, str(run), str(target), *further]
 
-    def seed(self, now: Round) -> int:
-        """Of a round: its samples and steps are independent of those of other rounds."""
-        return self.options.seed + SEEDS_BETWEEN_ROUNDS * now.number
+    def seed(self, round_: Round) -> int:
+        """Seed of a round: its samples and steps are independent of those of other rounds."""
+        return self.options.seed + SEEDS_BETWEEN_ROUNDS * round_.number
 
-    def generate_arguments(self, now: Round, model: Path) -> list[object]:
-        """Those that shape the outcome: not where the server is."""
+    def generate_arguments(self, round_: Round, model: Path) -> list[object]:
+        """Arguments of the generation that shape its outcome: the server's address does not."""
         options = self.options
         return [
-            "--model", model, "--data", now.questions, "--output", now.folder / "rollouts.jsonl",
-            "--tags", "each", "--samples-per-tag", options.samples_per_tag, "--seed", self.seed(now),
+            "--model", model, "--data", round_.questions, "--output", round_.folder / "rollouts.jsonl",
+            "--tags", "each", "--samples-per-tag", options.samples_per_tag, "--seed", self.seed(round_),
             "--backend", options.backend, *options.further("generate"),
         ]  # fmt: skip
 
-    def score_arguments(self, now: Round) -> list[object]:
+    def score_arguments(self, round_: Round) -> list[object]:
         return [
-            now.folder / "rollouts.jsonl", "--data", now.questions, "--verifier", self.options.verifier,
-            "--output", now.folder / "scores.jsonl", "--rewards", now.rewards, *self.options.further("score"),
+            round_.folder / "rollouts.jsonl", "--data", round_.questions, "--verifier", self.options.verifier,
+            "--output", round_.folder / "scores.jsonl", "--rewards", round_.rewards, *self.options.further("score"),
         ]  # fmt: skip
 
-    def train_arguments(self, now: Round) -> list[object]:
+    def train_arguments(self, round_: Round) -> list[object]:
         options = self.options
         held_out = [] if options.eval_data is None else ["--eval-data", options.eval_data]
         return [
-            "--load", self.run_before(now), "--reference", options.load, "--rewards", now.rewards,
-            "--data", now.questions, *held_out, "--save", now.run, "--train-iters", options.train_iters,
-            "--lr", options.lr, "--seed", self.seed(now), "--export-hf-at-save", "--on-stale-rewards", "stop",
+            "--load", self.run_before(round_), "--reference", options.load, "--rewards", round_.rewards,
+            "--data", round_.questions, *held_out, "--save", round_.run, "--train-iters", options.train_iters,
+            "--lr", options.lr, "--seed", self.seed(round_), "--export-hf-at-save", "--on-stale-rewards", "stop",
             *options.further("train"),
         ]  # fmt: skip
 
-    def generate_command(self, now: Round, model: Path) -> list[str]:
+    def generate_command(self, round_: Round, model: Path) -> list[str]:
         server = [] if self.options.base_url is None else ["--base-url", self.options.base_url]
-        return _words(sys.executable, *self.tools.generate, *self.generate_arguments(now, model), *server)
+        return _words(sys.executable, *self.tools.generate, *self.generate_arguments(round_, model), *server)
 
-    def score_command(self, now: Round) -> list[str]:
-        return _words(sys.executable, *self.tools.score, *self.score_arguments(now))
+    def score_command(self, round_: Round) -> list[str]:
+        return _words(sys.executable, *self.tools.score, *self.score_arguments(round_))
 
-    def train_command(self, now: Round, resumed: bool) -> list[str]:
-        """`resumed`: from the newest checkpoint of the round's own run."""
-        arguments = self.train_arguments(now)
+    def train_command(self, round_: Round, resumed: bool) -> list[str]:
+        """The training of a round; `resumed`: from the newest checkpoint of the round's own run."""
+        arguments = self.train_arguments(round_)
         if resumed:
-            arguments[arguments.index("--load") + 1] = now.run
+            arguments[arguments.index("--load") + 1] = round_.run
             place = arguments.index("--reference")  # its answers are stored by now, and it may have been moved
             del arguments[place : place + 2]
         return _words(*self.launcher(), *self.tools.train, *arguments)

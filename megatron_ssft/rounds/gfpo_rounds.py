@@ -13,25 +13,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.rounds.commands import Commands, Round
 from megatron_ssft.rounds.processes import Ask, Children, StageFailure, Stopped, asking_by, terminate_ranks
-from megatron_ssft.rounds.round_table import round_row
+from megatron_ssft.rounds.round_table import RoundRow, round_row
 from megatron_ssft.rounds.server import server_command, serving
 from megatron_ssft.rounds.stages import StageFile, newest_checkpoint, only_one, read_json
 
 
 class Loop:
-    """One call of the program."""
+    """The rounds of one call of the program."""
 
     def __init__(self, commands: Commands, children: Children) -> None:
         self.commands, self.options, self.children = commands, commands.options, children
         self.work = commands.options.save
 
-    def run(self) -> list[dict[str, object]]:
+    def run(self) -> list[RoundRow]:
         """Play the rounds that are not done yet; returns a row for each round that is done then.
 
         Raises:
@@ -44,10 +46,10 @@ class Loop:
             self.children.sweep()
             self._check_folder()
             for number in range(self.options.rounds):
-                now = self.commands.round(number)
-                if not now.is_done:
+                round_ = self.commands.round(number)
+                if not round_.is_done:
                     (self.work / "finished.json").unlink(missing_ok=True)
-                    self._play(now)
+                    self._play(round_)
             return self._finish()
 
     def plan(self) -> Iterator[str]:
@@ -55,18 +57,18 @@ class Loop:
         self._check_start()
         commands = self.commands
         for number in range(self.done(), self.options.rounds):
-            now = commands.round(number)
-            before = commands.run_before(now)
+            round_ = commands.round(number)
+            before = commands.run_before(round_)
             checkpoint = newest_checkpoint(before)
             model = (checkpoint or before / "iter_*") / "hf"
             if checkpoint is not None and not model.is_dir():
-                model = now.folder / "hf"
+                model = round_.folder / "hf"
                 yield shlex.join(commands.export_command(before, model))
             if self.options.serve is not None:
                 yield shlex.join(server_command(self.options.serve, model))
-            yield shlex.join(commands.generate_command(now, model))
-            yield shlex.join(commands.score_command(now))
-            yield shlex.join(commands.train_command(now, resumed=False))
+            yield shlex.join(commands.generate_command(round_, model))
+            yield shlex.join(commands.score_command(round_))
+            yield shlex.join(commands.train_command(round_, resumed=False))
 
     def done(self) -> int:
         """How many rounds are done."""
@@ -92,82 +94,82 @@ class Loop:
         if not origin.exists():
             write_durably(origin, json.dumps({"load": load}) + "\n")
         if read_json(origin).get("load") != load:
-            before = read_json(origin).get("load")
-            raise UserError(f"--save {self.work}: was started with --load {before}; give that, or another folder")
+            first_load = read_json(origin).get("load")
+            raise UserError(f"--save {self.work}: was started with --load {first_load}; give that, or another folder")
 
     # -- a round -------------------------------------------------------------------------------------------------
 
-    def _play(self, now: Round) -> None:
-        now.folder.mkdir(parents=True, exist_ok=True)
-        stages = StageFile(now.folder / "stages.json", self.work)
-        self._choose_questions(now, stages)
-        model = self._export(now, stages)
-        nothing = {name: not (now.folder / f"{name}.jsonl").exists() for name in ("rollouts", "scores")}
-        if stages.begin("generate", self.commands.generate_arguments(now, model), nothing["rollouts"]):
-            self._generate(now, stages, model)
-        if stages.begin("score", self.commands.score_arguments(now), nothing["scores"]):
-            self._run("score", now, stages, self.commands.score_command(now))
-        has_checkpoint = newest_checkpoint(now.run) is not None
-        if stages.begin("train", self.commands.train_arguments(now), left_nothing=not has_checkpoint):
-            command = self.commands.train_command(now, has_checkpoint)
+    def _play(self, round_: Round) -> None:
+        round_.folder.mkdir(parents=True, exist_ok=True)
+        stages = StageFile(round_.folder / "stages.json", self.work)
+        self._choose_questions(round_, stages)
+        model = self._export(round_, stages)
+        is_absent = {name: not (round_.folder / f"{name}.jsonl").exists() for name in ("rollouts", "scores")}
+        if stages.begin("generate", self.commands.generate_arguments(round_, model), is_absent["rollouts"]):
+            self._generate(round_, stages, model)
+        if stages.begin("score", self.commands.score_arguments(round_), is_absent["scores"]):
+            self._run("score", round_, stages, self.commands.score_command(round_))
+        has_checkpoint = newest_checkpoint(round_.run) is not None
+        if stages.begin("train", self.commands.train_arguments(round_), left_nothing=not has_checkpoint):
+            command = self.commands.train_command(round_, has_checkpoint)
             ask = terminate_ranks if self.options.stop_launched is None else asking_by(self.options.stop_launched)
-            self._run("train", now, stages, command, ask)
+            self._run("train", round_, stages, command, ask)
         self._write_rows()
 
-    def _choose_questions(self, now: Round, stages: StageFile) -> None:
-        """questions.jsonl: this round's lines of the data, in their order there."""
-        data, wanted, seed = self.options.data, self.options.questions_per_round, self.options.seed
-        if not stages.begin("questions", [data, *(() if wanted is None else (wanted, seed))]):
+    def _choose_questions(self, round_: Round, stages: StageFile) -> None:
+        """Write questions.jsonl: this round's lines of the data, in their order there."""
+        data, size, seed = self.options.data, self.options.questions_per_round, self.options.seed
+        if not stages.begin("questions", [data, *(() if size is None else (size, seed))]):
             return
         count = len(read_questions(data))
         with open(data, "rb") as file:
             lines = [raw for raw in file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n") if raw.strip()]
         assert len(lines) == count
-        taken = questions_of_round(count, wanted, seed, now.number)
-        write_durably(now.questions, "".join(lines[i].decode("utf-8") + "\n" for i in taken))
+        places = questions_of_round(count, size, seed, round_.number)
+        write_durably(round_.questions, "".join(lines[i].decode("utf-8") + "\n" for i in places))
         stages.finish("questions")
 
-    def _export(self, now: Round, stages: StageFile) -> Path:
+    def _export(self, round_: Round, stages: StageFile) -> Path:
         """The Hugging Face folder of the weights that the round starts from."""
-        run = self.commands.run_before(now)
+        run = self.commands.run_before(round_)
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise UserError(f"{run}: holds no checkpoint (iter_*); remove {run.parent} to begin its round again")
-        model = checkpoint / "hf" if (checkpoint / "hf").is_dir() else now.folder / "hf"
+        model = checkpoint / "hf" if (checkpoint / "hf").is_dir() else round_.folder / "hf"
         if stages.begin("export", [checkpoint, model, *self.options.further("export")]):
             if model.is_dir():  # made by training, or before a kill came between making and noting it
                 stages.finish("export")
             else:
-                self._run("export", now, stages, self.commands.export_command(run, model))
+                self._run("export", round_, stages, self.commands.export_command(run, model))
         return model
 
-    def _generate(self, now: Round, stages: StageFile, model: Path) -> None:
-        command, options = self.commands.generate_command(now, model), self.options
+    def _generate(self, round_: Round, stages: StageFile, model: Path) -> None:
+        command, options = self.commands.generate_command(round_, model), self.options
         if options.serve is None:
-            self._run("generate", now, stages, command)
+            self._run("generate", round_, stages, command)
             return
         server = server_command(options.serve, model)
-        log = now.folder / "server.log"
-        _say(now, "server", server)
+        log = round_.folder / "server.log"
+        _say(round_, "server", server)
         try:
             with serving(self.children, server, str(options.base_url), log, options.serve_timeout) as watch:
-                self._run("generate", now, stages, command, watch=watch)
+                self._run("generate", round_, stages, command, watch=watch)
         finally:
             self.children.sweep()
 
     def _run(
         self,
         stage: str,
-        now: Round,
+        round_: Round,
         stages: StageFile,
         command: list[str],
         ask: Ask | None = None,
         watch: Callable[[], None] | None = None,
     ) -> None:
         """Run a stage's program to its end and note it. Raises StageFailure, Stopped."""
-        stop, name = self.children.stop, f"round {now.number}, {stage}"
+        stop, name = self.children.stop, f"round {round_.number}, {stage}"
         stop.check(f"before {name}")
-        _say(now, stage, command)
+        _say(round_, stage, command)
         begin = time.monotonic()
         try:
             status = self.children.run(command, ask, watch)
@@ -179,7 +181,7 @@ class Loop:
             if watch is not None:
                 watch()  # the reason, where the server has ended
             raise StageFailure(f"exit status {status}: {shlex.join(command)}", status)
-        if stage == "train" and not now.is_done:
+        if stage == "train" and not round_.is_done:
             stop.check(f"in {name}")
             raise Stopped(f"{name}: was told to stop before its end", 143)
         stages.finish(stage, time.monotonic() - begin)
@@ -187,14 +189,14 @@ class Loop:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def _write_rows(self) -> list[dict[str, object]]:
-        """rounds.jsonl, a line a round that is done."""
-        rows = [round_row(now.number, now.folder) for now in map(self.commands.round, range(self.done()))]
-        write_durably(self.work / "rounds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def _write_rows(self) -> list[RoundRow]:
+        """Write rounds.jsonl, a line per round that is done."""
+        rows = [round_row(round_.number, round_.folder) for round_ in map(self.commands.round, range(self.done()))]
+        write_durably(self.work / "rounds.jsonl", "".join(json.dumps(msgspec.to_builtins(row)) + "\n" for row in rows))
         return rows
 
-    def _finish(self) -> list[dict[str, object]]:
-        """finished.json: the last run and its Hugging Face folder, relative to the loop's folder."""
+    def _finish(self) -> list[RoundRow]:
+        """Write finished.json: the last run and its Hugging Face folder, relative to the loop's folder."""
         rows = self._write_rows()
         following = self.commands.round(len(rows))
         run = self.commands.run_before(following)
@@ -202,24 +204,24 @@ class Loop:
         if not model.is_dir():  # with --no-export-hf-at-save; the next round, if there is to be one, needs it too
             following.folder.mkdir(exist_ok=True)
             model = self._export(following, StageFile(following.folder / "stages.json", self.work))
-        done = {"rounds": len(rows), "run": str(run.relative_to(self.work)), "hf": str(model.relative_to(self.work))}
-        write_durably(self.work / "finished.json", json.dumps(done) + "\n")
+        summary = {"rounds": len(rows), "run": str(run.relative_to(self.work)), "hf": str(model.relative_to(self.work))}
+        write_durably(self.work / "finished.json", json.dumps(summary) + "\n")
         return rows
 
 
-def questions_of_round(count: int, wanted: int | None, seed: int, number: int) -> list[int]:
-    """Which of `count` questions round `number` takes, ascending; a pure function of its arguments.
+def questions_of_round(count: int, size: int | None, seed: int, number: int) -> list[int]:
+    """Places among `count` of the questions of round `number`, ascending; a pure function of its arguments.
 
-    An epoch is a permutation from which each of its rounds takes the next `wanted` questions; what is left over is for
+    An epoch is a permutation from which each of its rounds takes the next `size` questions; what is left over is for
     the next epoch's permutation to give out. Raises UserError if there are not as many.
     """
-    if wanted is None:
+    if size is None:
         return list(range(count))
-    if wanted > count:
-        raise UserError(f"--questions-per-round {wanted}: there are only {count} questions")
-    epoch, place = divmod(number, count // wanted)
-    return sorted(epoch_permutation(count, seed, epoch)[place * wanted : (place + 1) * wanted].tolist())
+    if size > count:
+        raise UserError(f"--questions-per-round {size}: there are only {count} questions")
+    epoch, place = divmod(number, count // size)
+    return sorted(epoch_permutation(count, seed, epoch)[place * size : (place + 1) * size].tolist())
 
 
-def _say(now: Round, stage: str, command: Sequence[str]) -> None:
-    print(f"round {now.number}, {stage}: {shlex.join(command)}", flush=True)
+def _say(round_: Round, stage: str, command: Sequence[str]) -> None:
+    print(f"round {round_.number}, {stage}: {shlex.join(command)}", flush=True)

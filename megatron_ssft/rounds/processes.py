@@ -1,4 +1,4 @@
-"""Programs that the loop starts, none of which outlives it unnoticed.
+"""Start and end the loop's programs, so that none outlives the loop unnoticed.
 
 A stage may be a whole tree of processes, and torchrun puts its ranks into sessions of their own, so no process group
 holds them all. Three things together do:
@@ -18,10 +18,12 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
+
+import psutil
 
 from megatron_ssft.errors import UserError
 
@@ -67,7 +69,7 @@ class StopSignals:
             raise Stopped(f"stopped by {signal.Signals(self.number).name} {where}", 128 + self.number)
 
 
-Ask = Callable[[subprocess.Popen], None]
+Ask = Callable[[subprocess.Popen[bytes]], None]
 """Asks a running program to end by itself."""
 
 
@@ -76,11 +78,10 @@ class Children:
 
     def __init__(self, folder: Path, stop: StopSignals) -> None:
         self.stop = stop
-        self._mark = f"{MARK}={folder.resolve()}"
+        self._folder = str(folder.resolve())
 
-    def start(self, command: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen:
+    def start(self, command: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
         """The program, in a session of its own; `output` takes what it prints. Raises StageFailure (status 127)."""
-        name, _, value = self._mark.partition("=")
         loop = os.getpid()
 
         def bind() -> None:
@@ -93,7 +94,7 @@ class Children:
         try:
             return subprocess.Popen(
                 command,
-                env={**os.environ, name: value},
+                env={**os.environ, MARK: self._folder},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
@@ -129,40 +130,43 @@ class Children:
     def sweep(self) -> None:
         """Kill whatever is left of the programs of this folder's loops. Raises UserError if that takes too long."""
         deadline = time.monotonic() + _SWEEP_SECONDS
-        while left := [pid for pid, environment in _environments() if self._mark.encode() in environment]:
+        while survivors := _with_variable(psutil.process_iter(), MARK, self._folder):
             if time.monotonic() > deadline:
-                raise UserError(f"process {left[0]} of an earlier stage does not end; end it and start again")
-            for pid in left:
-                _signal(pid, signal.SIGKILL)
+                raise UserError(f"process {survivors[0].pid} of an earlier stage does not end; end it and start again")
+            for process in survivors:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             time.sleep(_POLL_SECONDS)
 
 
-def terminate(child: subprocess.Popen) -> None:
+def terminate(child: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the program itself."""
     _signal(child.pid, signal.SIGTERM)
 
 
-def terminate_ranks(child: subprocess.Popen) -> None:
+def terminate_ranks(child: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the ranks under a launcher on this machine, or to a program that has none.
 
     torchrun itself would kill its ranks 30 seconds after its own SIGTERM, which is too early for a large checkpoint.
     """
-    ranks = [
-        pid
-        for pid, environment in _environments(_children_of(child.pid))
-        if any(entry.startswith(b"LOCAL_RANK=") for entry in environment)
-    ]
-    for pid in ranks or [child.pid]:
-        _signal(pid, signal.SIGTERM)
+    try:
+        ranks = _with_variable(psutil.Process(child.pid).children(), "LOCAL_RANK")
+    except psutil.NoSuchProcess:
+        return
+    if not ranks:
+        terminate(child)
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.terminate()
 
 
 def asking_by(command: str) -> Ask:
-    """Asks by running `command`, for ranks that are not on this machine; by SIGTERM to the launcher if that fails."""
+    """A way to ask ranks on other machines: run `command`, and if that fails send SIGTERM to the launcher."""
 
-    def ask(child: subprocess.Popen) -> None:
+    def ask(child: subprocess.Popen[bytes]) -> None:
         try:
-            done = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, check=False, timeout=_ASK_SECONDS)
-            failed = done.returncode != 0
+            result = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, check=False, timeout=_ASK_SECONDS)
+            failed = result.returncode != 0
         except (OSError, subprocess.TimeoutExpired):
             failed = True
         if failed:
@@ -171,7 +175,7 @@ def asking_by(command: str) -> Ask:
     return ask
 
 
-def end(child: subprocess.Popen, grace: float) -> None:
+def end(child: subprocess.Popen[bytes], grace: float) -> None:
     """SIGTERM to the program's process group, SIGKILL after `grace` seconds; returns when the program has ended."""
     _signal(-child.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -181,22 +185,20 @@ def end(child: subprocess.Popen, grace: float) -> None:
 
 
 def _signal(pid: int, number: int) -> None:
-    """To a process, or to a group where `pid` is negative; nothing happens if it is gone."""
+    """Send a signal to a process, or to a group where `pid` is negative; nothing happens if it is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
-def _children_of(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def _with_variable(processes: Iterable[psutil.Process], name: str, value: str | None = None) -> list[psutil.Process]:
+    """The processes that were started with the environment variable `name`, where given with this `value`.
 
-
-def _environments(pids: Sequence[int] | None = None) -> Iterator[tuple[int, list[bytes]]]:
-    """(process, what it was started with) for `pids`, by default all processes that may be looked at."""
-    for pid in pids if pids is not None else [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-        try:
-            yield pid, Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:  # ended meanwhile, or another user's
-            continue
+    A process that has ended meanwhile, or belongs to another user, is none of them.
+    """
+    matches = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if name in environment and value in (None, environment[name]):
+                matches.append(process)
+    return matches

@@ -1,64 +1,98 @@
-"""What a round came to, read from the files of its training."""
+"""The result of a round, read from the files of its training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from rich.table import Table
 
+from megatron_ssft.formats.metrics import METRICS, Metrics, load_metrics
+from megatron_ssft.formats.policy import PolicyRow, read_policy
+from megatron_ssft.formats.rewards import RewardLine, read_reward_lines
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
-from megatron_ssft.rounds.stages import read_json, read_rows
-
-Row = Mapping[str, object]
+from megatron_ssft.rounds.stages import read_record
 
 
-def round_row(number: int, folder: Path) -> dict[str, object]:
-    """One line of rounds.jsonl; figures that the training does not give are left out.
+class RoundRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of rounds.jsonl; figures that the training does not give are left out."""
 
-    reward_before, reward_after: mean over the round's questions of sum_i pi_i R_i under the policy at the start and at
-    the end of the training, with the rewards measured in this round; where there is no such policy (grpo), there are no
-    such figures. entropy (nats) and mass belong to the policy at the end.
-    """
-    run, rewards = folder / "run", read_rows(folder / "rewards.jsonl")
-    finished, metrics = read_json(run / FINISHED), read_rows(run / "metrics.jsonl")
-    row: dict[str, object] = {
-        "round": number,
-        "questions": len(rewards),
-        "iterations": finished.get("iteration"),
-        "reward_uniform": _mean([np.mean(mean_rewards(line)) for line in rewards]),
-    }
-    policies = [line for line in read_rows(run / POLICY) if line.get("split") == "train"]
-    first = [line for line in policies if line["iteration"] == 0]
-    end = max((line["iteration"] for line in policies), default=0)
-    last = [line for line in policies if line["iteration"] == end]
-    row["reward_before"] = expected_reward(first, rewards)
-    if last:
-        row |= {"reward_after": expected_reward(last, rewards), "entropy": _mean([_entropy(x["policy"]) for x in last])}
-        row["mass"] = _mean([x["mass"] for x in last if "mass" in x])
-    else:
-        row |= {name: _end_of(metrics, name) for name in ("entropy", "mass")}
-    for name in ("completion_nll_shift", "effective_sample_size"):
-        row[name] = _end_of(metrics, name)
-    row |= {"reason": finished.get("reason"), "run": f"{folder.name}/run"}
-    return {name: value for name, value in row.items() if value is not None}
+    round: int
+    questions: int
+    iterations: int | None = None
+    reward_uniform: float | None = None
+    """Mean reward of the tags, each as likely as the others."""
+    reward_before: float | None = None
+    """Mean over the round's questions of sum_i pi_i R_i under the policy before the training.
+
+    The rewards are those measured in this round. None where there is no such policy (grpo)."""
+    reward_after: float | None = None
+    """The same mean under the policy after the training."""
+    entropy: float | None = None
+    """Mean entropy of the policy after the training, in nats."""
+    mass: float | None = None
+    """Mean probability after the training that a tag is written."""
+    completion_nll_shift: float | None = None
+    effective_sample_size: float | None = None
+    reason: str | None = None
+    """Why the training ended."""
+    run: str
 
 
-def mean_rewards(line: Row) -> np.ndarray:
-    """Mean reward of each tag, float64 [N], from a line of a rewards file; 0 without samples."""
-    return np.asarray(line["sum"], dtype=np.float64) / np.maximum(np.asarray(line["n"], dtype=np.float64), 1.0)
+def round_row(number: int, folder: Path) -> RoundRow:
+    """The row of round `number`, whose files are in `folder`. Raises UserError."""
+    run, rewards = folder / "run", _rewards(folder / "rewards.jsonl")
+    ending, metrics = read_record(run / FINISHED, _Ending), _metrics(run)
+    steps = list(_policies(run / POLICY).items())
+    before = next((rows for iteration, rows in steps if iteration == 0), {})
+    after = steps[-1][1] if steps else {}
+    return RoundRow(
+        round=number,
+        questions=len(rewards),
+        iterations=ending.iteration,
+        reward_uniform=_mean([float(np.mean(line.mean_N)) for line in rewards.values()]),
+        reward_before=expected_reward(before, rewards),
+        reward_after=expected_reward(after, rewards),
+        entropy=_mean([_entropy(row.policy_N) for row in after.values()]) if after else _last(metrics["entropy"]),
+        mass=_mean([row.mass for row in after.values()]) if after else _last(metrics["mass"]),
+        completion_nll_shift=_last(metrics["completion_nll_shift"]),
+        effective_sample_size=_last(metrics["effective_sample_size"]),
+        reason=ending.reason,
+        run=f"{folder.name}/run",
+    )
 
 
-def expected_reward(policies: Sequence[Row], rewards: Sequence[Row]) -> float | None:
-    """Mean over questions of sum_i pi_i R_i; of the questions that both know. None if there are none."""
-    by_id = {line["id"]: mean_rewards(line) for line in rewards}
-    found = [float(np.dot(line["policy"], by_id[line["id"]])) for line in policies if line["id"] in by_id]
-    return _mean(found)
+class _Ending(msgspec.Struct, frozen=True):
+    """finished.json of a training run."""
+
+    iteration: int | None = None
+    reason: str | None = None
 
 
-def rounds_table(rows: Sequence[Row]) -> Table:
-    """For people: a line a round."""
+def _rewards(path: Path) -> dict[str, RewardLine]:
+    """Question's id -> its rewards; empty if the file is not there. Raises UserError."""
+    return read_reward_lines(path) if path.exists() else {}
+
+
+def _metrics(run: Path) -> Metrics:
+    """Log of the training; empty if it is not there. Raises UserError."""
+    return load_metrics(run) if (run / METRICS).exists() else Metrics({"iteration": np.zeros(0)})
+
+
+def _policies(path: Path) -> dict[int, dict[str, PolicyRow]]:
+    """Iteration, ascending -> policies of the training questions; empty if the file is not there. Raises UserError."""
+    return read_policy(path).get("train", {}) if path.exists() else {}
+
+
+def expected_reward(policies: Mapping[str, PolicyRow], rewards: Mapping[str, RewardLine]) -> float | None:
+    """Mean of sum_i pi_i R_i over the questions that have both a policy and rewards; None if there are none."""
+    return _mean([float(np.dot(row.policy_N, rewards[id].mean_N)) for id, row in policies.items() if id in rewards])
+
+
+def rounds_table(rows: Sequence[RoundRow]) -> Table:
+    """A table for people: a line per round."""
     table = Table(title="rounds")
     columns = {
         "round": "round",
@@ -74,7 +108,7 @@ def rounds_table(rows: Sequence[Row]) -> Table:
     for name in columns.values():
         table.add_column(name, justify="left" if name == "ended" else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(name), ".2g" if name == "mass" else ".3f") for name in columns))
+        table.add_row(*(_cell(getattr(row, name), ".2g" if name == "mass" else ".3f") for name in columns))
     return table
 
 
@@ -84,9 +118,8 @@ def _cell(value: object, spec: str) -> str:
     return format(value, spec) if isinstance(value, float) else str(value)
 
 
-def _entropy(policy: object) -> float:
-    """Nats."""
-    p = np.asarray(policy, dtype=np.float64)
+def _entropy(p: np.ndarray) -> float:
+    """Entropy of a question's policy, in nats."""
     return float(-(p * np.log(np.where(p > 0, p, 1.0))).sum())
 
 
@@ -94,6 +127,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def _end_of(metrics: Sequence[Row], name: str) -> object:
-    """The last value of that name."""
-    return next((line[name] for line in reversed(metrics) if line.get(name) is not None), None)
+def _last(column: np.ndarray) -> float | None:
+    """The last value of a column of the log; None if there is none."""
+    finite = column[np.isfinite(column)]
+    return float(finite[-1]) if len(finite) else None

@@ -1,4 +1,4 @@
-"""What the loop keeps on disk between its stages: which have begun, with what, and which are done."""
+"""The loop's record of its stages on disk: which have begun, with which arguments, and which are done."""
 
 from __future__ import annotations
 
@@ -8,66 +8,81 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import checkpoint_folder, latest_checkpoint
 
+Row = TypeVar("Row")
+
+
+class Stage(msgspec.Struct, omit_defaults=True):
+    """A stage that has begun."""
+
+    arguments: list[str]
+    """Arguments that shape the outcome."""
+    seconds: float | None = None
+    """Time it took; None while it is not done."""
+
 
 class StageFile:
-    """stages.json of one round: {stage: {"arguments": [...], "seconds": ...}}, "seconds" where the stage is done.
+    """stages.json of one round: the name of each stage -> `Stage`.
 
-    Arguments are those that shape the outcome. Paths are taken relative to the loop's folder if they lie in it, so that
-    it can be moved.
+    Paths among the arguments are taken relative to the loop's folder if they lie in it, so that it can be moved.
     """
 
     def __init__(self, path: Path, work: Path) -> None:
         """Raises UserError if the file is damaged."""
         self._path, self._work = path, work.resolve()
-        self._rows: dict[str, dict[str, object]] = {}
+        self._stages: dict[str, Stage] = {}
         if path.exists():
-            rows = read_json(path)
-            if not all(isinstance(row, dict) and "arguments" in row for row in rows.values()):
-                raise UserError(f"{path}: not a record of stages; remove the round's folder to begin the round again")
-            self._rows = rows
+            try:
+                self._stages = msgspec.convert(read_json(path), dict[str, Stage])
+            except msgspec.ValidationError as error:
+                raise UserError(
+                    f"{path}: not a record of stages; remove the round's folder to begin the round again"
+                ) from error
 
     def begin(self, stage: str, arguments: Sequence[object], left_nothing: bool = False) -> bool:
         """Whether the stage is still to be run. Raises UserError if it was begun with other arguments.
 
         `left_nothing`: what it began with does not bind it, as there is nothing made with that.
         """
-        now = [self._spell(argument) for argument in arguments]
-        row = self._rows.get(stage)
-        if row is not None and left_nothing and "seconds" not in row:
-            row = None
-        if row is not None and row["arguments"] != now:
+        words = [self._spell(argument) for argument in arguments]
+        entry = self._stages.get(stage)
+        if entry is not None and left_nothing and entry.seconds is None:
+            entry = None
+        if entry is not None and entry.arguments != words:
             raise UserError(
-                f"{self._path}: {stage} was begun with {_difference(row['arguments'], now)}; give the flags of "
+                f"{self._path}: {stage} was begun with {_difference(entry.arguments, words)}; give the flags of "
                 "then, or remove the round's folder to begin the round again"
             )
-        if row is None:
-            self._rows[stage] = {"arguments": now}
+        if entry is None:
+            self._stages[stage] = Stage(words)
             self._write()
-        return "seconds" not in self._rows[stage]
+        return self._stages[stage].seconds is None
 
     def finish(self, stage: str, seconds: float = 0.0) -> None:
         """Note that the stage is done."""
-        self._rows[stage]["seconds"] = round(seconds, 3)
+        self._stages[stage].seconds = round(seconds, 3)
         self._write()
 
     def _spell(self, argument: object) -> str:
         if not isinstance(argument, Path):
             return str(argument)
-        whole = argument.resolve()
-        return str(whole.relative_to(self._work)) if whole.is_relative_to(self._work) else str(whole)
+        path = argument.resolve()
+        return str(path.relative_to(self._work)) if path.is_relative_to(self._work) else str(path)
 
     def _write(self) -> None:
-        write_durably(self._path, json.dumps(self._rows, indent=1) + "\n")
+        write_durably(self._path, json.dumps(msgspec.to_builtins(self._stages), indent=1) + "\n")
 
 
-def _difference(before: Sequence[str], now: Sequence[str]) -> str:
-    """Where two lists of arguments part: `--lr 0.1 and not --lr 0.2`."""
-    place = next((k for k, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+def _difference(before: Sequence[str], after: Sequence[str]) -> str:
+    """The first place where two lists of arguments differ: `--lr 0.1 and not --lr 0.2`."""
+    place = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
 
     def words(arguments: Sequence[str]) -> str:
         if place >= len(arguments):
@@ -75,7 +90,7 @@ def _difference(before: Sequence[str], now: Sequence[str]) -> str:
         is_value = place > 0 and arguments[place - 1].startswith("--") and not arguments[place].startswith("--")
         return " ".join(arguments[place - 1 if is_value else place : place + 1])
 
-    return f"{words(before)} and not {words(now)}"
+    return f"{words(before)} and not {words(after)}"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -91,15 +106,12 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def read_rows(path: Path) -> list[dict[str, object]]:
-    """The objects of a JSON-lines file; none if it is not there. Raises UserError for a line that is none."""
-    if not path.exists():
-        return []
+def read_record(path: Path, kind: type[Row]) -> Row:
+    """The object in a file as a `kind`. Raises UserError."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON lines: {error}") from error
-    return [row for row in rows if isinstance(row, dict)]
+        return msgspec.convert(read_json(path), kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {error}; remove it and what was made after it") from error
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -110,7 +122,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock inside the `with` block. Raises UserError if another program holds it."""
+    """Hold the folder's lock inside the `with` block. Raises UserError if another program holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+b")  # noqa: SIM115

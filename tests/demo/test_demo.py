@@ -14,12 +14,20 @@ import pytest
 from rich.console import Console
 
 from megatron_ssft.demo.data import make_demo_sets, writing_style
+from megatron_ssft.demo.evaluation import (
+    Evaluated,
+    check_evaluation,
+    evaluation_table,
+    read_evaluation,
+    tag_source_bits,
+)
 from megatron_ssft.demo.policy import check_policy, policy_table
-from megatron_ssft.demo.result import Evaluated, check_evaluation, evaluation_table, tag_style_bits
 from megatron_ssft.demo.training import Summary, check_training, summarize
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.policy_evaluation import PolicyEvaluationRecord
+from megatron_ssft.formats.rollouts import Rollout, to_line
 from megatron_ssft.formats.run_logs import load_run
-from tests.report.test_report import _fake_run
+from tests.helpers.report_data import make_evaluation, make_settling_run
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def demo():
 
 def test_summary_and_bars(demo, tmp_path):
     optimal, random, single = (
-        summarize(load_run(_fake_run(tmp_path, kind))) for kind in ("optimal", "random", "single")
+        summarize(load_run(make_settling_run(tmp_path, kind))) for kind in ("optimal", "random", "single")
     )
     assert optimal.gap_first == pytest.approx(0.012)
     assert optimal.gap_final == pytest.approx(np.mean([1e-2 * 1.2**i for i in range(45, 61)]))
@@ -116,22 +124,22 @@ EVALUATIONS = {
 }
 
 
-def policy_record(gain=0.45, recovered=0.9, moved=-0.003):
-    """What the demo reads of policy_evaluation.json."""
+def policy_record(gain=0.45, recovered=0.9, moved=-0.003) -> PolicyEvaluationRecord:
+    """policy_evaluation.json, as far as the demo reads it."""
+    measured = {"stderr": 0.01, "questions": 256}
 
-    def estimate(value):
-        return {"value": value, "stderr": 0.01, "questions": 256}
+    def row(key, name, before, after):
+        before, after = (None if value is None else {"value": value, **measured} for value in (before, after))
+        return {"key": key, "name": name, "before": before, "after": after, "note": ""}
 
+    ratio = {"key": "group_before", "name": "headroom", "value": recovered, "gain": 0.4, "headroom": 0.5, **measured}
     return {
-        "rows": [
-            {"key": "own", "name": "own choice", "before": None, "after": estimate(0.93)},
-            {"key": "fixed", "name": "best fixed tag", "before": estimate(0.48), "after": estimate(0.49)},
-        ],
+        "rows": [row("own", "own choice", None, 0.93), row("fixed", "best fixed tag", 0.48, 0.49)],
         "differences": [
-            {"key": "own-fixed_before", **estimate(gain)},
-            {"key": "uniform-uniform_before", **estimate(moved)},
+            {"key": "own-fixed_before", "name": "own - fixed", "value": gain, **measured},
+            {"key": "uniform-uniform_before", "name": "uniform", "value": moved, **measured},
         ],
-        "headroom_recovered": [{"key": "group_before", **estimate(recovered)}],
+        "headroom_recovered": [ratio],
     }
 
 
@@ -143,7 +151,7 @@ def test_the_demo_from_data_to_bars(demo, tmp_path, monkeypatch, capsys, swap, s
     def command(output, matching, nproc, iters, train, held_out):
         assert train.exists() and held_out.exists() and (nproc, iters) == (2, 512)
         kind = order.get(matching, matching)
-        return ["mv", str(_fake_run(tmp_path / matching, kind)), str(output / matching)]
+        return ["mv", str(make_settling_run(tmp_path / matching, kind)), str(output / matching)]
 
     def read(folder, rollouts):
         assert folder == tmp_path / "out" / "evaluation" and list(rollouts) == ["optimal", "random", "single"]
@@ -216,6 +224,35 @@ def test_each_bar_of_the_evaluation_can_be_missed(which, changes, expected):
     assert [k for k, (met, _) in enumerate(check_evaluation(*worse.values())) if not met] == [expected]
 
 
+def test_a_figure_of_the_policy_that_is_missing_meets_no_bar():
+    record = policy_record()
+    empty = {**record, "differences": [], "headroom_recovered": []}
+    assert not any(met for met, _ in check_policy(empty)) and all(met for met, _ in check_policy(record))
+
+
+def test_the_evaluation_of_the_demos_runs(tmp_path):
+    """Six tags, each right on other questions: figures of evaluation.json and the information of the rollouts."""
+    ways = ["3>7>7>7#7", "1<7<7<7#7", "(35)7(71)7#7", "3.5=7;7.7=7;7.1=7#7", "?#7", "x=3;x=7;x=7;x=7#7"]
+    folder = make_evaluation(tmp_path, {"optimal": [0.5] * 6, "single": [0.5]}, group=True, ks=(1, 6))
+    rows = [
+        Rollout(
+            id=f"q{q}", tag=tag, sample=0, finish_reason="stop", seed=1, sampling={"mode": "each"}, model="m",
+            tokenizer="t", text=ways[tag], token_ids=(1,), prompt="0" * 16,
+        )
+        for q in range(4)
+        for tag in range(6)
+    ]  # fmt: skip
+    rollouts = tmp_path / "rollouts.jsonl"
+    rollouts.write_text("".join(map(to_line, rows)))
+    (optimal,) = read_evaluation(folder, {"optimal": rollouts})
+    assert optimal.pass_1 == pytest.approx(0.5) and optimal.bits == pytest.approx(np.log2(6))
+    assert optimal.pass_6 > 0.9 and optimal.best_tag is not None and optimal.errors["pass_1"] > 0
+    for missing in ({"single": rollouts}, {"none": rollouts}):  # four samples; no such run
+        with pytest.raises(UserError, match="lacks pass@6 or cons@6 of ") as error:
+            read_evaluation(folder, missing)
+        assert "\n" not in str(error.value)
+
+
 def test_ways_of_writing_are_told_apart():
     for row in make_demo_sets(train=64, held_out=64)[0]:
         for trace in row["traces"]:
@@ -226,9 +263,9 @@ def test_ways_of_writing_are_told_apart():
 
 def test_bits_between_tag_and_style():
     ways = ["3>7>7>7#7", "1<7<7<7#7", "?#7", "x=3;x=7;x=7;x=7#7"]
-    assert tag_style_bits((tag, ways[tag]) for tag in range(4)) == pytest.approx(2)
-    assert tag_style_bits((tag, way) for tag in range(4) for way in ways) == pytest.approx(0)
-    assert tag_style_bits((tag, "gibberish" if tag else ways[0]) for tag in range(2)) == pytest.approx(1)
+    assert tag_source_bits((tag, ways[tag]) for tag in range(4)) == pytest.approx(2)
+    assert tag_source_bits((tag, way) for tag in range(4) for way in ways) == pytest.approx(0)
+    assert tag_source_bits((tag, "gibberish" if tag else ways[0]) for tag in range(2)) == pytest.approx(1)
 
 
 def test_the_flags_given_to_the_trainer_exist(demo, tmp_path):

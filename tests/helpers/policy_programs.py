@@ -19,7 +19,7 @@ from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.startup import complete_policy_values
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
-from tests.helpers.run_processes import ranks_of_program, start_program
+from tests.helpers.processes import ranks_of_program, start_program
 from tests.helpers.training_runs import assemble, weight_shards
 
 start = functools.partial(start_program, "tools/train_gfpo.py")

@@ -31,7 +31,7 @@ from tests.helpers.policy_programs import (
     run_body,
     start,
 )
-from tests.helpers.run_processes import finish, wait_for_steps
+from tests.helpers.processes import finish, wait_for_steps
 
 # -- killed while it trains ----------------------------------------------------------------------------------------
 

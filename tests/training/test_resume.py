@@ -16,7 +16,7 @@ from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.topology import initialize_topology
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
-from tests.helpers.run_processes import finish, ranks_of_program, start_program, wait_for_steps
+from tests.helpers.processes import finish, ranks_of_program, start_program, wait_for_steps
 from tests.helpers.training_runs import BASE, make_rows, write_rows
 
 start = functools.partial(start_program, "pretrain_ssft.py")

@@ -1,0 +1,1 @@
+"""Pictures of the records that `read` returns, each with its numbers in words and in tables."""

@@ -1,0 +1,1 @@
+"""The HTML page that holds the pictures, and its summary."""

@@ -1,0 +1,1 @@
+"""Readers of the folders of runs and evaluations; they return typed records."""
