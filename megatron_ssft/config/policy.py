@@ -17,15 +17,15 @@ class PolicyConfig:
     """What the policy is rewarded for, what keeps it near the model it came from, and which weights move."""
 
     data: str = required()
-    """JSONL file of questions, as for generate.py; those without a line in --rewards are left out."""
+    """JSONL file of questions, as for megatron-ssft generate; those without a line in --rewards are left out."""
     eval_data: str | None = None
     """Held-out questions whose tag probabilities are written to policy.jsonl too."""
     rewards: str | None = None
-    """Counts of right answers for every question and tag, from score.py --rewards."""
+    """Counts of right answers for every question and tag, from megatron-ssft score --rewards."""
     rollouts: str | None = None
-    """Stored completions, from generate.py; default: the file that --rewards names."""
+    """Stored completions, from megatron-ssft generate; default: the file that --rewards names."""
     scores: str | None = None
-    """Scored completions, from score.py (grpo only); default: the file that --rewards names."""
+    """Scored completions, from megatron-ssft score (grpo only); default: the file that --rewards names."""
     reference: str | None = None
     """Run whose weights are the reference of KL and anchor; default: --load."""
     objective: str = "gfpo-exact"
@@ -117,7 +117,10 @@ class PolicyConfig:
                 "--objective grpo needs --rewards, or --rollouts and --scores",
             )
         else:
-            require(self.rewards is not None, f"--objective {self.objective} needs --rewards (score.py --rewards)")
+            require(
+                self.rewards is not None,
+                f"--objective {self.objective} needs --rewards (megatron-ssft score --rewards)",
+            )
             require(self.scores is None, "--scores is for grpo; the tags' rewards stand in --rewards")
         positive(self, "clip_eps", "clip_eps_high", "samples_per_question", "policy_epochs")
         require(self.clip_eps is None or self.clip_eps < 1, f"--clip-eps {self.clip_eps} must be below 1")

@@ -31,21 +31,6 @@ class RunConfig:
         """Checks that span sections."""
         model, parallel = self.model, self.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        require(
-            parallel.context_parallel_size == 1 or model.transformer_impl == "transformer_engine",
-            "--context-parallel-size above 1 needs --transformer-impl transformer_engine: only its attention "
-            "can share a sequence between ranks",
-        )
-        require(
-            parallel.context_parallel_size == 1 or self.training.sequence_layout == "padded",
-            "--context-parallel-size above 1 needs --sequence-layout padded: a stream cannot be shared between ranks",
-        )
-        require(
-            parallel.context_parallel_size == 1
-            or not (self.checkpoint.export_hf_at_save and self.checkpoint.verify_hf),
-            "--export-hf-at-save cannot be verified with --context-parallel-size above 1; give --no-verify-hf and run "
-            "tools/convert_hf.py verify afterwards",
-        )
         for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             require(
                 getattr(model, name) % tp == 0,
@@ -84,6 +69,24 @@ class RunConfig:
         return self.model.num_layers // self.parallel.pipeline_model_parallel_size // chunk
 
 
+def check_context_parallel(run: RunConfig) -> None:
+    """Raise UserError where sequences are to be shared between ranks and cannot be."""
+    require(
+        run.parallel.context_parallel_size == 1 or run.model.transformer_impl == "transformer_engine",
+        "--context-parallel-size above 1 needs --transformer-impl transformer_engine: only its attention "
+        "can share a sequence between ranks",
+    )
+    require(
+        run.parallel.context_parallel_size == 1 or run.training.sequence_layout == "padded",
+        "--context-parallel-size above 1 needs --sequence-layout padded: a stream cannot be shared between ranks",
+    )
+    require(
+        run.parallel.context_parallel_size == 1 or not (run.checkpoint.export_hf_at_save and run.checkpoint.verify_hf),
+        "--export-hf-at-save cannot be verified with --context-parallel-size above 1; give --no-verify-hf and run "
+        "megatron-ssft convert verify afterwards",
+    )
+
+
 @dataclass
 class SSFTConfig:
     """What a run of Set Supervised Fine-Tuning is decided by."""
@@ -99,6 +102,7 @@ class SSFTConfig:
 
     def __post_init__(self) -> None:
         """Checks that span sections."""
+        check_context_parallel(self.run)
         require(
             (self.run.training.train_iters is None) != (self.batches.train_epochs is None),
             "give exactly one of --train-iters and --train-epochs",
@@ -175,6 +179,10 @@ class ConversionConfig:
     start: StartConfig
 
     defaults: ClassVar[Mapping[str, Any]] = {"num_forking_tokens": 0}
+
+    def __post_init__(self) -> None:
+        """Checks that span sections."""
+        check_context_parallel(self.run)
 
 
 TrainingRun = SSFTConfig | GFPOConfig

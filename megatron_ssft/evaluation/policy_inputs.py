@@ -68,7 +68,7 @@ def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None =
 
 
 def flag(role: str) -> str:
-    """The option of tools/evaluate_policy.py that names the file of a role."""
+    """The option of megatron-ssft evaluate-policy that names the file of a role."""
     return "--" + role.replace("_", "-")
 
 

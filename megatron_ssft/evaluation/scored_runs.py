@@ -79,7 +79,7 @@ def _check_scored(path: str | Path) -> None:
     except (OSError, ValueError, RecursionError):
         return
     if isinstance(row, dict) and "text" in row and "correct" not in row:
-        raise UserError(f"{path}:1: not scored yet; run tools/score.py first")
+        raise UserError(f"{path}:1: not scored yet; run megatron-ssft score first")
 
 
 def run_names(paths: Sequence[str | Path]) -> list[str]:

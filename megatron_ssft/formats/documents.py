@@ -1,4 +1,4 @@
-"""A JSON file that holds one document, as tools/evaluate.py and tools/evaluate_policy.py write it.
+"""A JSON file that holds one document, as megatron-ssft evaluate and megatron-ssft evaluate-policy write it.
 
 A document is a TypedDict: its keys are those of the file (`pass@1` among them), and it goes to `json.dumps` as it is.
 """

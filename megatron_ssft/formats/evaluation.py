@@ -207,8 +207,8 @@ def load_evaluation(folder: str | Path) -> EvaluationRecord:
         Path(folder) / EVALUATION,
         EvaluationRecord,
         _contradiction,
-        unreadable="the evaluation; give the --output folder of tools/evaluate.py",
-        program="tools/evaluate.py",
+        unreadable="the evaluation; give the --output folder of megatron-ssft evaluate",
+        program="megatron-ssft evaluate",
     )
 
 

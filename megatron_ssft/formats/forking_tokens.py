@@ -50,7 +50,7 @@ def parse_forking_tokens(folder: Path) -> ForkingTokens:
     """The tags that the file of an exported model lists. Raises UserError for a folder without it or a damaged one."""
     path = Path(folder) / FORKING_TOKENS
     if not path.is_file():
-        raise UserError(f"{path}: no such file; export the run again, tools/convert_hf.py export writes it")
+        raise UserError(f"{path}: no such file; export the run again, megatron-ssft convert export writes it")
     try:
         record = convert_row(read_json(path), ForkingTokensFile)
         record.check()

@@ -162,8 +162,8 @@ def load_policy_evaluation(folder: str | Path) -> PolicyEvaluationRecord:
         Path(folder) / POLICY_EVALUATION,
         PolicyEvaluationRecord,
         _contradiction,
-        unreadable="it; give the --output folder made with tools/evaluate_policy.py",
-        program="tools/evaluate_policy.py",
+        unreadable="it; give the --output folder made with megatron-ssft evaluate-policy",
+        program="megatron-ssft evaluate-policy",
     )
 
 

@@ -1,4 +1,4 @@
-"""Rewards of every question and tag, as score.py --rewards writes them: what a forking policy is trained on."""
+"""Rewards of every question and tag, from `megatron-ssft score --rewards`: what a policy is trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.jsonl import Count, RowError, convert_row, parse_object, to_line
 from megatron_ssft.formats.rollouts import ScoredRollout
 
-_AGAIN = "write the file again with score.py --rewards"
+_AGAIN = "write the file again with megatron-ssft score --rewards"
 _MOST = 2**53
 """Counts from here on are not exact as float64."""
 Parsed = TypeVar("Parsed")

@@ -46,10 +46,10 @@ class WeightsState(Struct, frozen=True, kw_only=True):
 class QueueState(TypedDict):
     """Where a run stands in its data; a few visits, whatever the data's size."""
 
-    num_questions: int
+    num_questions: Count
     seed: int
-    epoch: int
-    cursor: int
+    epoch: Count
+    cursor: Count
     """Place in the epoch's permutation of the next question to enter the window."""
     waiting: list[list[int]]
     """[index, epoch] of the visits in the window, in stream order."""
@@ -65,9 +65,9 @@ class ReusedAssignments(TypedDict):
 class CollapseWatchState(TypedDict):
     """Memory of the watch for a collapse of the matching."""
 
-    steps: int
-    window: list[list[list[list[int | str | None]]]]
-    """For each step of the window [tags, sources], each a list per question."""
+    steps: Count
+    window: list[tuple[list[list[int]], list[list[str | None]]]]
+    """The window's steps: the tags of each question, the sources of each question."""
     gaps: list[float]
     margins: list[float | None]
     """null stands for infinity."""

@@ -1,1 +1,4 @@
-"""Rollouts from a trained model: what to generate (`requests`), who does it (`*_backend`), and the file (`run`)."""
+"""Rollouts from a trained model.
+
+`requests` says what to generate, the backends (`*_backend`; `backend` is their contract) do it, `run` writes the file.
+"""

@@ -1,29 +1,38 @@
 """Generation with transformers' forward pass and a sampling loop of our own, on the CPU or one GPU.
 
-The prompt of a question is computed once for all its tags and samples: prompts of several questions go through the
-model together, their keys and values are copied to one row a sample, the tags follow as a second short block, and from
-there all rows are decoded together. Rows that are done leave the batch.
+The prompt of a question is computed once for all its tags and samples. Prompts of several questions go through the
+model together; their keys and values are copied to one row per sample. The tags follow as a second short block, and
+from there all rows are decoded together. Rows that are done leave the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import psutil
 import torch
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.generation.backend import Until
 from megatron_ssft.generation.kv_rows import KVRows
-from megatron_ssft.generation.requests import Generated, Request, Sampling
+from megatron_ssft.generation.requests import FinishReason, Generated, Origin, Request, Sampling
 from megatron_ssft.generation.sampling import pick, uniforms
 
 MAX_DEFAULT_ROWS = 512
 MAX_PREFILL_TOKENS = 65536
 """Prompt tokens that go through the model at once, padding included."""
 DTYPES = ("float32", "bfloat16", "float16")
-Until = Callable[[Sequence[int]], bool]
+
+
+class _Config(Protocol):
+    """The part of transformers' configuration that every model has and that is used here."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
 
 
 class HFBackend:
@@ -52,8 +61,8 @@ class HFBackend:
         self._model: torch.nn.Module | None = None
 
     @property
-    def origin(self) -> dict[str, object]:
-        """What shapes the samples besides the sampling settings."""
+    def origin(self) -> Origin:
+        """Name what shapes the samples besides the sampling settings."""
         return {"backend": "hf", "dtype": str(self._dtype).removeprefix("torch.")}
 
     @property
@@ -63,23 +72,15 @@ class HFBackend:
 
     def load(self) -> None:
         """Read the weights, once. Raises UserError."""
-        if self._model is not None:
-            return
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        self._loaded_model()
 
-        logging.disable_progress_bar()
-        try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                self._folder, dtype=self._dtype, local_files_only=True, trust_remote_code=False
-            ).to(self._device)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise UserError(f"{self._folder}: cannot load the model: {_first_line(error)}") from error
-        self._model.eval()
+    def _loaded_model(self) -> torch.nn.Module:
+        if self._model is None:
+            self._model = _load_model(self._folder, self._dtype, self._device).eval()
+        return self._model
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generated]:
-        """The samples, in the order in which they get done. Raises UserError."""
+        """Yield the samples in the order in which they get done. Raises UserError."""
         for batch in self._batches(requests):
             try:
                 rows = self._begin(batch)
@@ -89,44 +90,43 @@ class HFBackend:
                 raise self._out_of_memory(batch) from error
 
     def greedy(self, requests: Sequence[Request], until: Until) -> dict[str, tuple[int, ...]]:
-        """Greedy tokens for one request of each question: question's id -> ids up to where `until` became true of them.
-
-        Questions where that did not happen within the request's limit are left out.
-        """
-        found = {}
+        """Map questions to greedy tokens up to where `until` became true of them."""
+        starts = {}
         for batch in self._batches(requests):
             try:
                 for place, ids, _ in self._decode(self._begin(batch), batch, 0.0, until):
                     if until(ids):
-                        found[batch[place].id] = tuple(ids)
+                        starts[batch[place].id] = tuple(ids)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(batch) from error
-        return found
+        return starts
 
     def _begin(self, batch: Sequence[Request]) -> KVRows:
-        """One row a request, prompts and starts computed."""
+        """Make one row per request, prompts and starts computed."""
+        model = self._loaded_model()
         if not self._share_prompt:
-            rows = KVRows(self._model, len(batch))
+            rows = KVRows(model, len(batch))
             rows.feed([request.prompt + request.start for request in batch])
             return rows
         prompts = list({request.id: request.prompt for request in batch}.values())
-        number = {name: place for place, name in enumerate(dict.fromkeys(request.id for request in batch))}
-        rows = KVRows(self._model, len(prompts))
+        row_of_question = {name: row for row, name in enumerate(dict.fromkeys(request.id for request in batch))}
+        rows = KVRows(model, len(prompts))
         rows.feed(prompts)
-        rows.select([number[request.id] for request in batch])
+        rows.select([row_of_question[request.id] for request in batch])
         rows.feed([request.start for request in batch])
         return rows
 
     def _decode(
         self, rows: KVRows, batch: Sequence[Request], temperature: float, until: Until | None
-    ) -> Iterator[tuple[int, list[int], str]]:
-        """(place in `batch`, its tokens, finish reason) of each row as it gets done."""
-        alive, written = list(range(len(batch))), [[] for _ in batch]
+    ) -> Iterator[tuple[int, list[int], FinishReason]]:
+        """Yield (place in `batch`, its tokens, finish reason) of each row as it gets done."""
+        alive = list(range(len(batch)))
+        written: list[list[int]] = [[] for _ in batch]
         seeds = np.array([request.seed for request in batch], dtype=np.uint64)
         for step in range(max(request.limit for request in batch)):
-            drawn = uniforms(seeds[alive], step)
-            tokens = pick(rows.logits, drawn, temperature, self._sampling.top_p, self._sampling.top_k)
-            kept = []
+            uniform = uniforms(seeds[alive], step)
+            tokens = pick(rows.logits, uniform, temperature, self._sampling.top_p, self._sampling.top_k)
+            rows_left = []
             for row, (place, token) in enumerate(zip(alive, tokens.tolist())):
                 ids = written[place]
                 ids.append(token)
@@ -135,17 +135,17 @@ class HFBackend:
                 elif len(ids) == batch[place].limit or (until is not None and until(ids)):
                     yield place, ids, "length"
                 else:
-                    kept.append(row)
-            if not kept:
+                    rows_left.append(row)
+            if not rows_left:
                 return
-            if len(kept) < len(alive):
-                alive = [alive[row] for row in kept]
-                rows.select(kept)
-                tokens = tokens[torch.tensor(kept, device=tokens.device)]
+            if len(rows_left) < len(alive):
+                alive = [alive[row] for row in rows_left]
+                rows.select(rows_left)
+                tokens = tokens[torch.tensor(rows_left, device=tokens.device)]
             rows.append(tokens)
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """Requests that are decoded together; neighbours have prompts of similar lengths, the longest come first.
+        """Group the requests that are decoded together: prompts of similar lengths, the longest first.
 
         A question is divided only if it does not fit into a batch of its own; prompts are limited in their sum too.
         """
@@ -170,24 +170,43 @@ class HFBackend:
             yield batch
 
     def _rows_that_fit(self, requests: Sequence[Request]) -> int:
-        """Rows whose keys and values at full length take an eighth of the free memory: they are copied as they grow."""
+        """Count the rows whose keys and values at full length take an eighth of the free memory.
+
+        They are copied as they grow, so several times that is in use.
+        """
         config = self._config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        a_token = 2 * config.num_hidden_layers * heads * width * self._dtype.itemsize
+        bytes_per_token = 2 * config.num_hidden_layers * heads * width * self._dtype.itemsize
         longest = max(len(request.prompt) + len(request.start) + request.limit for request in requests)
         if self._device.type == "cuda":
             free = torch.cuda.mem_get_info(self._device)[0]
         else:
             free = psutil.virtual_memory().available
-        return max(1, min(MAX_DEFAULT_ROWS, int(free / 8 / (a_token * longest))))
+        return max(1, min(MAX_DEFAULT_ROWS, int(free / 8 / (bytes_per_token * longest))))
 
     def _out_of_memory(self, batch: Sequence[Request]) -> UserError:
         return UserError(f"{self._device}: out of memory with {len(batch)} rows; give a smaller --batch-size")
 
 
-def _config(folder: Path) -> object:
-    """transformers' configuration of the folder. Raises UserError."""
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """Read the weights onto the device. Raises UserError."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+        return torch.nn.Module.to(model, device)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot load the model: {_first_line(error)}") from error
+
+
+def _config(folder: Path) -> _Config:
+    """Read transformers' configuration of the folder. Raises UserError."""
     from transformers import AutoConfig
 
     try:
@@ -207,7 +226,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | None, device: torch.device, config: object) -> torch.dtype:
+def _dtype(name: str | None, device: torch.device, config: _Config) -> torch.dtype:
     """Raises UserError."""
     if name is not None:
         if name not in DTYPES:

@@ -10,6 +10,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from megatron_ssft.errors import UserError
 
@@ -48,15 +51,15 @@ class HttpClient:
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in _LOCAL else []
         self._opener = urllib.request.build_opener(*proxies)
 
-    def get(self, path: str, retries: int | None = None) -> dict[str, object]:
-        """The object at `path`. Raises Refused, UserError."""
+    def get(self, path: str, retries: int | None = None) -> dict[str, Any]:
+        """Get the JSON object at `path`. Raises Refused, UserError."""
         return self._patiently(path, None, self.retries if retries is None else retries)
 
-    def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
-        """The answer to `body`. Raises Refused, UserError."""
-        return self._patiently(path, json.dumps(body).encode("ascii"), self.retries)
+    def post(self, path: str, body: msgspec.Struct) -> dict[str, Any]:
+        """Send `body` and get the answer, a JSON object. Raises Refused, UserError."""
+        return self._patiently(path, json.dumps(msgspec.to_builtins(body)).encode("ascii"), self.retries)
 
-    def _patiently(self, path: str, body: bytes | None, retries: int) -> dict[str, object]:
+    def _patiently(self, path: str, body: bytes | None, retries: int) -> dict[str, Any]:
         delay = self.first_delay
         for attempt in range(1 + retries):
             problem, wait = "", delay
@@ -80,7 +83,7 @@ class HttpClient:
             delay *= 2
         raise UserError(f"{self.base_url}{path}: {problem} ({attempt + 1} attempts); start again to go on")
 
-    def _once(self, path: str, body: bytes | None) -> dict[str, object]:
+    def _once(self, path: str, body: bytes | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
@@ -93,7 +96,7 @@ class HttpClient:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What the server says, in one line."""
+    """Read what the server says, in one line."""
     try:
         text = error.read(2000).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
@@ -102,7 +105,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds the server asks to wait; 0 where it does not, or gives a date."""
+    """Read the seconds the server asks to wait; 0 where it does not, or gives a date."""
     try:
         return float(error.headers.get("Retry-After") or 0)
     except ValueError:

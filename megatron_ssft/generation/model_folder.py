@@ -1,4 +1,4 @@
-"""What generation must know of an exported model besides its weights."""
+"""An exported model as generation sees it: tokenizer, tags, stop tokens and length, without the weights."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def open_model_folder(path: Path, flags: TagFlags) -> ModelFolder:
     tokenizer = HuggingFaceTokenizer(str(path))
     tags = _forking_tokens(path, tokenizer, flags)
     rows = config.get("vocab_size")
-    last = max(map(max, tags.ids)) if tags is not None else 0
-    if isinstance(rows, int) and last >= rows:
+    if tags is not None and isinstance(rows, int) and (last := max(map(max, tags.ids))) >= rows:
         raise UserError(
             f"{path}: tags up to {tags.strings[-1]} need {last + 1} vocabulary rows, the model has {rows}; give the "
             "model that was trained with them"
@@ -65,7 +64,7 @@ def open_model_folder(path: Path, flags: TagFlags) -> ModelFolder:
 
 
 def _forking_tokens(path: Path, tokenizer: Tokenizer, flags: TagFlags) -> ForkingTokens | None:
-    """The folder's own tags, else those of the flags. Raises UserError where they contradict each other."""
+    """Choose the folder's own tags, else those of the flags. Raises UserError where they contradict each other."""
     own = read_forking_tokens(path) if (path / FORKING_TOKENS).is_file() else None
     if flags.num_forking_tokens is None:
         if flags.format is not None or flags.template is not None:
@@ -73,17 +72,17 @@ def _forking_tokens(path: Path, tokenizer: Tokenizer, flags: TagFlags) -> Forkin
         return own
     if flags.num_forking_tokens < 1:
         raise UserError(f"--num-forking-tokens {flags.num_forking_tokens}: must be at least 1")
-    given = build_forking_tokens(tokenizer, flags.num_forking_tokens, flags.format or "special", flags.template)
-    if own is not None and own != given:
+    from_flags = build_forking_tokens(tokenizer, flags.num_forking_tokens, flags.format or "special", flags.template)
+    if own is not None and own != from_flags:
         raise UserError(
             f"{path}: its {FORKING_TOKENS} names {own.num_tags} tags ({own.format}, {own.strings[0]!r}, ...), not "
             "those of --num-forking-tokens; leave the flag out"
         )
-    return given
+    return from_flags
 
 
 def _stop_ids(path: Path, config: dict[str, object], tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokenizer's end of text and those of generation_config.json, or where that is missing of config.json."""
+    """Collect the tokenizer's end of text and the ids that generation_config.json names, else config.json."""
     file = path / "generation_config.json"
     named = (read_json(file) if file.is_file() else config).get("eos_token_id")
     ids = named if isinstance(named, list) else [named]

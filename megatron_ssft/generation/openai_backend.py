@@ -2,8 +2,8 @@
 
 Servers differ in what they take. A first request finds out, in this order: token ids with the extensions of vLLM and
 SGLang (ids come back too), plain token ids, text with a generation configuration (transformers serve), plain text.
-Each sample is a request with a seed of its own, because with `n` samples a request the seeds of all but the first are
-the server's business; servers with a prefix cache compute the prompt once all the same.
+Each sample is a request with a seed of its own: with `n` samples per request, the server chooses the seeds of all but
+the first. Servers with a prefix cache compute the prompt once all the same.
 """
 
 from __future__ import annotations
@@ -13,14 +13,69 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.generation.backend import Until, shortest_start
 from megatron_ssft.generation.http_client import HttpClient, Refused
 from megatron_ssft.generation.model_folder import ModelFolder
-from megatron_ssft.generation.requests import Generated, Request, Sampling
+from megatron_ssft.generation.requests import FinishReason, Generated, Origin, Request, Sampling
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
-Until = Callable[[Sequence[int]], bool]
+
+class CompletionBody(Struct, kw_only=True):
+    """What is sent; fields that a dialect does not know stay out."""
+
+    model: str
+    prompt: list[int] | str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    top_k: int | UnsetType = UNSET
+    min_p: float | UnsetType = UNSET
+    repetition_penalty: float | UnsetType = UNSET
+    stop_token_ids: list[int] | UnsetType = UNSET
+    skip_special_tokens: bool | UnsetType = UNSET
+    return_token_ids: bool | UnsetType = UNSET
+    generation_config: str | UnsetType = UNSET
+    """A `GenerationConfiguration` as JSON."""
+
+
+class GenerationConfiguration(Struct, kw_only=True):
+    """transformers serve's field."""
+
+    do_sample: bool
+    max_new_tokens: int
+    temperature: float | UnsetType = UNSET
+    top_p: float | UnsetType = UNSET
+    top_k: int | UnsetType = UNSET
+    eos_token_id: list[int]
+    pad_token_id: int
+
+
+class Choice(Struct):
+    """A generated text."""
+
+    text: str
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...] | None = None
+
+
+class Usage(Struct):
+    """What the server counted."""
+
+    prompt_tokens: int | None = None
+
+
+class Completion(Struct):
+    """What comes back."""
+
+    choices: Annotated[list[Choice], Meta(min_length=1, max_length=1)]
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +123,13 @@ class OpenAIBackend:
             log("what the protocol does not name (top-k, penalties, stop tokens) is left to the server's defaults")
 
     @property
-    def origin(self) -> dict[str, object]:
-        """What shapes the samples besides the sampling settings."""
-        ids = "server" if self._returns_ids else "tokenized again"
-        return {"backend": "openai", "served_model": self._served_model, "token_ids": ids}
+    def origin(self) -> Origin:
+        """Name what shapes the samples besides the sampling settings."""
+        return {
+            "backend": "openai",
+            "served_model": self._served_model,
+            "token_ids": "server" if self._returns_ids else "tokenized again",
+        }
 
     @property
     def chunk_size(self) -> int:
@@ -82,28 +140,26 @@ class OpenAIBackend:
         """Nothing: the server has the model."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generated]:
-        """The samples, in the order in which the server answers. Raises UserError."""
-        for request in requests:
-            self._prompt(request)  # refused before the server works
+        """Yield the samples in the order in which the server answers. Raises UserError."""
+        if not self._dialect.sends_ids:
+            for request in requests:
+                self._prompt_text(request)  # refused before the server works
         yield from self._ask_all(requests, self._sampling.temperature)
 
     def greedy(self, requests: Sequence[Request], until: Until) -> dict[str, tuple[int, ...]]:
-        """Greedy tokens for one request of each question: question's id -> ids up to where `until` became true of them.
-
-        Questions where that did not happen within the request's limit are left out.
-        """
-        found = {}
+        """Map questions to greedy tokens up to where `until` became true of them."""
+        starts = {}
         for done in self._ask_all(requests, 0.0):
             ids = done.token_ids
             if ids is None:
                 ids = tuple(self._model.tokenizer.encode(done.text))
-            end = next((n for n in range(1, len(ids) + 1) if until(ids[:n])), None)
-            if end is not None:
-                found[done.request.id] = ids[:end]
-        return found
+            start = shortest_start(ids, until)
+            if start is not None:
+                starts[done.request.id] = start
+        return starts
 
     def _ask_all(self, requests: Sequence[Request], temperature: float) -> Iterator[Generated]:
-        """The answers as they come, `concurrency` questions under way at a time."""
+        """Yield the answers as they come, `concurrency` questions under way at a time."""
         over = threading.Event()
         waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
         done: queue.SimpleQueue[Generated | Exception] = queue.SimpleQueue()
@@ -135,59 +191,54 @@ class OpenAIBackend:
 
     def _ask(self, request: Request, temperature: float) -> Generated:
         answer = self._client.post("/completions", self._body(self._dialect, request, temperature, request.limit))
-        choice, returned = self._choice(answer, request)
-        if self._returns_ids and returned is None:
+        choice = self._choice(answer, request)
+        if self._returns_ids and choice.token_ids is None:
             raise UserError(f"{self._client.base_url}: token ids came with some answers and not with others")
-        return Generated(request, returned, choice["finish_reason"], choice["text"])
+        return Generated(request, choice.token_ids, choice.finish_reason, choice.text)
 
-    def _choice(self, answer: dict[str, object], request: Request) -> tuple[dict[str, object], tuple[int, ...] | None]:
-        """The only choice and its token ids, if there are any. Raises UserError for answers of another shape."""
+    def _choice(self, answer: dict[str, Any], request: Request) -> Choice:
+        """Read the only choice. Raises UserError for answers of another shape."""
         try:
-            (choice,) = answer["choices"]
-            ids = choice.get("token_ids")
-            if not isinstance(choice["text"], str) or choice["finish_reason"] not in ("stop", "length"):
-                raise TypeError
-            returned = None if ids is None else tuple(map(int, ids))
-            prompt_tokens = (answer.get("usage") or {}).get("prompt_tokens")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            found = " ".join(json.dumps(answer).split())[:200]
-            raise UserError(f"{self._client.base_url}: no usable completion: {found}; look at the server") from error
+            completion = msgspec.convert(answer, Completion)
+        except msgspec.ValidationError as error:
+            shape = " ".join(json.dumps(answer).split())[:200]
+            raise UserError(f"{self._client.base_url}: no usable completion: {shape}; look at the server") from error
+        prompt_tokens = None if completion.usage is None else completion.usage.prompt_tokens
         expected = len(request.prompt) + len(request.start)
         if prompt_tokens is not None and prompt_tokens != expected:
             raise UserError(
                 f"{self._client.base_url}: the prompt of question {request.id!r} is {prompt_tokens} tokens there and "
                 f"{expected} here; does the server have the model in {self._model.path}?"
             )
-        return choice, returned
+        return completion.choices[0]
 
-    def _body(self, dialect: Dialect, request: Request, temperature: float, max_tokens: int) -> dict[str, object]:
+    def _body(self, dialect: Dialect, request: Request, temperature: float, max_tokens: int) -> CompletionBody:
         settings = self._sampling
-        body: dict[str, object] = {
-            "model": self._served_model,
-            "prompt": [*request.prompt, *request.start] if dialect.sends_ids else self._prompt_text(request),
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": settings.top_p,
-            "seed": request.seed,
-        }
+        body = CompletionBody(
+            model=self._served_model,
+            prompt=[*request.prompt, *request.start] if dialect.sends_ids else self._prompt_text(request),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=settings.top_p,
+            seed=request.seed,
+        )
         stop_ids = sorted(self._model.stop_ids)
         if dialect.extended:
             # Spelled out, because vLLM takes what is missing from the model's generation_config.json.
-            body |= {"top_k": settings.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0}
-            body |= {"stop_token_ids": stop_ids, "skip_special_tokens": False, "return_token_ids": True}
+            body.top_k, body.min_p, body.repetition_penalty = settings.top_k or -1, 0.0, 1.0
+            body.stop_token_ids, body.skip_special_tokens, body.return_token_ids = stop_ids, False, True
         elif dialect.configured:
-            configuration: dict[str, object] = {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
+            configuration = GenerationConfiguration(
+                do_sample=temperature > 0, max_new_tokens=max_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
+            )
             if temperature > 0:
-                configuration |= {"temperature": temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-            configuration |= {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0]}
-            body["generation_config"] = json.dumps(configuration)
+                configuration.temperature = temperature
+                configuration.top_p, configuration.top_k = settings.top_p, settings.top_k
+            body.generation_config = json.dumps(msgspec.to_builtins(configuration))
         return body
 
-    def _prompt(self, request: Request) -> object:
-        return (*request.prompt, *request.start) if self._dialect.sends_ids else self._prompt_text(request)
-
     def _prompt_text(self, request: Request) -> str:
-        """Text that a server makes these very ids of. Raises UserError."""
+        """Spell the prompt so that a server makes these very ids of it. Raises UserError."""
         text = text_of((*request.prompt, *request.start), self._model.tokenizer)
         if text is None:
             raise UserError(
@@ -197,7 +248,7 @@ class OpenAIBackend:
         return text
 
     def _find_dialect(self) -> tuple[Dialect, bool]:
-        """How the server wants to be asked, and whether it answers in token ids. Raises UserError."""
+        """Find out how the server wants to be asked, and whether it answers in token ids. Raises UserError."""
         tokenizer = self._model.tokenizer
         ids = tuple(tokenizer.encode("1 + 1 = 2"))
         ids = ids if tokenizer.bos_id is None else (tokenizer.bos_id, *ids)
@@ -209,12 +260,15 @@ class OpenAIBackend:
             except Refused as error:
                 refusals.append(str(error))
                 continue
-            return dialect, self._choice(answer, request)[1] is not None
+            return dialect, self._choice(answer, request).token_ids is not None
         raise UserError(f"no way of asking was accepted; the last answer: {refusals[-1]}")
 
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:
-    """The text of which servers make `ids`, adding the begin-of-text token themselves; None if there is none."""
+    """Spell `ids` as the text of which servers make them; None if there is none.
+
+    Servers add the begin-of-text token themselves.
+    """
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if list(ids[: len(begin)]) != begin:
         return None
@@ -222,20 +276,20 @@ def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:
     return text if [*begin, *tokenizer.encode(text)] == list(ids) else None
 
 
-def _choose_model(client: HttpClient, wanted: str | None, log: Callable[[str], None]) -> str:
-    """The name to ask for. Raises UserError where the server has several and none was named."""
+def _choose_model(client: HttpClient, served_model: str | None, log: Callable[[str], None]) -> str:
+    """Choose the name to ask for. Raises UserError where the server has several and none was named."""
     try:
-        listed = client.get("/models", retries=None if wanted is None else 0).get("data")
+        listed = client.get("/models", retries=None if served_model is None else 0).get("data")
     except UserError as error:
-        if wanted is None:
+        if served_model is None:
             raise UserError(f"{error}; or name the model by --served-model") from error
         listed = None
     names = [row["id"] for row in listed if isinstance(row, dict) and "id" in row] if isinstance(listed, list) else []
-    if wanted is not None:
-        if wanted not in names:
-            log(f"{client.base_url} does not list {wanted}; asking for it all the same")
-        return wanted
+    if served_model is not None:
+        if served_model not in names:
+            log(f"{client.base_url} does not list {served_model}; asking for it all the same")
+        return served_model
     if len(names) != 1:
-        found = ", ".join(map(str, names[:5])) or "none"
-        raise UserError(f"{client.base_url} serves these models: {found}; choose one by --served-model")
+        listing = ", ".join(map(str, names[:5])) or "none"
+        raise UserError(f"{client.base_url} serves these models: {listing}; choose one by --served-model")
     return names[0]

@@ -1,4 +1,4 @@
-"""The tag that a model wrote by itself, found in token ids or in text."""
+"""Search for the tag that a model wrote by itself, in token ids or in text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 
 
 class OwnTags:
-    """Looks for tags of a set.
+    """Finds the tags of a set.
 
     A tag of format `special` is its id. Of format `text` what counts is the spelling without turn markers and white
     space, `<think2>` for `<|im_start|><think2>` and a line feed, whatever tokens it is made of: servers drop the
@@ -31,7 +31,7 @@ class OwnTags:
         self._pattern = re.compile("|".join(map(re.escape, cores)))
 
     def find(self, ids: Sequence[int]) -> tuple[int | None, int]:
-        """(tag, number of ids up to its end), or (None, 0). Only the beginning of `ids` is looked at."""
+        """Return (tag, number of ids up to its end), or (None, 0). Only the beginning of `ids` is looked at."""
         if self._tags.format == "special":
             for place, token in enumerate(ids[:LEAD_TOKENS]):
                 if token in self._tag_of_row:
@@ -44,20 +44,20 @@ class OwnTags:
         return self._in_text(window[:length]), length
 
     def ends_with_tag(self, ids: Sequence[int]) -> int | None:
-        """The tag that `ids`, which hold none before their last token, end with."""
+        """Return the tag that `ids`, which hold none before their last token, end with."""
         if self._tags.format == "special":
             return self._tag_of_row.get(ids[-1])
         return self._in_text(ids[-LEAD_TOKENS:])
 
     def split_text(self, text: str) -> tuple[int | None, str]:
-        """(tag, the text behind it), or (None, all of the text)."""
-        found = self._pattern.search(text)
-        if found is None or found.start() > _LEAD_CHARACTERS:
+        """Return (tag, the text behind it), or (None, all of the text)."""
+        core = self._pattern.search(text)
+        if core is None or core.start() > _LEAD_CHARACTERS:
             return None, text
-        tag = self._tag_of_core[found[0]]
-        ending = self._tags.strings[tag].rpartition(found[0])[2]
-        return tag, text[found.end() :].removeprefix(ending)
+        tag = self._tag_of_core[core[0]]
+        ending = self._tags.strings[tag].rpartition(core[0])[2]
+        return tag, text[core.end() :].removeprefix(ending)
 
     def _in_text(self, ids: Sequence[int]) -> int | None:
-        found = self._pattern.search(self._tokenizer.decode(ids))
-        return None if found is None else self._tag_of_core[found[0]]
+        core = self._pattern.search(self._tokenizer.decode(ids))
+        return None if core is None else self._tag_of_core[core[0]]

@@ -1,4 +1,4 @@
-"""What is to be generated: one request a sample, each with a seed of its own, and how its result becomes a rollout.
+"""Requests: one per sample, each with a seed of its own, and how its result becomes a rollout.
 
 A sample's seed is a function of (base seed, question's id, tag slot, sample number) alone, so neither the order of the
 requests, nor how they are batched, nor a restart changes what is drawn.
@@ -6,8 +6,9 @@ requests, nor how they are batched, nor a restart changes what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NotRequired, TypedDict
 
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
@@ -19,6 +20,7 @@ from megatron_ssft.records import ForkingTokens, SetExample
 from megatron_ssft.seeded import json_digest, whole_number
 
 TAG_MODES = ("each", "fixed", "round-robin", "own", "own-greedy", "none")
+FinishReason = Literal["stop", "length"]
 FREE_MODES = ("own", "own-greedy", "none")
 """Modes that append no tag to the prompt."""
 
@@ -50,7 +52,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TagPlan:
-    """Which tags, and how many samples of a question."""
+    """Which tags, and how many samples per question."""
 
     mode: str
     """One of TAG_MODES."""
@@ -60,7 +62,7 @@ class TagPlan:
     """Mode `fixed`: 0-based."""
 
     def slots(self, num_tags: int) -> Iterator[tuple[int | None, int]]:
-        """(tag slot, sample number within it) of every sample of a question, in order."""
+        """Yield (tag slot, sample number within it) of every sample of a question, in order."""
         if self.mode == "each":
             yield from ((tag, sample) for tag in range(num_tags) for sample in range(self.samples))
         elif self.mode == "round-robin":
@@ -72,7 +74,7 @@ class TagPlan:
 def plan_tags(
     mode: str, tags: ForkingTokens | None, *, tag: str | None, samples_per_tag: int | None, samples: int | None
 ) -> TagPlan:
-    """What the flags of these names ask for; one sample where they say nothing.
+    """Make the plan from the flags of these names; one sample where they say nothing.
 
     `tag`: a number from 0, or the text of a tag, with or without what stands around its letters. Raises UserError.
     """
@@ -91,19 +93,22 @@ def plan_tags(
     count = samples_per_tag or samples or 1
     if count < 1 or 0 in (samples_per_tag, samples):
         raise UserError(f"--samples and --samples-per-tag must be at least 1, not {samples_per_tag or samples or 0}")
-    return TagPlan(mode, count, None if tag is None else _find_tag(tag, tags))
+    if tag is None:
+        return TagPlan(mode, count)
+    assert tags is not None  # with mode fixed
+    return TagPlan(mode, count, _find_tag(tag, tags))
 
 
 def _find_tag(text: str, tags: ForkingTokens) -> int:
     """Raises UserError."""
     if text.isdecimal():  # never taken for a part of a text: the 3 in <think3> is tag 2
-        found = [int(text)] if int(text) < tags.num_tags else []
+        numbers = [int(text)] if int(text) < tags.num_tags else []
     else:
-        found = [i for i, string in enumerate(tags.strings) if text and text in string]
-    if len(found) != 1:
-        known = f"0 to {tags.num_tags - 1}, or {tags.strings[0].strip()} to {tags.strings[-1].strip()}"
-        raise UserError(f"--tag {text}: no such tag; give {known}")
-    return found[0]
+        numbers = [i for i, string in enumerate(tags.strings) if text and text in string]
+    if len(numbers) != 1:
+        choices = f"0 to {tags.num_tags - 1}, or {tags.strings[0].strip()} to {tags.strings[-1].strip()}"
+        raise UserError(f"--tag {text}: no such tag; give {choices}")
+    return numbers[0]
 
 
 @dataclass(frozen=True)
@@ -129,38 +134,37 @@ class Request:
 
 
 def prompt_mark(request: Request) -> str:
-    """The field `prompt` of a rollout's line: it changes with the question's wording, not with the tag."""
+    """Compute the field `prompt` of a rollout's line: it changes with the question's wording, not with the tag."""
     return mark(request.prompt)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a backend made of a request."""
+    """A backend's answer to a request."""
 
     request: Request
     token_ids: tuple[int, ...] | None
     """All generated tokens, the stop token among them; None where the server tells only the text."""
-    finish_reason: str
-    """`stop` or `length`."""
+    finish_reason: FinishReason
     text: str = ""
     """Looked at only where `token_ids` is None."""
 
 
 def sample_seed(base: int, name: str, slot: int | None, sample: int) -> int:
-    """The seed of one sample, in [0, 2^31): every server takes numbers of that size."""
+    """Draw the seed of one sample, in [0, 2^31): every server takes numbers of that size."""
     return whole_number(json_digest(base, name, slot, sample), bits=31)
 
 
 def build_requests(
     examples: Sequence[SetExample], model: ModelFolder, plan: TagPlan, sampling: Sampling, seed: int
 ) -> list[Request]:
-    """Every sample's request, question by question, prompts encoded as in training.
+    """Make every sample's request, question by question, prompts encoded as in training.
 
     Raises one UserError for all questions whose prompt cannot be encoded or leaves no room to generate.
     """
     tags = model.tags.ids if model.tags is not None else ()
     assert plan.mode in FREE_MODES or tags, plan
-    wrong, requests = WrongRows(), []
+    wrong, requests = WrongRows(), list[Request]()
     for example in examples:
         try:
             prompt = tuple(encode_prompt(example, model.tokenizer))
@@ -169,8 +173,8 @@ def build_requests(
             for slot, sample in plan.slots(len(tags)):
                 start = () if slot is None else tags[slot]
                 limit = token_limit(model, len(prompt) + len(start), sampling.max_new_tokens)
-                drawn = sample_seed(seed, example.id, slot, sample)
-                requests.append(Request(example.id, prompt, start, slot, sample, drawn, limit))
+                own_seed = sample_seed(seed, example.id, slot, sample)
+                requests.append(Request(example.id, prompt, start, slot, sample, own_seed, limit))
         except UserError as error:
             wrong.add(example.file, example.line, error)
     wrong.raise_if_any()
@@ -178,7 +182,7 @@ def build_requests(
 
 
 def token_limit(model: ModelFolder, before: int, max_new_tokens: int) -> int:
-    """How many tokens may follow `before` tokens. Raises RowError if the model has no place for any."""
+    """Count the tokens that may follow `before` tokens. Raises RowError if the model has no place for any."""
     if model.max_length is None:
         return max_new_tokens
     room = model.max_length - before
@@ -188,35 +192,65 @@ def token_limit(model: ModelFolder, before: int, max_new_tokens: int) -> int:
 
 
 def describe_tags(tags: ForkingTokens) -> str:
-    """The tags in a few words, to tell two sets of them apart: `special, 6: <think1>`."""
+    """Name the tags in a few words, to tell two sets of them apart: `special, 6: <think1>`."""
     return f"{tags.format}, {tags.num_tags}: {tags.strings[0]}"
+
+
+class Origin(TypedDict):
+    """What shapes the samples of a backend besides the sampling settings."""
+
+    backend: Literal["hf", "openai", "vllm"]
+    dtype: NotRequired[str]
+    served_model: NotRequired[str]
+    token_ids: NotRequired[Literal["server", "tokenized again"]]
+
+
+class SamplingSettings(TypedDict):
+    """What shapes a sample besides the model, the question and the backend."""
+
+    mode: str
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
+    tags: NotRequired[str]
+    """As `describe_tags` names them."""
+    tag: NotRequired[int]
+
+
+class SamplingRecord(SamplingSettings, Origin):
+    """The field `sampling` of every line: all that shapes a sample but the model and the question.
+
+    How many samples there are is left out, so that more can be added to a file.
+    """
 
 
 class RolloutMaker:
     """Turns what backends generate into lines of the rollout file."""
 
-    def __init__(self, model: ModelFolder, plan: TagPlan, sampling: dict[str, object]) -> None:
-        """`sampling`: the field of that name in every line."""
+    def __init__(self, model: ModelFolder, plan: TagPlan, sampling: Mapping[str, object]) -> None:
+        """`sampling`: the field of that name in every line, in general a SamplingRecord."""
         self._model, self._sampling = model, sampling
         self._own = OwnTags(model.tags, model.tokenizer) if plan.mode in ("own", "own-greedy") and model.tags else None
 
     def rollout(self, done: Generated) -> Rollout:
-        """The line. `text` and `token_ids` are what follows the tag; the ids end with the stop token, if there is one.
+        """Make the line. `text` and `token_ids` follow the tag; the ids end with the stop token, if there is one.
 
         Where only the text is known, it is tokenized again, and the end of text is taken for the stop token.
         """
         request, ids = done.request, done.token_ids
         tag = request.slot if request.chosen is None else request.chosen
-        free = self._own is not None and request.chosen is None
+        own = self._own if request.chosen is None else None
         if ids is None:
             text = done.text
-            if free:
-                tag, text = self._own.split_text(text)
+            if own is not None:
+                tag, text = own.split_text(text)
             ids = tuple(self._model.tokenizer.encode(text))
             ids += (self._model.tokenizer.eos_id,) * (done.finish_reason == "stop")
         else:
-            if free:
-                tag, length = self._own.find(ids)
+            if own is not None:
+                tag, length = own.find(ids)
                 ids = ids[length:]
             stopped = done.finish_reason == "stop"
             if stopped and not (ids and ids[-1] in self._model.stop_ids):

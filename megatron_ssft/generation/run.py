@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 
@@ -15,6 +14,7 @@ from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollout_writer import RolloutWriter, resume_rollouts
 from megatron_ssft.formats.rollouts import OWN_MODES, Rollout
+from megatron_ssft.generation.backend import Backend
 from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
 from megatron_ssft.generation.own_tags import OwnTags
 from megatron_ssft.generation.requests import (
@@ -22,6 +22,8 @@ from megatron_ssft.generation.requests import (
     Request,
     RolloutMaker,
     Sampling,
+    SamplingRecord,
+    SamplingSettings,
     TagPlan,
     build_requests,
     describe_tags,
@@ -31,32 +33,14 @@ from megatron_ssft.generation.requests import (
 )
 from megatron_ssft.progress import Wording, track
 
-BACKENDS = ("hf", "openai", "vllm")
 GREEDY_STEPS = 256
 """Mode own-greedy: most steps until a tag is complete, as in the published evaluation."""
 _PROGRESS = Wording("generating", "{done} of {total} samples, {speed}", "{done} of {total} samples were there")
 
 
-class Backend(Protocol):
-    """What all backends do; the classes say the details."""
-
-    chunk_size: int
-
-    @property
-    def origin(self) -> dict[str, object]: ...
-
-    def load(self) -> None: ...
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generated]: ...
-
-    def greedy(
-        self, requests: Sequence[Request], until: Callable[[Sequence[int]], bool]
-    ) -> dict[str, tuple[int, ...]]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is to be generated, from what, into which file. Names are those of the flags of tools/generate.py."""
+    """Says what to generate, from what, into which file. Names are those of the flags of megatron-ssft generate."""
 
     model: Path
     data: Path
@@ -95,7 +79,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """What one call added to the file."""
+    """Counts of what one call added to the file."""
 
     samples: int = 0
     tokens: int = 0
@@ -150,7 +134,7 @@ def generate_file(options: Options, console: Console) -> Summary:
 
 
 def make_backend(options: Options, model: ModelFolder, console: Console) -> Backend:
-    """The backend that `options` name; the weights are not loaded. Raises UserError."""
+    """Make the backend that `options` name; the weights are not loaded. Raises UserError."""
     if options.backend == "hf":
         from megatron_ssft.generation.hf_backend import HFBackend  # here: imports torch
 
@@ -177,6 +161,7 @@ def make_backend(options: Options, model: ModelFolder, console: Console) -> Back
     from megatron_ssft.generation.http_client import HttpClient
     from megatron_ssft.generation.openai_backend import OpenAIBackend
 
+    assert options.base_url is not None  # as Options checks
     return OpenAIBackend(
         model,
         options.sampling,
@@ -187,33 +172,39 @@ def make_backend(options: Options, model: ModelFolder, console: Console) -> Back
     )
 
 
-def sampling_record(options: Options, model: ModelFolder, plan: TagPlan, backend: Backend) -> dict[str, object]:
-    """The field `sampling` of every line: all that shapes a sample but the model and the question.
-
-    How many samples there are is left out, so that more can be added to a file.
-    """
-    record: dict[str, object] = {"mode": plan.mode, **dataclasses.asdict(options.sampling), "seed": options.seed}
-    if plan.mode != "none":
-        record["tags"] = describe_tags(model.tags)
+def sampling_record(options: Options, model: ModelFolder, plan: TagPlan, backend: Backend) -> SamplingRecord:
+    """Collect all that shapes a sample but the model and the question."""
+    sampling, tags = options.sampling, model.tags
+    settings: SamplingSettings = {
+        "mode": plan.mode,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": options.seed,
+    }
+    if plan.mode != "none" and tags is not None:
+        settings["tags"] = describe_tags(tags)
     if plan.tag is not None:
-        record["tag"] = plan.tag
-    return {**record, **backend.origin}
+        settings["tag"] = plan.tag
+    return {**settings, **backend.origin}
 
 
 def _generated(
     backend: Backend, model: ModelFolder, plan: TagPlan, sampling: Sampling, requests: list[Request]
 ) -> Iterator[Generated]:
-    """The samples; in mode own-greedy after the model has chosen a tag for each question."""
+    """Yield the samples; in mode own-greedy after the model has chosen a tag for each question."""
     if plan.mode != "own-greedy":
         yield from backend.generate(requests)
         return
+    assert model.tags is not None  # as plan_tags checks
     own = OwnTags(model.tags, model.tokenizer)
-    of_question: dict[str, list[Request]] = {}
+    by_question: dict[str, list[Request]] = {}
     for request in requests:
-        of_question.setdefault(request.id, []).append(request)
-    names = list(of_question)
+        by_question.setdefault(request.id, []).append(request)
+    names = list(by_question)
     for first in range(0, len(names), backend.chunk_size):
-        groups = [of_question[name] for name in names[first : first + backend.chunk_size]]
+        groups = [by_question[name] for name in names[first : first + backend.chunk_size]]
         heads = [
             dataclasses.replace(group[0], limit=token_limit(model, len(group[0].prompt), GREEDY_STEPS))
             for group in groups
@@ -226,7 +217,7 @@ def _generated(
 def _started(
     request: Request, start: tuple[int, ...] | None, own: OwnTags, model: ModelFolder, sampling: Sampling
 ) -> Request:
-    """`request` after what was chosen for its question; where that is nothing, it stays as in mode own."""
+    """Continue `request` after what was chosen for its question; without that it stays as in mode own."""
     if start is None:
         return request
     limit = token_limit(model, len(request.prompt) + len(start), sampling.max_new_tokens)

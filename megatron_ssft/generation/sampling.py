@@ -15,7 +15,7 @@ _FIRST_CANDIDATES = 256
 
 
 def uniforms(seeds: np.ndarray, step: int) -> np.ndarray:
-    """float64 [B] in [0, 1), one for each of the uint64 `seeds` [B], for token number `step` (SplitMix64)."""
+    """Draw float64 [B] in [0, 1), one for each of the uint64 `seeds` [B], for token number `step` (SplitMix64)."""
     jump = np.uint64((step + 1) * int(_GAMMA) % 2**64)
     return (_mix(_mix(seeds + _GAMMA) + jump) >> np.uint64(11)) * 2.0**-53
 
@@ -30,10 +30,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def pick(
     logits: torch.Tensor, uniform: np.ndarray, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> torch.Tensor:
-    """int64 [B]: a token for each row of `logits` [B, V], the most probable one (the first of equals) at temperature 0.
+    """Pick a token, int64 [B], for each row of `logits` [B, V].
 
-    As elsewhere: temperature first, then the `top_k` most probable tokens (0: all), then of those the fewest most
-    probable ones whose share reaches `top_p`. Tokens as probable as the last one kept are kept too.
+    Temperature 0 picks the most probable one, the first of equals. Else, as elsewhere: temperature first, then the
+    `top_k` most probable tokens (0: all), then of those the fewest most probable ones whose share reaches `top_p`.
+    Tokens as probable as the last one kept are kept too.
     """
     logits = logits.float()
     if temperature == 0:
@@ -53,7 +54,7 @@ def pick(
 
 
 def _least_kept(probabilities: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """[B, 1]: the least probability that the limits keep. Sorts no more than it has to."""
+    """Find the least probability that the limits keep, [B, 1]. Sorts no more than it has to."""
     size = probabilities.shape[-1]
     count = min(size, top_k or _FIRST_CANDIDATES)
     while True:
@@ -65,6 +66,6 @@ def _least_kept(probabilities: torch.Tensor, top_p: float, top_k: int) -> torch.
             break
         count = min(size, 8 * count)
     before = sums - values
-    kept = before < top_p * whole  # always the first
-    places = kept.sum(dim=-1, keepdim=True) - 1
+    is_kept = before < top_p * whole  # always the first
+    places = is_kept.sum(dim=-1, keepdim=True) - 1
     return values.gather(-1, places).to(probabilities.dtype)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.generation.requests import Generated, Request, Sampling
+from megatron_ssft.generation.backend import Until, shortest_start
+from megatron_ssft.generation.requests import FinishReason, Generated, Origin, Request, Sampling
 
 CHUNK = 4096
 """Requests handed over at once: what a kill costs at most."""
@@ -37,8 +38,8 @@ class VLLMBackend:
         self._engine: Any = None
 
     @property
-    def origin(self) -> dict[str, object]:
-        """What shapes the samples besides the sampling settings."""
+    def origin(self) -> Origin:
+        """Name what shapes the samples besides the sampling settings."""
         return {"backend": "vllm", "dtype": self._dtype}
 
     def load(self) -> None:
@@ -52,22 +53,19 @@ class VLLMBackend:
             )
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generated]:
-        """The samples, chunk by chunk."""
+        """Yield the samples, chunk by chunk."""
         for first in range(0, len(requests), self.chunk_size):
             yield from self._complete(requests[first : first + self.chunk_size], self._sampling.temperature)
 
-    def greedy(self, requests: Sequence[Request], until: Callable[[Sequence[int]], bool]) -> dict[str, tuple[int, ...]]:
-        """Greedy tokens for one request of each question: question's id -> ids up to where `until` became true of them.
-
-        Questions where that did not happen within the request's limit are left out.
-        """
-        found = {}
+    def greedy(self, requests: Sequence[Request], until: Until) -> dict[str, tuple[int, ...]]:
+        """Map questions to greedy tokens up to where `until` became true of them."""
+        starts = {}
         for done in self._complete(requests, 0.0):
-            ids = done.token_ids
-            end = next((n for n in range(1, len(ids) + 1) if until(ids[:n])), None)
-            if end is not None:
-                found[done.request.id] = ids[:end]
-        return found
+            assert done.token_ids is not None  # vLLM always returns them
+            start = shortest_start(done.token_ids, until)
+            if start is not None:
+                starts[done.request.id] = start
+        return starts
 
     def _complete(self, requests: Sequence[Request], temperature: float) -> Iterator[Generated]:
         self.load()
@@ -87,5 +85,5 @@ class VLLMBackend:
         # The answers stand in the order of the prompts.
         for request, answer in zip(requests, self._engine.generate(prompts, settings, use_tqdm=False)):
             output = answer.outputs[0]
-            reason = "stop" if output.finish_reason == "stop" else "length"
+            reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
             yield Generated(request, tuple(output.token_ids), reason)

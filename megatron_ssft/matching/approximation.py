@@ -14,11 +14,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.train_state import ReusedAssignments
 from megatron_ssft.matching.assignment import solve_assignment
 from megatron_ssft.records import TokenizedSet
 
@@ -176,13 +177,6 @@ def _entry(made: int, tags: tuple[int, ...], used_up: bool) -> _Entry:
     return _Entry(made, tags, used_up)
 
 
-class StoredAssignments(TypedDict):
-    """The state of an `AssignmentStore`, as JSON values."""
-
-    assignments: dict[str, dict[str, str]]
-    """Epoch of the evaluation -> tags, with commas -> keys of the questions, joined and in base64."""
-
-
 class AssignmentStore:
     """Assignments for later epochs: one made on a visit of epoch e serves the visits of epochs e .. e + interval - 1.
 
@@ -190,9 +184,9 @@ class AssignmentStore:
     matter. Its answers depend only on earlier calls with the same question, so that checkpointing between two steps
     changes nothing. It relies on the visits of one question coming in the order of their epochs.
 
-    At most one assignment per question is kept, and none that is used up goes into a checkpoint. A million questions of
-    4 traces with 6 tags take about 100 MB of memory and 20 MB in a checkpoint; of 12 traces with 64 tags, where hardly
-    two assignments are alike, 320 MB and 64 MB.
+    At most one assignment per question is kept, and none that is used up goes into a checkpoint. A million questions
+    of 4 traces with 6 tags take about 100 MB of memory and 20 MB in a checkpoint. Of 12 traces with 64 tags, where
+    hardly two assignments are alike, they take 320 MB and 64 MB.
     """
 
     def __init__(self, interval: int) -> None:
@@ -244,7 +238,7 @@ class AssignmentStore:
         if entry is None or visit_epoch >= entry.made + self.interval:
             self._entries[key] = _entry(int(visit_epoch), tuple(int(tags[trace]) for trace in order), False)
 
-    def state_dict(self) -> StoredAssignments:
+    def state_dict(self) -> ReusedAssignments:
         """The assignments that later visits may still use: 20 characters per question.
 
         Equal contents give equal states.
@@ -263,7 +257,7 @@ class AssignmentStore:
             }
         }
 
-    def load_state_dict(self, state: StoredAssignments) -> None:
+    def load_state_dict(self, state: ReusedAssignments) -> None:
         """Go on where `state_dict` was taken, in place of what is kept now. The interval may differ.
 
         Raises:

@@ -23,12 +23,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import source_labels
+from megatron_ssft.formats.train_state import CollapseWatchState
 from megatron_ssft.matching.assignment import MODES, assignment_gap
 from megatron_ssft.matching.margins import matching_gaps, relative_margins
 from megatron_ssft.records import Assignment
@@ -151,18 +151,8 @@ class TagSourceInformation:
             step.sources = np.searchsorted(present, step.sources)
 
 
-class WatchState(TypedDict):
-    """The state of a `CollapseWatch`, as JSON values."""
-
-    steps: int
-    window: list[list[list[list[int] | list[str | None]]]]
-    """The window's steps: the tags of each question, the sources of each question."""
-    gaps: list[float]
-    margins: list[float | None]
-    """None: infinite."""
-    known_sources: bool
-    was_informative: bool
-    told: list[str]
+StepEdges = tuple[list[list[int]], list[list[str | None]]]
+"""Tags and sources of the traces of each question of a step."""
 
 
 class CollapseWatch:
@@ -183,7 +173,7 @@ class CollapseWatch:
         assert window >= 1 and num_tags >= 1 and mode in MODES
         self._window, self._mode, self._num_tags = window, mode, num_tags
         self._information = TagSourceInformation(num_tags, window, seed)
-        self._raw: deque[list[list[list[int] | list[str | None]]]] = deque(maxlen=window)
+        self._raw: deque[StepEdges] = deque(maxlen=window)
         self._gaps: deque[float] = deque(maxlen=window)
         self._margins: deque[float] = deque(maxlen=window)
         self._steps = 0
@@ -220,7 +210,7 @@ class CollapseWatch:
     def _measure(self, measured: list[Assignment]) -> float | None:
         """Take in the gaps of the assignments with costs; the median margin in nats, None where there is none."""
         if self._mode != "optimal":  # the tags are not optimal, and their margin would mean nothing
-            self._gaps.append(float(np.mean([assignment_gap(a.cost_NM) for a in measured])))
+            self._gaps.append(float(np.mean([assignment_gap(a.cost_NM) for a in measured if a.cost_NM is not None])))
             return None
         gaps, margins = matching_gaps(measured)
         counts = np.array([len(a.tags) for a in measured], np.float64)
@@ -231,7 +221,7 @@ class CollapseWatch:
 
     def _take(self, tags: list[list[int]], sources: list[list[str | None]]) -> None:
         self._steps += 1
-        self._raw.append([tags, sources])
+        self._raw.append((tags, sources))
         self._known_sources |= any(name is not None for names in sources for name in names)
         self._information.add(self._steps, tags, sources)
 
@@ -308,11 +298,11 @@ class CollapseWatch:
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> CollapseWatchState:
         """JSON values; the window's tags and sources are the bulk of it, some 20 bytes per trace."""
         return {
             "steps": self._steps,
-            "window": [list(step) for step in self._raw],
+            "window": list(self._raw),
             "gaps": list(self._gaps),
             "margins": [None if margin == math.inf else margin for margin in self._margins],
             "known_sources": self._known_sources,
@@ -320,7 +310,7 @@ class CollapseWatch:
             "told": sorted(self._told),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: CollapseWatchState) -> None:
         """Go on where `state_dict` was taken, in place of what was seen so far; the window's length may differ.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a file of scores holds already, and whether it would be written so again."""
+"""Resuming a file of scores: what it holds must be what would be written again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_ssft.scoring.verifiers.common import Settings
 
 _START_OF_LINE = b'{"id": '
 _GOLD_FIELDS = {"exact": ("answer",), "math": ("answer",), "choice": ("answer", "choices"), "code": ("tests",)}
-"""What each verifier reads of a question."""
+"""Fields of a question that each verifier reads."""
 _ADVICE = "give another --output, or remove the file"
 
 

@@ -1,4 +1,4 @@
-"""What the scoring program shows: how far it is, and in the end accuracies and verdicts."""
+"""Progress of the scoring program on the screen, and in the end accuracies and verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tools/convert_hf.py does: import, export, verify, at the layout it is started in."""
+"""What megatron-ssft convert does: import, export, verify, at the layout it is started in."""
 
 from __future__ import annotations
 

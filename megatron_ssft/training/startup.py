@@ -68,6 +68,8 @@ def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
     """The same for policy learning, which takes a run's layout over as well, and an export's tags. Raises UserError."""
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
+    if values.get("train_iters") is None:
+        raise UserError("--train-iters is required: the number of optimizer steps")
     load = Path(str(values["load"]))
     values = complete_values(values)
     if is_hf_folder(load):
@@ -85,7 +87,7 @@ def _check_run(folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"--load {folder}: neither a run (config.yaml, iter_*) nor a Hugging Face folder (config.json); give the "
-            "folder that was --save of pretrain_ssft.py"
+            "folder that was --save of megatron-ssft train"
         )
     if not any(folder.glob("iter_*")):
         raise UserError(f"--load {folder}: holds no checkpoint (iter_*); give the run that it was to start from")

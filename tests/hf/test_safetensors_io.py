@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ssft.hf.safetensors_io import INDEX, SINGLE, HFWeights
-from tests.helpers.safetensors_folders import ROOT, SHAPES, SHARDS, refusal, tensors, write_folder, write_index
+from tests.helpers.paths import ROOT
+from tests.helpers.safetensors_folders import SHAPES, SHARDS, refusal, tensors, write_folder, write_index
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,8 @@ def test_reads_no_more_than_asked(tmp_path):
 MEMORY_PROBE = """
 import sys, torch
 from pathlib import Path
-from megatron_ssft.hf.safetensors_io import HFWeights, ShardWriter
+from megatron_ssft.hf.safetensors_io import HFWeights
+from megatron_ssft.hf.safetensors_writer import ShardWriter
 
 def peak_growth(action):
     # MiB above what is resident now, at the worst moment of `action`

@@ -21,7 +21,7 @@ def set_partitions(items):
 
 
 def fewest_pads(lengths, num_ranks, group_size, equal_counts, fits, most=13):
-    """The fewest PADs (of length 1) for which some partition into microbatches fits, with the right counts per rank."""
+    """The fewest PADs (of length 1) with which some partition fits and gives the ranks the right counts."""
     for pads in range(most):
         for microbatches in set_partitions([*lengths, *[1] * pads]):
             count = len(microbatches)

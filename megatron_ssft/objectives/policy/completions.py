@@ -106,7 +106,8 @@ class StoredCompletions:
         missing = sum(place not in reward for place in self.places)
         if missing:
             raise UserError(
-                f"{scores}: {missing} of {len(self.places)} completions in {self.path} have no score; finish score.py"
+                f"{scores}: {missing} of {len(self.places)} completions in {self.path} have no score; finish "
+                "megatron-ssft score"
             )
         return np.array([reward[place] for place in self.places])
 

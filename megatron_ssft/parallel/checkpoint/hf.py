@@ -17,7 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_ssft.config import ModelConfig
-from megatron_ssft.hf.safetensors_io import HFWeights, ShardWriter
+from megatron_ssft.hf.safetensors_io import HFWeights
+from megatron_ssft.hf.safetensors_writer import ShardWriter
 from megatron_ssft.hf.tensor_map import Segment, hf_tensors, megatron_tensors, segments, sources
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine

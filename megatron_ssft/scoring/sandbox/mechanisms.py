@@ -1,4 +1,4 @@
-"""Which mechanism shuts a program off from the file system on this machine, found out by trying."""
+"""Search for a mechanism that shuts programs off from this machine's file system, by trying."""
 
 from __future__ import annotations
 

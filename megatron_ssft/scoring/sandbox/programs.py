@@ -33,14 +33,14 @@ from megatron_ssft.scoring.sandbox.inside.specification import Mechanism, Specif
 
 MAX_THREADS = 64
 MAX_FILE_BYTES = 16 << 20
-"""Of one file; standard output is one."""
+"""Size of one file; standard output is one."""
 MAX_FOLDER_BYTES = 64 << 20
 MAX_FOLDER_FILES = 1000
 MAX_OPEN_FILES = 32
 STACK_BYTES = 64 << 20
 
 ENDED_BY = "ended by: "
-"""What inside/child.py writes before the name of the exception that ended the program."""
+"""Text that inside/child.py writes before the name of the exception that ended the program."""
 _CHILD = Path(__file__).with_name("inside") / "child.py"
 _POLL_SECONDS = 0.02
 _START_SECONDS = 60.0
@@ -96,7 +96,7 @@ class Program:
         return os.pread(self.stderr, _STDERR_TAIL, max(0, size - _STDERR_TAIL)).decode("utf-8", "replace")
 
     def problem(self) -> str | None:
-        """Why it failed, as a verdict; None if it ended with status 0. Only after its end."""
+        """Say why it failed, as a verdict; None if it ended with status 0. Only after its end."""
         status = self.process.returncode
         if self.stopped in ("timeout", "disk"):
             return self.stopped

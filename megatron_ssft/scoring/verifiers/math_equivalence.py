@@ -1,4 +1,4 @@
-"""Whether two extracted answers are mathematically equal, asked of math-verify in a process that may hang or crash.
+"""Mathematical equality of two extracted answers, asked of math-verify in a process that may hang or crash.
 
 Run as a module this file is that process: it reads `[a, b]` a line and answers `1` or `0`. An answer may spell a
 computation without end (10^(10^10)), and no exception reaches into it, so a timer of the system ends the process.
@@ -19,7 +19,7 @@ from functools import lru_cache
 from megatron_ssft.errors import UserError
 
 SECONDS = 5.0
-"""What one comparison may take."""
+"""Limit of one comparison."""
 MEMORY = 4 << 30
 """Bytes of address space."""
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}", re.ASCII)

@@ -154,7 +154,7 @@ class VerifierPool:
             yield Judgement(reply["verdict"], reply["answer"])
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Whether two answers are mathematically the same, as `math` judges; False where that takes too long."""
+        """Tell whether two answers are mathematically the same, as `math` judges; False where that takes too long."""
         task: EqualTask = {"task": "equal", "gold": gold, "answer": answer}
         return next(self._in_order([task], self._settings.timeout)).get("equal", False)
 

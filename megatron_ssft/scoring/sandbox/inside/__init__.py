@@ -1,1 +1,1 @@
-"""What runs inside the sandbox: started by path with `python -I`, it imports nothing but the standard library."""
+"""Code that runs inside the sandbox: started by path with `python -I`, it imports only the standard library."""

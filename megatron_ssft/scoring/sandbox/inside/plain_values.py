@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 20
 MAX_ITEMS = 100_000
-"""Of an iterator."""
+"""Items of an iterator that are passed on."""
 _SAFE = 2**53
 _VIEWS: tuple[type[Iterable[object]], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _FROM_HEX: dict[str, Callable[[str], object]] = {"bytes": bytes.fromhex, "bytearray": bytearray.fromhex}

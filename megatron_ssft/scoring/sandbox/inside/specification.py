@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypedDict
 
 Mechanism = Literal["landlock", "namespaces"]
-"""How the file system is shut off."""
+"""Ways to shut off the file system."""
 
 
 class Task(TypedDict):

@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_ssft.hf.safetensors_io import INDEX, SINGLE, HFWeights, ShardWriter
+from megatron_ssft.hf.safetensors_io import INDEX, SINGLE, HFWeights
+from megatron_ssft.hf.safetensors_writer import ShardWriter
 from tests.helpers.safetensors_folders import refusal, tensors
 
 
