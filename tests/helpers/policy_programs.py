@@ -14,8 +14,8 @@ from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+from megatron_ssft.signals import StopSignal
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.startup import complete_policy_values
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks

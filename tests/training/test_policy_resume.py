@@ -15,7 +15,7 @@ from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.errors import UserError
 from megatron_ssft.objectives.policy import reference
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.training.signals import StopSignal
+from megatron_ssft.signals import StopSignal
 from megatron_ssft.training.startup import complete_policy_values
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import RankFailure, run_ranks
