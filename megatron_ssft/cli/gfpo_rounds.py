@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,12 +108,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, tools: Tool
 
     from megatron_ssft.rounds.commands import Commands, Tools
     from megatron_ssft.rounds.gfpo_rounds import Loop
-    from megatron_ssft.rounds.processes import Children, StageFailure, Stopped, StopSignals
+    from megatron_ssft.rounds.processes import Children, StageFailure, Stopped
     from megatron_ssft.rounds.round_table import rounds_table
+    from megatron_ssft.signals import StopSignal
 
     options = flags.options()
     commands = Commands(options, tools or Tools.of_project())
-    loop = Loop(commands, Children(options.save, StopSignals()))
+    loop = Loop(commands, Children(options.save, StopSignal(signal.SIGTERM, signal.SIGINT)))
     if tools is None:
         check_flags(commands)
     if flags.dry_run:

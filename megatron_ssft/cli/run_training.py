@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_ssft.config import TrainingRun
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.training.signals import StopSignal
+from megatron_ssft.signals import StopSignal
 from megatron_ssft.training.trainer import Trainer
 
 

@@ -46,7 +46,7 @@ class PolicyConfig:
     clip_eps_high: float | None = None
     """Ratios of probabilities are clipped at 1 + this (gfpo-sampled, grpo); default: as --clip-eps."""
     samples_per_question: int | None = None
-    """Tags drawn for a question (gfpo-sampled); default 16."""
+    """Tags drawn per question (gfpo-sampled); default 16."""
     policy_epochs: int | None = None
     """Steps on one set of drawn tags (gfpo-sampled); default 4."""
     token_normalization: str | None = None
@@ -61,7 +61,7 @@ class PolicyConfig:
     anchor_coef: float = derived()
     """Weight of that KL, a mean over tokens; default 1."""
     anchor_completions: int = derived()
-    """Stored completions in a step; default 64."""
+    """Stored completions per step; default 64."""
     anchor_top_k: int = derived()
     """The reference's most probable tokens that are kept for every place; the others are one bucket; default 32."""
     rescore_interval: int = 5

@@ -27,7 +27,7 @@ class MatchingConfig:
     """Approximation: score the first this many tokens of each trace, and --matching-tokens of them only for questions
     whose assignment is not certain by then; needs --matching-certainty."""
     matching_certainty: float | None = None
-    """How much, in nats a token, the tokens after --matching-first-tokens are taken to differ between tags at most;
+    """How much, in nats per token, the tokens after --matching-first-tokens are taken to differ between tags at most;
     an assignment that no such difference can change is certain."""
     regret_interval: int = 20
     """With an approximation: every this many steps the exact costs are evaluated too, and the log says what the

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.rollouts import FileChecks, Rollout, RolloutKey, origin_of, to_line
+from megatron_ssft.formats.rollouts import FileChecks, Rollout, RolloutKey, Sample, origin_of, to_line
 
 _START = b'{"id": '
 """Every line written here starts so; a torn one is cut off only if it does too."""
@@ -32,7 +32,7 @@ class RolloutWriter:
             raise _cannot_write(self._path, error) from error
         _lock(self._file.fileno(), self._path)
 
-    def write(self, rollouts: Iterable[Rollout]) -> None:
+    def write(self, rollouts: Iterable[Sample]) -> None:
         """Append `rollouts`. Raises UserError if the disk refuses."""
         data = memoryview("".join(map(to_line, rollouts)).encode("ascii"))
         try:

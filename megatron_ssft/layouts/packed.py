@@ -28,7 +28,7 @@ def stream_size(
 ) -> Size:
     """Size of the sequences as one stream; PAD sequences are a token each."""
     tokens = pairs = scored = 0
-    seen: set[tuple[int, int]] = set()
+    nodes: set[tuple[int, int]] = set()
     for spec in sequences:
         scored += spec.num_scored
         if spec.is_pad or not share_prompt:
@@ -36,14 +36,14 @@ def stream_size(
             pairs += spec.num_tokens * (spec.num_tokens + 1) // 2
             continue
         prompt = len(batch.sets[spec.question].prompt_ids)
-        known = 0  # leading tokens that stand in the stream already
-        if (spec.question, spec.tag) in seen:
-            known = prompt + len(tags.ids[spec.tag])
-        elif (spec.question, -1) in seen:
-            known = prompt
-        seen |= {(spec.question, -1), (spec.question, spec.tag)}
-        tokens += spec.num_tokens - known
-        pairs += (spec.num_tokens * (spec.num_tokens + 1) - known * (known + 1)) // 2
+        shared = 0  # leading tokens that stand in the stream already
+        if (spec.question, spec.tag) in nodes:
+            shared = prompt + len(tags.ids[spec.tag])
+        elif (spec.question, -1) in nodes:
+            shared = prompt
+        nodes |= {(spec.question, -1), (spec.question, spec.tag)}
+        tokens += spec.num_tokens - shared
+        pairs += (spec.num_tokens * (spec.num_tokens + 1) - shared * (shared + 1)) // 2
     return Size(tokens, pairs, scored)
 
 
@@ -150,7 +150,7 @@ def _join(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _joined_chains(segments: list[Segment]) -> list[Segment]:
-    """The same attention with fewer segments: one that directly follows its only context's end is joined to it.
+    """Join a segment to the one whose end it directly follows, where that is its only context; attention is the same.
 
     A node is joined to its parent where it is the first of its children and stands right behind it. What else
     sees the parent is not affected, as contexts are ranges of the stream, not segments.

@@ -54,10 +54,10 @@ class GFPO(PolicyObjective):
         """Ask for the tags' probabilities, take the objective's gradient, weight the tags by it."""
         policy, seed = self.policy, self.config.run.training.seed
         number = step.iteration if self.is_exact else step.iteration // self._epochs_per_set
-        chosen = nth_batch(len(self.inputs.questions), policy.questions_per_step, number, seed, "questions")
-        planned = self.forks.plan(step, [self.inputs.questions[q] for q in chosen])
+        questions = nth_batch(len(self.inputs.questions), policy.questions_per_step, number, seed, "questions")
+        planned = self.forks.plan(step, [self.inputs.questions[q] for q in questions])
         logp_QN = self.forks.planned_logp(step, planned)
-        objective = self._objective(step.iteration, chosen, logp_QN)
+        objective = self._objective(step.iteration, questions, logp_QN)
         terms = [fork_term(planned, objective.gradient_QN)]
         anchored: list[int] = []
         if policy.anchor == "kl":
@@ -67,7 +67,7 @@ class GFPO(PolicyObjective):
             terms.append(anchor_term(step, self.scorer, self.reference, anchored, policy.anchor_coef))
 
         def figures(sums: Mapping[str, float]) -> Figures:
-            row = dict(objective.figures) | self._rewards(logp_QN, chosen) | {"loss": -objective.value}
+            row = dict(objective.figures) | self._rewards(logp_QN, questions) | {"loss": -objective.value}
             if anchored:
                 row |= self._anchor_figures(sums, anchored)
                 row["loss"] += policy.anchor_coef * row["anchor_kl"]
@@ -76,7 +76,7 @@ class GFPO(PolicyObjective):
         return Decision(
             terms=terms,
             figures=figures,
-            questions=len(chosen),
+            questions=len(questions),
             scoring_flops=step.accountant.forward(planned.plan),
         )
 

@@ -44,9 +44,9 @@ class GRPO(PolicyObjective):
     def decide(self, step: StepContext) -> Decision:
         """All completions of the step's questions."""
         per_step, seed = self.policy.questions_per_step, self.config.run.training.seed
-        drawn = nth_batch(len(self.inputs.questions), per_step, step.iteration, seed, "questions")
-        chosen = list(dict.fromkeys(drawn))  # over the border of an epoch a question may come twice
-        which = [number for q in chosen for number in self.groups[q]]
+        draws = nth_batch(len(self.inputs.questions), per_step, step.iteration, seed, "questions")
+        questions = list(dict.fromkeys(draws))  # over the border of an epoch a question may come twice
+        which = [number for q in questions for number in self.groups[q]]
         rewards = [self.inputs.completions[number].reward for number in which]
 
         def figures(sums: Mapping[str, float]) -> Figures:
@@ -61,7 +61,7 @@ class GRPO(PolicyObjective):
                 **self.common_figures(0.0),
             }
 
-        return Decision(terms=[self.token_term(step, which)], figures=figures, questions=len(chosen))
+        return Decision(terms=[self.token_term(step, which)], figures=figures, questions=len(questions))
 
     def token_term(self, step: StepContext, which: Sequence[int]) -> LossTerm:
         """The clipped loss on every token of the completions."""

@@ -65,7 +65,7 @@ class SetMatching:
         return iteration % every == whole_number(digest, bits=64) % every
 
     def optimal(self, step: StepContext, batch: QuestionBatch) -> list[Assignment]:
-        """By the exact costs where the mode asks for costs at all: what an evaluation uses. Collective."""
+        """Match by the exact costs, where the mode asks for costs at all: what an evaluation uses. Collective."""
         costs: Sequence[np.ndarray | None] = [None] * len(batch.sets)
         if self.config.matching != "single":
             costs = self.costs(step, batch, Matched([]))
@@ -102,7 +102,7 @@ class SetMatching:
         begin = time.perf_counter()
         tags = step.once(lambda: [a.tags for a in self.matcher.assign(batch, costs)])
         matched.solving_seconds += time.perf_counter() - begin
-        return [Assignment(tuple(chosen), cost) for chosen, cost in zip(tags, costs)]
+        return [Assignment(tuple(question_tags), cost) for question_tags, cost in zip(tags, costs)]
 
     # -- approximations ----------------------------------------------------------------------------------------------
 
@@ -116,10 +116,10 @@ class SetMatching:
             self._settle(step, batch, tags, self._first_tokens, matched)
             certain = sum(t is not None for t in tags) - reused
         self._settle(step, batch, tags, self._all_tokens, matched)
-        for visit, tokenized, chosen in zip(batch.visits, batch.sets, tags):
-            assert chosen is not None, "every question is settled by now"
-            self.store.remember(visit.epoch, tokenized, chosen)
-            matched.assignments.append(Assignment(chosen))
+        for visit, tokenized, question_tags in zip(batch.visits, batch.sets, tags):
+            assert question_tags is not None, "every question is settled by now"
+            self.store.remember(visit.epoch, tokenized, question_tags)
+            matched.assignments.append(Assignment(question_tags))
         matched.figures = {"matching_reused": reused, "matching_certain": certain}
         return matched
 
@@ -132,13 +132,13 @@ class SetMatching:
         matched: Matched,
     ) -> None:
         """Let `decide` find tags for the questions that have none yet, in place."""
-        open_questions = [q for q, chosen in enumerate(tags) if chosen is None]
+        open_questions = [q for q, question_tags in enumerate(tags) if question_tags is None]
         if open_questions:
             rest = QuestionBatch(
                 tuple(batch.visits[q] for q in open_questions), tuple(batch.sets[q] for q in open_questions)
             )
-            for q, chosen in zip(open_questions, decide(step, rest, matched)):
-                tags[q] = chosen
+            for q, question_tags in zip(open_questions, decide(step, rest, matched)):
+                tags[q] = question_tags
 
     def _all_tokens(
         self, step: StepContext, batch: QuestionBatch, matched: Matched
@@ -159,8 +159,8 @@ class SetMatching:
             for visit, tokenized, cost in zip(batch.visits, batch.sets, costs):
                 lengths = [len(c) for c in tokenized.completion_ids]
                 if is_certain(cost, lengths, first, every, certainty):
-                    known = known_cost(cost, lengths, first, every)
-                    (assignment,) = self.matcher.assign(QuestionBatch((visit,), (tokenized,)), [known])
+                    lower_cost = known_cost(cost, lengths, first, every)
+                    (assignment,) = self.matcher.assign(QuestionBatch((visit,), (tokenized,)), [lower_cost])
                     decided.append(list(assignment.tags))
                 else:
                     decided.append(None)

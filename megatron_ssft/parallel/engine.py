@@ -202,17 +202,17 @@ class Engine:
         padded = ids + [0] * (-len(ids) % multiple)
         tokens = torch.tensor([padded], device=device)
         positions = torch.arange(len(padded), device=device)[None]
-        kept: list[Tensor] = []
+        shares: list[Tensor] = []
 
         def step(data: Iterator[int], model: torch.nn.Module) -> tuple[Tensor, object]:
             next(data)
             scored = torch.arange(len(ids), device=device)
-            return model(tokens, positions, scored, None), lambda output, non_loss_data=True: kept.append(output)
+            return model(tokens, positions, scored, None), lambda output, non_loss_data=True: shares.append(output)
 
         with torch.no_grad():
             copies = range(self.config.parallel.pipeline_model_parallel_size)  # the interleaved schedule needs a group
             self._run_schedule(step, copies, len(padded), 1, forward_only=True, collect_non_loss_data=True)
-        share = kept[0] if kept else None
+        share = shares[0] if shares else None
         return collect_logits(share, self.topology, len(ids), self.vocab_size)
 
     # -- shared --------------------------------------------------------------------------------------------------

@@ -20,7 +20,15 @@ from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.rounds.commands import Commands, Round
-from megatron_ssft.rounds.processes import Ask, Children, StageFailure, Stopped, asking_by, terminate_ranks
+from megatron_ssft.rounds.processes import (
+    Ask,
+    Children,
+    StageFailure,
+    Stopped,
+    asking_by,
+    raise_if_stopped,
+    terminate_ranks,
+)
 from megatron_ssft.rounds.round_table import RoundRow, round_row
 from megatron_ssft.rounds.server import server_command, serving
 from megatron_ssft.rounds.stages import StageFile, newest_checkpoint, only_one, read_json
@@ -168,7 +176,7 @@ class Loop:
     ) -> None:
         """Run a stage's program to its end and note it. Raises StageFailure, Stopped."""
         stop, name = self.children.stop, f"round {round_.number}, {stage}"
-        stop.check(f"before {name}")
+        raise_if_stopped(stop, f"before {name}")
         _say(round_, stage, command)
         begin = time.monotonic()
         try:
@@ -177,15 +185,15 @@ class Loop:
             if watch is None:  # the server is still to run
                 self.children.sweep()
         if status != 0:
-            stop.check(f"in {name}")
+            raise_if_stopped(stop, f"in {name}")
             if watch is not None:
                 watch()  # the reason, where the server has ended
             raise StageFailure(f"exit status {status}: {shlex.join(command)}", status)
         if stage == "train" and not round_.is_done:
-            stop.check(f"in {name}")
+            raise_if_stopped(stop, f"in {name}")
             raise Stopped(f"{name}: was told to stop before its end", 143)
         stages.finish(stage, time.monotonic() - begin)
-        stop.check(f"after {name}")
+        raise_if_stopped(stop, f"after {name}")
 
     # -- the end -------------------------------------------------------------------------------------------------
 

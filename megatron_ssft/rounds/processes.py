@@ -20,12 +20,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 import psutil
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.signals import StopSignal
 
 MARK = "MEGATRON_SSFT_LOOP"
 _PR_SET_PDEATHSIG = 1
@@ -51,22 +51,10 @@ class Stopped(Exception):
         self.status = status
 
 
-class StopSignals:
-    """Remembers the first SIGTERM or SIGINT."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        """0: none has come."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
-
-    def check(self, where: str) -> None:
-        """Raises Stopped if a signal has come."""
-        if self.number:
-            raise Stopped(f"stopped by {signal.Signals(self.number).name} {where}", 128 + self.number)
+def raise_if_stopped(stop: StopSignal, where: str) -> None:
+    """Raise Stopped if a signal has come."""
+    if stop.received:
+        raise Stopped(f"stopped by {signal.Signals(stop.number).name} {where}", 128 + stop.number)
 
 
 Ask = Callable[[subprocess.Popen[bytes]], None]
@@ -76,7 +64,7 @@ Ask = Callable[[subprocess.Popen[bytes]], None]
 class Children:
     """Starts and ends the programs of one loop. For one thread, the main one."""
 
-    def __init__(self, folder: Path, stop: StopSignals) -> None:
+    def __init__(self, folder: Path, stop: StopSignal) -> None:
         self.stop = stop
         self._folder = str(folder.resolve())
 

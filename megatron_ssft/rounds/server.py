@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.generation.http_client import HttpClient
-from megatron_ssft.rounds.processes import Children, StageFailure, end
+from megatron_ssft.rounds.processes import Children, StageFailure, end, raise_if_stopped
 
 MODEL = "{model}"
 """Stands for the model's folder in the command."""
@@ -66,7 +66,7 @@ def serving(
         deadline = time.monotonic() + timeout
         while True:
             check()
-            children.stop.check("while the server started")
+            raise_if_stopped(children.stop, "while the server started")
             try:
                 client.get("/models")
                 break

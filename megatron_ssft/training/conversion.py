@@ -94,7 +94,7 @@ def _start(folder: Path, options: dict[str, Any]) -> tuple[ConversionConfig, Top
 def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: Topology) -> Iterator[Path]:
     """The folder of a run's Hugging Face files, made for the occasion where the run has none. Collective."""
     with tempfile.TemporaryDirectory() as parent:
-        made = Path(parent) / ASSETS
+        assets = Path(parent) / ASSETS
 
         def find() -> bool:
             if (run / ASSETS).is_dir():
@@ -103,13 +103,13 @@ def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: T
             tokenizer = dataclasses.replace(config.tokenizer, seq_length=trained)
             try:
                 write_scratch_assets(
-                    dataclasses.replace(config, tokenizer=tokenizer), vocabulary.tokenizer, vocabulary.size, made
+                    dataclasses.replace(config, tokenizer=tokenizer), vocabulary.tokenizer, vocabulary.size, assets
                 )
             except NotExpressible as error:
                 raise UserError(f"{run}: cannot be exported: {error}") from error
             return False
 
-        yield run / ASSETS if on_first_rank(find, topology) else made
+        yield run / ASSETS if on_first_rank(find, topology) else assets
 
 
 def _precision(run: Path) -> dict[str, Any]:
@@ -145,12 +145,12 @@ def _knows_tags(hf: Path, vocabulary: Vocabulary) -> bool:
 
 def _write_config(target: Path, config: RunConfig) -> None:
     """The shape, tokenizer and tags, for whoever loads the folder; how to train is not decided here."""
-    kept = dataclasses.asdict(config.model)
-    kept |= {name: getattr(config.forking, name) for name in ("num_forking_tokens", "forking_token_format")}
-    kept["forking_token_template"] = config.forking.forking_token_template
-    kept["tokenizer_type"] = config.tokenizer.tokenizer_type
-    kept["tokenizer_model"] = str((target / ASSETS).resolve())
-    write_durably(target / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+    values = dataclasses.asdict(config.model)
+    values |= {name: getattr(config.forking, name) for name in ("num_forking_tokens", "forking_token_format")}
+    values["forking_token_template"] = config.forking.forking_token_template
+    values["tokenizer_type"] = config.tokenizer.tokenizer_type
+    values["tokenizer_model"] = str((target / ASSETS).resolve())
+    write_durably(target / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
 
 def _say(topology: Topology, text: str) -> None:

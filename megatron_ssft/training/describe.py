@@ -54,7 +54,7 @@ def describe(config: SSFTConfig) -> str:
 def _data_lines(dataset: SetDataset) -> list[str]:
     counts = dataset.trace_counts.tolist()
     return [
-        f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} a question "
+        f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} per question "
         f"(median {statistics.median(counts):g})",
         "data summary: " + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items()),
     ]

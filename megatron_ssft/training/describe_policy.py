@@ -26,7 +26,7 @@ def describe(config: GFPOConfig) -> str:
         f"parameters: about {count_parameters(config.run, vocabulary.size):,}",
         f"ranks: {world_size}, data-parallel {world_size // config.run.parallel.model_parallel_size}",
         f"steps: {iters}, warm-up {warmup_iterations(config.run.training, iters)}",
-        f"a step: {_step(config, inputs)}",
+        f"per step: {_step(config, inputs)}",
         *inputs.notes,
     ]
     return "\n".join(lines)

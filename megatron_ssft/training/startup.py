@@ -65,7 +65,10 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The same for policy learning, which takes a run's layout over as well, and an export's tags. Raises UserError."""
+    """Complete the values for policy learning: it takes a run's parallel layout over as well, and an export's tags.
+
+    Raises UserError.
+    """
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
     if values.get("train_iters") is None:

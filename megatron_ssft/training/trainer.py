@@ -23,6 +23,7 @@ from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import StepMetrics
 from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
+from megatron_ssft.signals import StopSignal
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.lr_schedule import learning_rate
@@ -36,7 +37,6 @@ from megatron_ssft.training.resume import (
     run_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
-from megatron_ssft.training.signals import StopSignal
 from megatron_ssft.training.weights import take_weights
 
 

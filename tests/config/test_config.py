@@ -231,7 +231,7 @@ def test_dry_run_shows_steps_tags_and_plan_and_leaves_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert everything_below(tmp_path) == before
     settings, _, consequences = done.stdout.partition("# what follows from it\n")
-    assert "data: 12 questions, 30 traces, 1 to 4 a question" in consequences
+    assert "data: 12 questions, 30 traces, 1 to 4 per question" in consequences
     assert "about 4 an epoch, 20 in all, warm-up 3" in consequences
     assert all(f"'<think{i}>' [{256 + i}]" in consequences for i in range(1, 7))
     plan = next(line for line in consequences.splitlines() if line.startswith("first step: "))

@@ -25,7 +25,7 @@ from tests.helpers.training_runs import make_rows, write_rows
 def train(values):
     """A run to its end by the trainer's own loop."""
     from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-    from megatron_ssft.training.signals import StopSignal
+    from megatron_ssft.signals import StopSignal
     from megatron_ssft.training.startup import complete_values
     from megatron_ssft.training.trainer import Trainer
 

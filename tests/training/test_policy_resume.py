@@ -2,106 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.objectives.policy import reference
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint
-from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
-from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.signals import StopSignal
+from megatron_ssft.signals import StopSignal
 from megatron_ssft.training.startup import complete_policy_values
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import RankFailure, run_ranks
-from tests.helpers.policy_runs import write_inputs, write_models
-from tests.helpers.processes import finish, ranks_of_program, start_program, wait_for_steps
-from tests.helpers.training_runs import assemble, weight_shards
-
-start = functools.partial(start_program, "tools/train_gfpo.py")
-ranks_of = functools.partial(ranks_of_program, "tools/train_gfpo.py")
-
-TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
-STEPS = 16
-COMMON = (
-    *("--lr", "3e-3", "--seed", "3", "--adam-eps", "1e-4", "--seq-length", "64", "--max-tokens-per-microbatch", "60"),
-    *("--questions-per-step", "4", "--save-interval", "5", "--rescore-interval", "4", "--policy-interval", "7"),
+from tests.helpers.policy_programs import (
+    ANCHOR,
+    STEPS,
+    TP2,
+    assert_same_weights,
+    finished,
+    flags,
+    logs,
+    ranks_of,
+    run_body,
+    start,
 )
-ANCHOR = ("--objective", "gfpo-exact", "--anchor-completions", "10")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    run_ranks(1, write_models, str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def flags(models, inputs, save, *more, kind="tied special", load=None, steps=STEPS):
-    """The command line of tools/train_gfpo.py; `load`: default model 0 of its kind."""
-    files = [text for name, path in inputs.items() for text in (f"--{name}", path)]
-    start = ["--load", str(load or models / f"{kind} 0"), "--save", str(save), "--train-iters", str(steps)]
-    common = COMMON[:-2] if "grpo" in more else COMMON
-    return [*start, *files, *common, *more]
-
-
-def run_body(argv):
-    """tools/train_gfpo.py without a process of its own. Runs on every rank."""
-    config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
-    trainer = Trainer(config, initialize_topology(config.run))
-    trainer.run(StopSignal())
-    destroy_topology()
-
-
-def final_weights(argv, runs):
-    """The weight shards of each run's newest checkpoint. Runs on one rank."""
-    config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
-    topology, vocabulary = initialize_topology(config.run), build_vocabulary(config.run)
-    shards = []
-    for run in map(Path, runs):
-        engine = Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)
-        load_checkpoint(engine, run, find_latest(run), weights_only=True)
-        shards.append(weight_shards(engine))
-    return shards
-
-
-def assert_same_weights(argv, *runs):
-    ((first, *others),) = run_ranks(1, final_weights, argv, [str(run) for run in runs])
-    expected = assemble([{"shards": first}])
-    for other in others:
-        for name, value in assemble([{"shards": other}]).items():
-            np.testing.assert_array_equal(value, expected[name], err_msg=name)
-
-
-def logs(run):
-    """metrics.jsonl without the times, and policy.jsonl, as text."""
-    metrics = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        metrics.append(json.dumps({name: value for name, value in row.items() if name != "seconds"}))
-    return "\n".join(metrics), (run / "policy.jsonl").read_text()
-
-
-def finished(run):
-    path = run / "finished.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
+from tests.helpers.processes import finish, wait_for_steps
 
 # -- killed while it trains ----------------------------------------------------------------------------------------
 
@@ -329,89 +259,3 @@ def test_stale_rewards_need_not_end_the_run(models, inputs, tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "effective_sample_size" in row] == [4, 6]  # and at the end
     assert rows[3]["effective_sample_size"] < 0.5
-
-
-# -- checkpoints where only some weights train ---------------------------------------------------------------------
-
-PARTS = {
-    "one process": (1, ()),
-    "PP2": (2, PP2),  # whose first stage may train nothing
-    "PP2, distributed": (2, (*PP2, "--use-distributed-optimizer")),
-    "PP2, bf16": (2, (*PP2, "--bf16")),
-    "TP2, distributed": (2, (*TP2, "--use-distributed-optimizer")),
-    "DP2, distributed": (2, ("--use-distributed-optimizer",)),
-}
-FROZEN = (
-    ("tied special", "last-1"),
-    ("tied special", "tag-rows"),
-    ("untied special", "tag-rows"),
-    ("untied text", "last-1"),
-)
-
-
-def run_several(argvs):
-    """One run after the other; the final weights' shards of each. Runs on every rank."""
-    topology, shards = None, []
-    for argv in argvs:
-        config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
-        topology = topology or initialize_topology(config.run)
-        trainer = Trainer(config, topology)
-        trainer.run(StopSignal())
-        shards.append(weight_shards(trainer.engine))
-    destroy_topology()
-    return shards
-
-
-def partly_frozen(models, inputs, run, steps, kind, trainable, *layout, load=None):
-    more = (
-        "--objective",
-        "gfpo-exact",
-        "--anchor",
-        "none",
-        "--trainable",
-        trainable,
-        "--rescore-interval",
-        "1",
-        *layout,
-    )
-    return flags(models, inputs, run, *more, kind=kind, steps=steps, load=load)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PARTS)
-def test_partly_frozen_runs_resume(models, inputs, tmp_path, name):
-    ranks, layout = PARTS[name]
-    argvs = []
-    for i, what in enumerate(FROZEN):
-        whole, run = tmp_path / f"whole {i}", tmp_path / f"run {i}"
-        argvs.append(partly_frozen(models, inputs, whole, 7, *what, *layout))
-        argvs.append(partly_frozen(models, inputs, run, 3, *what, *layout))
-    for i, what in enumerate(FROZEN):
-        argvs.append(
-            partly_frozen(models, inputs, tmp_path / f"run {i}", 7, *what, *layout, load=tmp_path / f"run {i}")
-        )
-    results = run_ranks(ranks, run_several, argvs, timeout=300)
-    for i, what in enumerate(FROZEN):
-        assert logs(tmp_path / f"run {i}")[0] == logs(tmp_path / f"whole {i}")[0]
-        whole, short, resumed = (
-            assemble([{"shards": result[at]} for result in results]) for at in (2 * i, 2 * i + 1, 2 * len(FROZEN) + i)
-        )
-        for tensor, value in whole.items():
-            np.testing.assert_array_equal(resumed[tensor], value, err_msg=f"{what} {tensor}")
-        assert any((short[tensor] != value).any() for tensor, value in whole.items())
-
-
-@pytest.mark.slow
-def test_partly_frozen_runs_resume_elsewhere(models, inputs, tmp_path):
-    """Started on two pipeline stages, of which one may train nothing, resumed in one process."""
-    wholes = [tmp_path / f"whole {i}" for i in range(len(FROZEN))]
-    runs = [tmp_path / f"run {i}" for i in range(len(FROZEN))]
-    run_ranks(2, run_several, [partly_frozen(models, inputs, r, 3, *what, *PP2) for r, what in zip(runs, FROZEN)])
-    one = ("--pipeline-model-parallel-size", "1")
-    argvs = [partly_frozen(models, inputs, w, 7, *what) for w, what in zip(wholes, FROZEN)]
-    argvs += [partly_frozen(models, inputs, r, 7, *what, *one, load=r) for r, what in zip(runs, FROZEN)]
-    (shards,) = run_ranks(1, run_several, argvs)
-    for i, what in enumerate(FROZEN):
-        whole, resumed = (assemble([{"shards": shards[at]}]) for at in (i, len(FROZEN) + i))
-        for tensor, value in whole.items():
-            np.testing.assert_allclose(resumed[tensor], value, rtol=1e-4, atol=1e-5, err_msg=f"{what} {tensor}")

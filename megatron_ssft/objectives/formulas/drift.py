@@ -16,7 +16,7 @@ class Drift:
     effective_sample_size: float
     """Share in (0, 1] of the completions that independent draws from the present weights would need to be as good."""
     nll_shift: float
-    """Nats a token by which the completions' negative log-likelihood has risen."""
+    """Nats per token by which the completions' negative log-likelihood has risen."""
 
 
 def measure_drift(

@@ -18,7 +18,7 @@ loss, KL, clip or normalisation is published: those here are ours, and no parity
 GRPO (arXiv 2402.03300) with the clip of PPO (arXiv 1707.06347); without normalisation its baseline is RLOO's (arXiv
 2402.14740), the mean of a question's other samples.
 
-Shapes: Q questions, N tags, G samples a question. All arrays are float64, logarithms are in nats.
+Shapes: Q questions, N tags, G samples per question. All arrays are float64, logarithms are in nats.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def sampled_objective(
     reference_logp_QN: np.ndarray,
     coefficients: ForkCoefficients,
 ) -> ForkObjective:
-    """The reward's part estimated from G tags a question drawn from an older policy; the regularisers exact as above.
+    """The reward's part estimated from G tags per question drawn from an older policy; the regularisers exact as above.
 
         1/G sum_g min(ratio_g A_g, clip(ratio_g, 1 - clip_low, 1 + clip_high) A_g),   ratio = pi(tag) / pi_old(tag)
 
@@ -209,7 +209,7 @@ def sample_tags(
         n_QN: stored completions of each tag, all > 0.
         sum_QN: sum of their rewards, in [0, n].
         samples: G > 0.
-        rngs: one generator a question, so that a question's draws do not depend on its neighbours in a batch.
+        rngs: one generator per question, so that a question's draws do not depend on its neighbours in a batch.
 
     Returns:
         0-based tags [Q, G] int64, rewards [Q, G] float64.

@@ -99,9 +99,9 @@ class StoredCompletions:
     def rewards(self, scores: Path) -> np.ndarray:
         """float64 [C], the reward of each of `places` from a scored file. Raises UserError."""
         rows = read_scored(scores)
-        found = differences(sample_origin(rows[0]), self._origin)
-        if found:
-            raise UserError(f"{scores}: not the scores of {self.path}: {found} there; score that file")
+        difference = differences(sample_origin(rows[0]), self._origin)
+        if difference:
+            raise UserError(f"{scores}: not the scores of {self.path}: {difference} there; score that file")
         reward = {self._place(row): float(row.correct) for row in rows if row.id in self._number}
         missing = sum(place not in reward for place in self.places)
         if missing:
@@ -113,13 +113,13 @@ class StoredCompletions:
 
     def token_ids(self, chosen: Sequence[Place]) -> list[np.ndarray]:
         """int32 [L] of each. Raises UserError."""
-        wanted, found = set(chosen), {}
+        places, ids = set(chosen), {}
         for rollout in read_rollouts(self.path):
-            if rollout.id in self._number and (place := self._place(rollout)) in wanted:
-                found[place] = np.asarray(rollout.token_ids, dtype=np.int32)
-        if len(found) < len(wanted):
+            if rollout.id in self._number and (place := self._place(rollout)) in places:
+                ids[place] = np.asarray(rollout.token_ids, dtype=np.int32)
+        if len(ids) < len(places):
             raise UserError(f"{self.path}: changed while it was read; start again when it is finished")
-        return [found[place] for place in chosen]
+        return [ids[place] for place in chosen]
 
     def _place(self, sample: Sample) -> Place:
         return Place(self._number[sample.id], sample.tag or 0, sample.sample)

@@ -70,9 +70,9 @@ class PolicyInputs:
             by_question.setdefault(self.completions[number].question, []).append(number)
         sets, assignments = [], []
         for question, numbers in by_question.items():
-            chosen = [self.completions[number] for number in numbers]
-            sets.append(_with_completions(self.questions[question], [c.ids for c in chosen]))
-            assignments.append(Assignment(tuple(c.tag for c in chosen)))
+            completions = [self.completions[number] for number in numbers]
+            sets.append(_with_completions(self.questions[question], [c.ids for c in completions]))
+            assignments.append(Assignment(tuple(c.tag for c in completions)))
         visits = tuple(QuestionVisit(question, 0) for question in by_question)
         return QuestionBatch(visits, tuple(sets)), assignments, list(by_question.values())
 
@@ -133,7 +133,7 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
 
 def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tuple[TokenizedSet, ...]:
     """Questions in token ids. Raises one UserError for all wrong rows."""
-    wrong, sets = WrongRows(), []
+    errors, sets = WrongRows(), []
     longest = max(map(len, vocabulary.tags.ids), default=0)
     room = config.run.tokenizer.seq_length - longest
     for example in read_questions(path):
@@ -148,8 +148,8 @@ def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tup
                 )
             sets.append(TokenizedSet(example.id, example.file, example.line, ids, (), ()))
         except UserError as error:
-            wrong.add(example.file, example.line, error)
-    wrong.raise_if_any()
+            errors.add(example.file, example.line, error)
+    errors.raise_if_any()
     return tuple(sets)
 
 
@@ -183,24 +183,24 @@ def _for_tags(
         if not store.tagged:
             raise UserError(f"{path}: completions without tags, of which there is nothing to choose; --tags each has")
         _check_store(store, table, notes)
-        chosen = [store.places[i] for i in _pool(policy, len(store.places), planned_iters, config.run.training.seed)]
-        completions = tuple(Completion(p.question, p.tag, ids, 0.0) for p, ids in zip(chosen, store.token_ids(chosen)))
+        places = [store.places[i] for i in _pool(policy, len(store.places), planned_iters, config.run.training.seed)]
+        completions = tuple(Completion(p.question, p.tag, ids, 0.0) for p, ids in zip(places, store.token_ids(places)))
     return _Lesson(questions, n_QN, sum_QN, completions, True, table.model)
 
 
 def _rewarded(questions: tuple[TokenizedSet, ...], table: RewardTable, notes: list[str]) -> tuple[TokenizedSet, ...]:
     """The questions that have rewards. Raises UserError for rewards of unknown questions."""
-    known = {question.id for question in questions}
-    unknown = [name for name in table.rows if name not in known]
+    ids = {question.id for question in questions}
+    unknown = [name for name in table.rows if name not in ids]
     if unknown:
         raise UserError(
             f"{table.path}:{table.rows[unknown[0]].line}: id {unknown[0]!r} is not in --data, as {len(unknown)} of "
             f"{len(table.rows)}; give the questions that the rewards were made from"
         )
-    kept = tuple(question for question in questions if question.id in table.rows)
-    if len(kept) < len(questions):
-        notes.append(f"{len(questions) - len(kept)} of {len(questions)} questions have no rewards and are left out")
-    return kept
+    rewarded = tuple(question for question in questions if question.id in table.rows)
+    if len(rewarded) < len(questions):
+        notes.append(f"{len(questions) - len(rewarded)} of {len(questions)} questions have no rewards and are left out")
+    return rewarded
 
 
 def _file_to_watch(policy: PolicyConfig, table: RewardTable, notes: list[str]) -> Path | None:
@@ -244,20 +244,22 @@ def _for_tokens(
     _check_store(store, source, notes)
     reward_C = store.rewards(files[1])
     question_C = np.array([place.question for place in store.places])
-    kept = _instructive(question_C, reward_C, policy, files[1])
-    if len(kept) < len(prompts):
+    numbers = _instructive(question_C, reward_C, policy, files[1])
+    if len(numbers) < len(prompts):
         others = "" if policy.kl_coef else ", or all of them with the same reward,"
-        notes.append(f"{len(prompts) - len(kept)} of {len(prompts)} questions without completions{others} are left out")
-    renumbered = {old: new for new, old in enumerate(kept)}
-    of_kept = np.flatnonzero(np.isin(question_C, kept))
+        notes.append(
+            f"{len(prompts) - len(numbers)} of {len(prompts)} questions without completions{others} are left out"
+        )
+    renumbered = {old: new for new, old in enumerate(numbers)}
+    of_kept = np.flatnonzero(np.isin(question_C, numbers))
     order = of_kept[first_draws(len(of_kept), len(of_kept), config.run.training.seed, "completions")]
-    chosen = [store.places[i] for i in order]
+    places = [store.places[i] for i in order]
     completions = tuple(
         Completion(renumbered[place.question], place.tag, ids, reward)
-        for place, ids, reward in zip(chosen, store.token_ids(chosen), reward_C[order].tolist())
+        for place, ids, reward in zip(places, store.token_ids(places), reward_C[order].tolist())
     )
     empty = np.zeros((0, 0))
-    return _Lesson(tuple(prompts[i] for i in kept), empty, empty, completions, store.tagged, store.model)
+    return _Lesson(tuple(prompts[i] for i in numbers), empty, empty, completions, store.tagged, store.model)
 
 
 def _instructive(question_C: np.ndarray, reward_C: np.ndarray, policy: PolicyConfig, scores: Path) -> list[int]:
@@ -325,10 +327,10 @@ def check_rewards_model(config: GFPOConfig, model: str | None) -> str | None:
     folder = source if is_hf_folder(source) else checkpoint_folder(source, find_latest(source)) / ASSETS
     if model is None or not is_hf_folder(folder):
         return "no exported model beside the weights: whether the rewards are theirs is not checked"
-    found = model_fingerprint(folder)
-    if found != model:
+    fingerprint = model_fingerprint(folder)
+    if fingerprint != model:
         raise UserError(
             f"{config.policy.rewards or config.policy.scores}: measured under another model ({model[:12]}) than "
-            f"{folder} ({found[:12]}); generate and score with this one"
+            f"{folder} ({fingerprint[:12]}); generate and score with this one"
         )
     return None

@@ -2,7 +2,7 @@
 
 The reference of KL and anchor is a model that stands still, so its answers are asked for once, by the engine that is
 going to train, while it holds the reference's weights: no second copy of them is ever in memory, however large the
-model. The whole distribution at every token would be (vocabulary x 4 bytes) a token; kept are the k most probable
+model. The whole distribution at every token would be (vocabulary x 4 bytes) per token; kept are the k most probable
 tokens. The likelihoods under the weights that made the completions are measured on the same occasion.
 
     SAVE/reference/index.json      fingerprint of the inputs, planned steps, noise of likelihoods, who wrote what
@@ -109,15 +109,15 @@ def write_reference(
 
     kinds = ["places", "nll", *(["reference"] if reference else []), *(["ids", "logp"] if has_top else [])]
     if start.nll:
-        mine = sorted(start.nll)
-        lengths = np.array([len(start.nll[number]) for number in mine])
-        _save(at("places"), np.stack([np.array(mine), np.cumsum(lengths) - lengths, lengths], axis=1))
-        _save(at("nll"), np.concatenate([start.nll[number] for number in mine]))
+        numbers = sorted(start.nll)
+        lengths = np.array([len(start.nll[number]) for number in numbers])
+        _save(at("places"), np.stack([np.array(numbers), np.cumsum(lengths) - lengths, lengths], axis=1))
+        _save(at("nll"), np.concatenate([start.nll[number] for number in numbers]))
         if reference is not None:
-            _save(at("reference"), np.concatenate([reference.nll[number] for number in mine]))
+            _save(at("reference"), np.concatenate([reference.nll[number] for number in numbers]))
         if has_top:
-            _save(at("ids"), np.concatenate([top[number][0] for number in mine]))
-            _save(at("logp"), np.concatenate([top[number][1] for number in mine]))
+            _save(at("ids"), np.concatenate([top[number][0] for number in numbers]))
+            _save(at("logp"), np.concatenate([top[number][1] for number in numbers]))
     kinds_of = gather_json(kinds if start.nll else [], topology)
     wrote = [rank for rank, has in enumerate(kinds_of) if has]
 

@@ -69,7 +69,7 @@ def evaluation_section(record: EvaluationRecord, known: Sequence[str]) -> Sectio
 
 
 def _add_tables(section: Section, record: EvaluationRecord) -> None:
-    """Add the tables of `evaluate`: runs compared and groups of questions in sight, the others folded up."""
+    """Add the tables of megatron-ssft evaluate: comparisons and groups of questions in sight, the others folded up."""
     fields = {run["groups"]["field"] for run in record["runs"] if run["groups"]}
     for t in evaluation_tables.all_tables(record):
         header, rows = [clean(cell) for cell in t.header], [[clean(cell) for cell in row] for row in t.rows]

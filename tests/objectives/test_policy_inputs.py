@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import tracemalloc
-from collections import Counter
 
 import msgspec
 import numpy as np
 import pytest
 
-from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollouts import read_rollouts
-from megatron_ssft.objectives.policy import completions as completions_module
-from megatron_ssft.objectives.policy.draws import first_draws, generator, nth_batch, permutation
 from megatron_ssft.objectives.policy.inputs import fork_batch
 from tests.helpers.policy_files import TAGS, edit_lines, is_right, read, write_files
 
@@ -28,53 +24,6 @@ def shuffled(path, seed=1):
     lines = path.read_text().splitlines(keepends=True)
     random.Random(seed).shuffle(lines)
     path.write_text("".join(lines))
-
-
-# -- draws -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, 1), (5, 2), (7, 3), (12, 5), (8, 4), (9, 8), (30, 7), (6, 1)])
-def test_every_item_comes_once_an_epoch(count, size):
-    drawn = [item for number in range(3 * count) for item in nth_batch(count, size, number, 3, "x")]
-    for epoch in range(len(drawn) // count):
-        assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
-
-
-@pytest.mark.parametrize(("count", "size"), [(4, 4), (4, 9), (1, 2)])
-def test_all_items_where_there_are_no_more(count, size):
-    assert all(nth_batch(count, size, number, 3, "x") == list(range(count)) for number in range(4))
-
-
-def test_a_batch_depends_on_its_number_alone():
-    alone = nth_batch(50, 7, 11, 3, "x")
-    for number in range(11):
-        nth_batch(50, 7, number, 3, "x")
-    assert nth_batch(50, 7, 11, 3, "x") == alone
-
-
-def test_the_next_epoch_has_another_order():
-    first, second = (sum((nth_batch(20, 5, number, 3, "x") for number in range(k, k + 4)), []) for k in (0, 4))
-    assert first != second and sorted(first) == sorted(second)
-
-
-def test_draws_of_seeds_purposes_and_epochs_differ():
-    orders = {tuple(permutation(40, *key).tolist()) for key in [(1, "a"), (2, "a"), (1, "b"), (1, "a", 0), (1, "a", 1)]}
-    assert len(orders) == 5
-    assert generator(1, "a").random() != generator(2, "a").random() != generator(2, "b").random()
-
-
-def test_permutations_stay_the_same_between_releases():
-    assert permutation(8, 3, "x").tolist() == [0, 2, 1, 6, 4, 3, 7, 5]
-
-
-def test_first_draws_are_different_items_and_begin_alike():
-    assert sorted(first_draws(9, 20, 1, "x")) == list(range(9))
-    assert first_draws(30, 5, 1, "x") == first_draws(30, 12, 1, "x")[:5]
-
-
-def test_every_item_is_drawn_alike_often():
-    firsts = Counter(first_draws(5, 1, seed, "x")[0] for seed in range(2000))
-    assert all(320 < firsts[item] < 480 for item in range(5))  # 400 +- 4.5 standard deviations
 
 
 # -- rewards of tags -------------------------------------------------------------------------------------------------
@@ -336,150 +285,3 @@ def test_completions_with_and_without_tags_are_told_apart(tmp_path):
     by_flags = [{"rewards": None, "rollouts": str(f.rollouts), "scores": str(f.scores)} for f in (each, none)]
     tagged, plain = (read(f, objective="grpo", **flags) for f, flags in zip((each, none), by_flags))
     assert told(tagged) == told(plain) and tagged.fingerprint != plain.fingerprint
-
-
-# -- wrong input -----------------------------------------------------------------------------------------------------
-
-
-def refusal(files, **changes):
-    with pytest.raises(UserError) as caught:
-        read(files, **changes)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def changed(field, value, tag=1):
-    """A change of q3's completions under one tag."""
-    return lambda r: msgspec.structs.replace(r, **{field: value}) if r.id == "q3" and r.tag == tag else r
-
-
-BAD_ROLLOUTS = {
-    "another prompt": (changed("prompt", "0" * 16), "id 'q3', tag 1, sample 0: made from another prompt"),
-    "token beyond the vocabulary": (changed("token_ids", (65, 600)), "token 600, the vocabulary has 260"),
-    "foreign tag": (changed("tag", 7), "tag 7, sample 0: not one of the model's 3 tags"),
-    "tag missing": (changed("tag", None), "tag None, sample 0: not one of the model's 3 tags"),
-    "too long": (changed("token_ids", (65,) * 64), "--seq-length 76, not 64"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROLLOUTS)
-def test_bad_rollout(tmp_path, name):
-    change, inside = BAD_ROLLOUTS[name]
-    good = write_files(tmp_path / "good")
-    bad = write_files(tmp_path / "bad", change=change)
-    for extra in ({}, {"objective": "grpo", "scores": str(bad.scores)}):
-        line = refusal(good, rollouts=str(bad.rollouts), **extra)
-        assert line.startswith(str(bad.rollouts)) and inside in line
-
-
-def test_longest_completion_that_fits(tmp_path):
-    files = write_files(tmp_path, change=changed("token_ids", (65,) * 52))  # prompt 11, tag 1
-    assert len(read(files).completions) == 36
-    assert "--seq-length 64, not 63" in refusal(files, seq_length=63)
-
-
-def test_rollouts_of_another_model(tmp_path):
-    files, other = write_files(tmp_path / "a"), write_files(tmp_path / "b", model="model-b")
-    for extra in ({}, {"objective": "grpo", "scores": str(other.scores)}):
-        line = refusal(files, rollouts=str(other.rollouts), **extra)
-        assert line.startswith(f"{other.rollouts}: completions of another model (model-b)")
-
-
-def test_rollouts_of_other_questions(tmp_path):
-    files = write_files(tmp_path)
-    edit_lines(files.rollouts, lambda row: row | {"id": "x" + row["id"]})
-    assert "holds no completion of the questions" in refusal(files)
-
-
-def test_rollouts_without_tags_or_with_tags_of_the_models_choice(tmp_path):
-    files, none = write_files(tmp_path / "a"), write_files(tmp_path / "b", mode="none")
-    own = write_files(tmp_path / "c", mode="own")
-    assert "completions without tags" in refusal(files, rollouts=str(none.rollouts))
-    assert "in mode own" in refusal(files, rollouts=str(own.rollouts))
-    assert "in mode own" in refusal(own, objective="grpo")
-
-
-@pytest.mark.parametrize("torn", [True, False])
-def test_rollouts_torn_empty_or_twice(tmp_path, torn):
-    files = write_files(tmp_path)
-    whole = files.rollouts.read_bytes()
-    files.rollouts.write_bytes(whole[:-9])
-    assert refusal(files).startswith(f"{files.rollouts}:36: not valid JSON; its writer was stopped: resume it")
-    files.rollouts.write_bytes(b"")
-    assert refusal(files).startswith(f"{files.rollouts}:1: the file is empty")
-    files.rollouts.write_bytes(whole + whole.splitlines(keepends=True)[3])
-    assert "is already on line 4" in refusal(files)
-
-
-def test_rollouts_that_change_between_the_passes(tmp_path, monkeypatch):
-    files = write_files(tmp_path)
-    passes = []
-
-    def shrinking(path):
-        passes.append(path)
-        rows = list(read_rollouts(path))
-        return iter(rows if len(passes) == 1 else rows[:-5])
-
-    monkeypatch.setattr(completions_module, "read_rollouts", shrinking)
-    assert "changed while it was read" in refusal(files)
-
-
-def test_rollouts_that_are_gone_or_not_named(tmp_path):
-    files = write_files(tmp_path)
-    files.rollouts.unlink()
-    line = refusal(files)
-    assert line.startswith(f"{files.rewards}: names {files.rollouts}") and "gone" in line
-    assert "--rollouts R.jsonl, or --anchor none" in line
-    assert "--on-stale-rewards stop" in refusal(files, anchor="none", on_stale_rewards="stop")
-    assert "; give --rollouts" in refusal(files, objective="grpo")
-    assert refusal(files, rollouts=str(files.rollouts)).startswith(f"{files.rollouts}: cannot read the file")
-    edit_lines(files.rewards, lambda row: {k: v for k, v in row.items() if k not in ("rollouts", "scores")})
-    assert "does not say where its rollouts are" in refusal(files)
-
-
-def test_scores_that_are_gone_incomplete_or_of_others(tmp_path):
-    files = write_files(tmp_path / "a")
-    other = write_files(
-        tmp_path / "b", change=lambda r: msgspec.structs.replace(r, sampling={"mode": "each", "seed": 2})
-    )
-    line = refusal(files, objective="grpo", scores=str(other.scores))
-    assert line.startswith(f"{other.scores}: not the scores of {files.rollouts}") and "temperature" in line
-    edit_lines(files.scores, lambda row: None if row["id"] == "q1" and row["tag"] else row)
-    assert "4 of 36 completions" in refusal(files, objective="grpo")
-    files.scores.write_bytes(b"")
-    assert refusal(files, objective="grpo").startswith(f"{files.scores}:1: the file is empty")
-    files.scores.unlink()
-    line = refusal(files, objective="grpo")
-    assert line.startswith(f"{files.rewards}: names {files.scores}") and line.endswith("give --scores")
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_grpo_with_all_rewards_equal(tmp_path, right):
-    files = write_files(tmp_path)
-    edit_lines(files.scores, lambda row: row | {"correct": right})
-    for kl in (0.0, 0.1):
-        assert "completions of one reward only" in refusal(files, objective="grpo", kl_coef=kl)
-
-
-def test_rewards_of_samples_without_tags(tmp_path):
-    files = write_files(tmp_path, mode="none")
-    assert refusal(files, objective="grpo").startswith(f"{files.rewards}:1: the file is empty, as with samples that")
-
-
-def test_rewards_of_other_questions(tmp_path):
-    files = write_files(tmp_path)
-    edit_lines(files.rewards, lambda row: row | {"id": "x" + row["id"]} if row["id"] > "q3" else row)
-    line = refusal(files)
-    assert line.startswith(f"{files.rewards}:5: id 'xq4' is not in --data, as 2 of 6")
-
-
-def test_questions_that_are_absent_wrong_or_too_long(tmp_path):
-    files = write_files(tmp_path)
-    assert refusal(files, eval_data=str(tmp_path / "none")).startswith(f"{tmp_path}/none:1: cannot read the file")
-    edit_lines(files.data, lambda row: row | {"question": "x" * 63} if row["id"] == "q2" else row)
-    line = refusal(files)
-    assert line.startswith(f"{files.data}:3: the prompt is 64 tokens and a tag up to 1") and "--seq-length 64" in line
-    files.data.write_text("")
-    assert refusal(files).startswith(f"{files.data}:1: the file is empty")
-    files.data.unlink()
-    assert refusal(files).startswith(f"{files.data}:1: cannot read the file")
