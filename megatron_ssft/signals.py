@@ -1,4 +1,7 @@
-"""A clean stop: SIGTERM is remembered, and whoever asks finishes what is under way, saves and ends."""
+"""A clean stop: SIGTERM is remembered, and whoever asks finishes what is under way, saves and ends.
+
+`training/trainer.py: Trainer.run` asks after every step.
+"""
 
 from __future__ import annotations
 

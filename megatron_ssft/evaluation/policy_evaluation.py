@@ -183,7 +183,7 @@ _NAMES = {
     "own": "own choice, sampled",
     "own_greedy": "own choice, greedy",
     "expected": "own choice, expected",
-    "fixed": "best fixed tag g*",
+    "fixed": "best fixed tag",
     "uniform": "uniform tags",
     "group": "best tag per group",
     "group_rewards": "best tag per group, by rewards",
@@ -229,9 +229,9 @@ def _note(key: str, words: _Words) -> str:
 
 _Place = tuple[str, State]
 _DIFFERENCES: tuple[tuple[str, str, _Place, _Place], ...] = (
-    ("own-fixed", "own choice - g*", ("own", "after"), ("fixed", "after")),
-    ("own_greedy-fixed", "own choice, greedy - g*", ("own_greedy", "after"), ("fixed", "after")),
-    ("own-fixed_before", "own choice - g* before", ("own", "after"), ("fixed", "before")),
+    ("own-fixed", "own choice - best fixed tag", ("own", "after"), ("fixed", "after")),
+    ("own_greedy-fixed", "own choice, greedy - best fixed tag", ("own_greedy", "after"), ("fixed", "after")),
+    ("own-fixed_before", "own choice - best fixed tag before", ("own", "after"), ("fixed", "before")),
     ("own-uniform", "own choice - uniform tags", ("own", "after"), ("uniform", "after")),
     ("own-own_before", "own choice, after - before", ("own", "after"), ("own", "before")),
     ("uniform-uniform_before", "uniform tags, after - before (modes intact)", ("uniform", "after"),
@@ -253,7 +253,7 @@ def _differences(values: Mapping[str, Values]) -> list[Difference]:
 
 
 def _headroom(values: Mapping[str, Values]) -> list[Ratio]:
-    """(own - g*) / (best per group - g*): own choice after the training, the rest of the model before or after."""
+    """(own - fixed) / (best per group - fixed): own choice after training, the rest of the model before or after."""
     entries = []
     own = values["own"]["after"]
     for group, how in (("group", ""), ("group_rewards", ", tags by rewards")):

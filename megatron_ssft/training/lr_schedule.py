@@ -1,4 +1,7 @@
-"""Learning rate as a pure function of the step: nothing to store, nothing to restore."""
+"""Learning rate as a pure function of the step: nothing to store, nothing to restore.
+
+The tags' own multiple of it is applied in `parallel/optimizer.py`.
+"""
 
 from __future__ import annotations
 

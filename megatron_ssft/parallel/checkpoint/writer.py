@@ -3,6 +3,7 @@
 megatron-core 0.16 forks writer processes even for a synchronous save, and spawns a manager process for their
 results. A writer that dies leaves the trainer waiting for ever, a fork of a process full of OpenMP, gloo or NCCL
 threads may well die, and the manager costs seconds at the first save. Threads of this process write the files here.
+That a checkpoint is whole or absent is the work of `run_checkpoint.py`.
 """
 
 from __future__ import annotations

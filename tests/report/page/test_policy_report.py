@@ -162,7 +162,7 @@ def test_the_evaluation_of_a_policy(tmp_path):
     page = report([run], tmp_path / "p.html", policy_evaluation=evaluation)
     assert "policy_evaluation" in figures(page)
     for said in (
-        "After GFPO, on 4 held-out questions: own choice, sampled 0.812 ±0.120, best fixed tag g* 0.625 ±0.239",
+        "After GFPO, on 4 held-out questions: own choice, sampled 0.812 ±0.120, best fixed tag 0.625 ±0.239",
         "The model's own choice gains +0.188 ±0.120 over the best fixed tag, +0.250 ±0.102 over uniform tags",
         "Uniform choice moved by +0.062 ±0.062",
         "Recovered headroom of the model before: 83% of +0.375.",
