@@ -232,7 +232,7 @@ def test_dry_run_shows_steps_tags_and_plan_and_leaves_nothing(tmp_path):
     assert everything_below(tmp_path) == before
     settings, _, consequences = done.stdout.partition("# what follows from it\n")
     assert "data: 12 questions, 30 traces, 1 to 4 per question" in consequences
-    assert "about 4 an epoch, 20 in all, warm-up 3" in consequences
+    assert "about 4 per epoch, 20 in all, warm-up 3" in consequences
     assert all(f"'<think{i}>' [{256 + i}]" in consequences for i in range(1, 7))
     plan = next(line for line in consequences.splitlines() if line.startswith("first step: "))
     assert "8 traces, 2 microbatches on the first rank, 0 PAD sequences (at least 0)" in plan

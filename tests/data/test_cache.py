@@ -31,14 +31,34 @@ def row(id, question, *texts):
     return {"id": id, "question": question, "traces": [{"text": t, "source": f"s{i}"} for i, t in enumerate(texts)]}
 
 
-def build(paths, cache_dir, *, tokenizer=None, num_tags=6, check=True, seed=1, progress=None, format="special", **data):
+def build(
+    paths,
+    cache_dir,
+    *,
+    tokenizer=None,
+    num_tags=6,
+    check=True,
+    seed=1,
+    progress=None,
+    format="special",
+    seq_length=2048,
+    **data,
+):
     """The folder of `paths` (one path or several) under the flags in `data`."""
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     tokenizer = tokenizer or CharTokenizer()
-    config = DataConfig(data_path=[str(p) for p in paths], tokenizer_type="CharTokenizer", **data)
+    config = DataConfig(data_path=[str(p) for p in paths], **data)
     tags = build_forking_tokens(tokenizer, num_tags, format, None)
     return build_dataset(
-        paths, tokenizer, tags, config, check_num_tags=check, seed=seed, cache_dir=Path(cache_dir), progress=progress
+        paths,
+        tokenizer,
+        tags,
+        config,
+        seq_length,
+        check_num_tags=check,
+        seed=seed,
+        cache_dir=Path(cache_dir),
+        progress=progress,
     )
 
 

@@ -86,12 +86,10 @@ def test_both_tokenizers_take_the_set(tmp_path, kind):
             input=str(texts), model_prefix=str(tmp_path / "m"), vocab_size=400, model_type="bpe", byte_fallback=True
         )
         tokenizer = SentencePieceTokenizer(str(tmp_path / "m.model"))
-    data = DataConfig(
-        data_path=[str(EXAMPLE)], tokenizer_type="CharTokenizer", seq_length=512, trace_filter="correct=true"
-    )
+    data = DataConfig(data_path=[str(EXAMPLE)], trace_filter="correct=true")
     tags = build_forking_tokens(tokenizer, 6, "special", None)
     dataset = SetDataset.open(
-        build_dataset([EXAMPLE], tokenizer, tags, data, check_num_tags=True, seed=1, cache_dir=tmp_path / "cache")
+        build_dataset([EXAMPLE], tokenizer, tags, data, 512, check_num_tags=True, seed=1, cache_dir=tmp_path / "cache")
     )
     assert len(dataset) == 24 and dataset.summary.traces_truncated == 0
     assert dataset.summary.traces == sum(trace["correct"] for _, trace in TRACES)
