@@ -27,9 +27,9 @@ CONSTRAINTS := $(CONSTRAINTS_OF_$(DEPENDENCIES))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 SHELL_SCRIPTS := .ci/run requirements/renew.sh $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
 
-# One stamp for every set of packages, so that a second call installs nothing and another TORCH does.
+# One stamp for every set of packages, so that a second call installs nothing; another TORCH or PYTHON does.
 TORCH_NAME := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
-TORCH_STAMP := $(VENV)/.stamp-$(TORCH_NAME)
+TORCH_STAMP := $(VENV)/.stamp-$(PYTHON_VERSION)-$(TORCH_NAME)
 TEST_STAMP := $(TORCH_STAMP)-test
 DEV_STAMP := $(TORCH_STAMP)-dev
 
@@ -56,7 +56,7 @@ lint: $(DEV_STAMP) ## check style, types and imports of the Python files; Docker
 
 clean: ## remove what builds, tests and the demo leave behind
 	rm -rf build dist demo_output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
-	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environments too
 	rm -rf .venv .venv-newest .venv-oldest
@@ -67,6 +67,8 @@ $(TORCH_STAMP):
 	@test -n '$(VENV)' || { echo "DEPENDENCIES=$(DEPENDENCIES): choose locked, newest or oldest" >&2; exit 1; }
 	@case '$(PYTHON_VERSION)' in 3.11|3.12|3.13) ;; *) echo "$(PYTHON) is Python $(PYTHON_VERSION): 3.11 to 3.13 are" \
 		"supported; name another one: make PYTHON=python3.12" >&2; exit 1;; esac
+	@case '$(DEPENDENCIES)-$(PYTHON_VERSION)' in oldest-3.11) ;; oldest-*) echo "DEPENDENCIES=oldest is locked for" \
+		"Python 3.11, $(PYTHON) is $(PYTHON_VERSION); add PYTHON=python3.11" >&2; exit 1;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c '$(CONSTRAINTS)' '$(TORCH)' setuptools
 	touch $@

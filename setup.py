@@ -28,7 +28,7 @@ INSTALL_REQUIRES = [
     "psutil>=5.9.8",
     "rich>=13.0",
     "matplotlib>=3.8",
-    "tensorboard>=2.16",
+    "tensorboard>=2.17",
     # Verdicts differ between versions; the tests pin what is known to be wrong in this one.
     "math-verify[antlr4_13_2]>=0.9,<0.10",
 ]

@@ -1,6 +1,6 @@
 """A clean stop: SIGTERM is remembered, and whoever asks finishes what is under way, saves and ends.
 
-`training/trainer.py: Trainer.run` asks after every step.
+`training/trainer.py: Trainer.run` asks before every step.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@
     megatron-ssft evaluate S.jsonl --output DIR --protocol published --pass-tag 0
     megatron-ssft evaluate S.jsonl --output DIR --group-by subject --data Q.jsonl --answers math
 
-Writes DIR/evaluation.json (all figures; megatron_ssft/evaluation/figures.py lists its keys) and DIR/tables.md, and
+Writes DIR/evaluation.json (all figures; megatron_ssft/formats/evaluation.py lists its keys) and DIR/tables.md, and
 prints the tables. Tags are 0-based here and in files; tables write <think1> for tag 0.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +26,8 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.figures import PROTOCOLS, Options, evaluate
 from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs, read_groups
 from megatron_ssft.evaluation.tables import all_tables, counted, to_markdown, to_rich, warnings
+from megatron_ssft.formats.documents import encode_document
+from megatron_ssft.formats.evaluation import EVALUATION
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.scoring.verifiers.math_equivalence import MathEquivalence
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     tables, remarks = all_tables(record), warnings(record)
     try:
         flags.output.mkdir(parents=True, exist_ok=True)
-        write_durably(flags.output / "evaluation.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_durably(flags.output / EVALUATION, encode_document(record))
         write_durably(flags.output / "tables.md", to_markdown(tables, remarks))
     except OSError as error:
         raise UserError(f"{error.filename or flags.output}: {error.strerror}; give another --output") from error
@@ -116,4 +117,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         console.print(to_rich(table), "")
     for remark in remarks:
         print(remark)
-    print(f"figures: {flags.output / 'evaluation.json'}, tables: {flags.output / 'tables.md'}")
+    print(f"figures: {flags.output / EVALUATION}, tables: {flags.output / 'tables.md'}")

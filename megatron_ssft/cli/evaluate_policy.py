@@ -6,13 +6,12 @@
     ... --grpo S_grpo.jsonl --grpo-before S_mixed.jsonl
 
 S files are made by `score`, all of the same held-out questions. Writes DIR/policy_evaluation.json
-(megatron_ssft/evaluation/policy_evaluation.py lists its keys) and prints tables. Tags are 0-based in files; tables
+(megatron_ssft/formats/policy_evaluation.py lists its keys) and prints tables. Tags are 0-based in files; tables
 write <think1> for tag 0.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ from megatron_ssft.evaluation.policy_inputs import load_inputs
 from megatron_ssft.evaluation.policy_tables import policy_tables
 from megatron_ssft.evaluation.scored_runs import read_groups
 from megatron_ssft.evaluation.tables import to_rich
+from megatron_ssft.formats.documents import encode_document
 from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.policy_evaluation import POLICY_EVALUATION
 
-FILE = "policy_evaluation.json"
 SCORED = Flag(metavar="S.jsonl")
 ROLES = ("before", "after", "own", "own_greedy", "own_before", "own_greedy_before", "grpo", "grpo_before")
 """Fields that name a file of scored rollouts."""
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     record = evaluate_policy(inputs, grouping)
     try:
         flags.output.mkdir(parents=True, exist_ok=True)
-        write_durably(flags.output / FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_durably(flags.output / POLICY_EVALUATION, encode_document(record))
     except OSError as error:
         raise UserError(f"{error.filename or flags.output}: {error.strerror}; give another --output") from error
     console = Console() if sys.stdout.isatty() else Console(width=100)
@@ -108,4 +108,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         console.print(to_rich(table), "")
     for remark in inputs.remarks:
         print(remark)
-    print(f"figures: {flags.output / FILE}")
+    print(f"figures: {flags.output / POLICY_EVALUATION}")

@@ -285,7 +285,8 @@ def _publish(temporary: Path, folder: Path) -> None:
 def _open_folder(folder: Path) -> tuple[CacheIndex, Arrays] | None:
     """Index and mapped arrays, or None where the folder is absent, incomplete or damaged."""
     try:
-        index = msgspec.json.decode((folder / _INDEX).read_bytes(), type=CacheIndex)
+        # json, not msgspec: a path may hold bytes that are no UTF-8. Not strict: keys of a histogram are texts in JSON.
+        index = msgspec.convert(json.loads((folder / _INDEX).read_bytes()), CacheIndex, strict=False)
         if index.format_version != _FORMAT_VERSION:
             return None
         arrays: Arrays = {}
@@ -297,7 +298,7 @@ def _open_folder(folder: Path) -> tuple[CacheIndex, Arrays] | None:
             if arrays[name].dtype != dtype or arrays[name].ndim != 1:
                 return None
         return (index, arrays) if _consistent(index, *arrays.values()) else None
-    except (OSError, ValueError, KeyError, EOFError, msgspec.MsgspecError):
+    except (OSError, ValueError, KeyError, EOFError, RecursionError, msgspec.MsgspecError):
         return None
 
 

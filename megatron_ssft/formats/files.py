@@ -59,6 +59,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         publish_folder(fresh, path)
 
 
+def publish_new_folder(partial: Path, path: Path) -> None:
+    """Give a complete folder a name that no other has. Raises OSError where one has, unless that is empty."""
+    os.rename(partial, path)
+    sync_folder(path.parent)
+
+
 def publish_folder(partial: Path, path: Path, old: Path | None = None) -> None:
     """Give a complete folder its name. Raises OSError.
 

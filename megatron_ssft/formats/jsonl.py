@@ -158,10 +158,15 @@ def read_objects(path: Path, missing: str, *, blank_lines: bool = False) -> Iter
 def read_rows(path: Path, kind: type[Row], missing: str, *, blank_lines: bool = False) -> Iterator[tuple[int, Row]]:
     """The rows of `read_objects` as records. Raises UserError `file:line: ...`."""
     for number, row in read_objects(path, missing, blank_lines=blank_lines):
-        try:
-            yield number, convert_row(row, kind)
-        except RowError as error:
-            raise UserError(f"{path}:{number}: {error}; {REPAIR}") from error
+        yield number, convert_line(path, number, row, kind)
+
+
+def convert_line(path: Path, number: int, row: Mapping[str, object], kind: type[Row]) -> Row:
+    """`convert_row` of line `number` of a log. Raises UserError `file:line: ...`."""
+    try:
+        return convert_row(row, kind)
+    except RowError as error:
+        raise UserError(f"{path}:{number}: {error}; {REPAIR}") from error
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TypeGuard
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
-from megatron_ssft.formats.jsonl import Count, read_objects, read_rows
+from megatron_ssft.formats.jsonl import Count, convert_line, read_objects
 
 METRICS = "metrics.jsonl"
 NO_RUN = "the run; give the folder a run was saved in"
@@ -22,7 +22,7 @@ Optional = float | UnsetType
 Maybe = float | None | UnsetType
 
 
-class SSFTMetrics(Struct, frozen=True, kw_only=True):
+class SSFTMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A step of Set Supervised Fine-Tuning. Costs are in nats per question: totals over its traces, averaged."""
 
     iteration: Count
@@ -67,7 +67,7 @@ class SSFTMetrics(Struct, frozen=True, kw_only=True):
     unmatched_tags: int | UnsetType = UNSET
 
 
-class GFPOMetrics(Struct, frozen=True, kw_only=True):
+class GFPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A step of GFPO, exact or from drawn tags."""
 
     iteration: Count
@@ -100,7 +100,7 @@ class GFPOMetrics(Struct, frozen=True, kw_only=True):
     rescored_nll_shift: Optional = UNSET
 
 
-class GRPOMetrics(Struct, frozen=True, kw_only=True):
+class GRPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A step of GRPO on stored completions."""
 
     iteration: Count
@@ -127,10 +127,6 @@ class GRPOMetrics(Struct, frozen=True, kw_only=True):
     rescored_nll_shift: Optional = UNSET
 
 
-PolicyMetrics = GFPOMetrics | GRPOMetrics
-StepMetricsRow = SSFTMetrics | GFPOMetrics | GRPOMetrics
-
-
 class LoggedStep(Struct, frozen=True, kw_only=True):
     """The fields that every line of every version has."""
 
@@ -142,9 +138,15 @@ class LoggedStep(Struct, frozen=True, kw_only=True):
 class Metrics:
     """metrics.jsonl by columns, in the file's order."""
 
-    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
-        """`columns`: key -> float64 [iterations], `iteration` among them; NaN where a line has null or lacks it."""
+    def __init__(self, columns: Mapping[str, np.ndarray], objective: str | None = None) -> None:
+        """Metrics of a run.
+
+        Args:
+            columns: key -> float64 [iterations], `iteration` among them; NaN where a line has null or lacks it.
+            objective: what the lines name; None where none does.
+        """
         self.columns = dict(columns)
+        self.objective = objective
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Column `key`, all NaN if no line has it."""
@@ -162,17 +164,14 @@ def load_metrics(folder: str | Path) -> Metrics:
     A torn last line is skipped with a warning; other bad lines raise UserError.
     """
     path = Path(folder) / METRICS
-    iterations = [row.iteration for _, row in read_rows(path, LoggedStep, NO_RUN)]
-    rows = [{key: float(v) for key, v in row.items() if _is_number(v)} for _, row in read_objects(path, NO_RUN)]
+    lines = list(read_objects(path, NO_RUN))  # once: the run may still be writing
+    steps = [convert_line(path, number, line, LoggedStep) for number, line in lines]
+    rows = [{key: float(v) for key, v in line.items() if _is_number(v)} for _, line in lines]
     keys = {key: None for row in rows for key in row}
     columns = {key: np.array([row.get(key, np.nan) for row in rows], np.float64) for key in keys}
-    return Metrics(columns | {"iteration": np.array(iterations, np.float64)})
-
-
-def load_objective(folder: str | Path) -> str | None:
-    """The objective that the lines of `folder`/metrics.jsonl name; None where none does. Raises UserError."""
-    rows = read_rows(Path(folder) / METRICS, LoggedStep, NO_RUN)
-    return next((row.objective for _, row in rows if isinstance(row.objective, str)), None)
+    iterations = np.array([step.iteration for step in steps], np.float64)
+    objective = next((step.objective for step in steps if isinstance(step.objective, str)), None)
+    return Metrics(columns | {"iteration": iterations}, objective)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig
+from megatron_ssft.errors import UserError
 from megatron_ssft.formats.metrics import GFPOMetrics
 from megatron_ssft.formats.train_state import ObjectiveState
 from megatron_ssft.objectives.formulas.forking_policy import (
@@ -93,8 +94,13 @@ class GFPO(PolicyObjective):
         if self.is_exact:
             return exact_objective(logp_QN, inputs.reward_QN[chosen], reference_QN, self.coefficients)
         rollout_set, epoch = divmod(iteration, self._epochs_per_set)
-        if epoch == 0 or self.old_logp_QN is None:
+        if epoch == 0:
             self.old_logp_QN = logp_QN
+        if self.old_logp_QN is None:
+            raise UserError(
+                f"--load: the checkpoint holds no old_logp, and step {iteration + 1} goes on with tags drawn from it; "
+                "load another one"
+            )
         rngs = [generator(seed, "tags", rollout_set, inputs.questions[q].id) for q in chosen]
         n_QN, sum_QN = inputs.n_QN[chosen], inputs.sum_QN[chosen]
         assert self.policy.samples_per_question is not None

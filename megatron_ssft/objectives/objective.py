@@ -105,6 +105,8 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
     """Record of a line of metrics.jsonl (formats/metrics.py); None: whatever figures there are."""
     continues_elsewhere: ClassVar[bool] = True
     """Whether a run may go on in another --save folder than the one it is loaded from."""
+    may_untie: ClassVar[bool] = False
+    """Whether an output head of its own may start as a copy of the embedding of a model that ties the two."""
     last_layers: int | None = None
     """How many of the last layers train, beside the tags' rows; None: everything."""
 
@@ -156,7 +158,10 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
         return ""
 
     def complete_state(self, state: RunState) -> RunState:
-        """The state of a checkpoint with what this objective stores in it (formats/train_state.py)."""
+        """The state of a checkpoint with what this objective stores in it.
+
+        A record of its own stands in formats/train_state.py, where `_kind_of` has to know it.
+        """
         return state
 
     def check_state(self, run: Path, state: WeightsState) -> None:

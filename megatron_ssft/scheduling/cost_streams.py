@@ -32,6 +32,8 @@ def plan_cost_streams(
     into streams of at most `max_tokens` tokens or of one longer pair; so a cut repeats at most one prompt and one
     tag. There are as few streams as the budget allows, but as many on every rank, and at least `min_microbatches`
     there if there are pairs enough; within that they are as even in work as can be, and then spread over the ranks.
+    `fewest` below is therefore the fewest streams that a cut of the line needs, and the plan's PAD lower bound holds
+    among such cuts.
 
     PADs, each a stream, appear only where pairs run out: on ranks that would have nothing to do and, with
     `group_size` > 1, to make every rank's count the same multiple of it. No way to cut the line needs fewer.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import publish_folder
+from megatron_ssft.formats.files import publish_new_folder
 from megatron_ssft.hf.assets import write_assets
 from megatron_ssft.hf.scratch_assets import check_tokenizer
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, export_hf_weights
@@ -62,7 +62,7 @@ def export_hf(
         if topology.is_first_rank:  # a full disk should not stay full
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    on_first_rank(lambda: publish_folder(partial, target), topology)
+    on_first_rank(lambda: publish_new_folder(partial, target), topology)
     return report
 
 

@@ -219,7 +219,8 @@ class Trainer:
         self.objective.begin(self.context(), self._load_weights)
 
     def _load_weights(self, source: Path, flag: str) -> None:
-        take_weights(self.engine, self.vocabulary, self.config.start, source, flag)
+        may_untie = self.objective.may_untie
+        take_weights(self.engine, self.vocabulary, self.config.start, source, flag, may_untie=may_untie)
 
     def _goes_on(self, run: Path) -> bool:
         """Whether the run in this folder is continued, rather than its weights taken to start from."""

@@ -21,14 +21,16 @@ from megatron_ssft.training.resume import refuse_other_model, weights_state
 _UNTIED = "untie_embeddings_and_output_weights"
 
 
-def take_weights(engine: Engine, vocabulary: Vocabulary, start: StartConfig, source: Path, flag: str) -> None:
+def take_weights(
+    engine: Engine, vocabulary: Vocabulary, start: StartConfig, source: Path, flag: str, *, may_untie: bool
+) -> None:
     """Fill a started engine with the newest weights of a run, or those of a Hugging Face folder. Collective.
-
-    Where the engine's output head is its own and the source's is tied, it becomes a copy of the embedding.
 
     Args:
         start: how rows of tags that the source does not know begin.
         flag: by which `source` was given, for messages.
+        may_untie: an output head of its own starts as a copy of the embedding where the source ties them; without this
+            that is refused.
 
     Raises:
         UserError: it is no such folder, or does not fit the engine.
@@ -37,13 +39,13 @@ def take_weights(engine: Engine, vocabulary: Vocabulary, start: StartConfig, sou
     own_head = config.model.untie_embeddings_and_output_weights
     if is_hf_folder(source):
         stored_own = model_values(read_hf_config(source), str(source / "config.json"))[_UNTIED]
-        load_hf_weights(engine, source, untie=own_head and not stored_own)
+        load_hf_weights(engine, source, untie=may_untie and own_head and not stored_own)
         initialize_forking_rows(engine.chunks, vocabulary, start, config.training.seed)
         engine.optimizer.reload_model_params()
         return
     iteration = int(on_first_rank(lambda: find_latest(source), topology))
     state = read_state_everywhere(source, iteration, topology)
-    untie = own_head and not state.model.get(_UNTIED, True)
+    untie = may_untie and own_head and not state.model.get(_UNTIED, True)
     if untie:
         state = structs.replace(state, model=state.model | {_UNTIED: True})
     refuse_other_model(source, state, weights_state(config, vocabulary), flag)

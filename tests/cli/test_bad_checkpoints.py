@@ -64,6 +64,11 @@ def test_load_with_other_data(run):
     assert line.startswith(f"--load {run}/run: ") and "data" in line and "--finetune" in line
 
 
+def test_finetune_does_not_untie(run):
+    line = refused_on(run, load=run / "run", finetune=True, untie_embeddings_and_output_weights=True)
+    assert line.startswith(f"--load {run}/run: ") and "untie_embeddings_and_output_weights" in line
+
+
 def test_load_with_another_seed(run):
     line = refused_on(run, load=run / "run", save=run / "run", seed=2)
     assert "--seed 1" in line and "--seed 2" in line

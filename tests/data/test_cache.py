@@ -88,6 +88,15 @@ def path(tmp_path):
     )
 
 
+def test_a_path_may_be_no_utf8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff"))
+    folder.mkdir()
+    built = build(write(folder / "a.jsonl", row("q", "1+1?", "2")), folder / "cache")
+    calls = []
+    assert build(str(folder / "a.jsonl"), folder / "cache", progress=lambda *at: calls.append(at)) == built
+    assert SetDataset.open(built)[0].where == f"{folder}/a.jsonl:1" and calls == []
+
+
 def test_sets_come_back_as_they_are_in_the_file(tmp_path, path):
     other = write(
         tmp_path / "b.jsonl",

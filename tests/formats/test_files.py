@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ssft.formats.files import new_folder, publish_folder, whole_file, write_durably
+from megatron_ssft.formats.files import new_folder, publish_folder, publish_new_folder, whole_file, write_durably
 
 
 class Stop(Exception):
@@ -49,3 +49,15 @@ def test_a_folder_that_others_filled_gets_its_name(tmp_path):
         publish_folder(tmp_path / ".d.partial", tmp_path / "d", old=tmp_path / ".old")
         assert names(tmp_path / "d") == [content]
     assert names(tmp_path) == ["d"]
+
+
+def test_a_new_folder_replaces_none(tmp_path):
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "ours").write_text("")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "theirs").write_text("")
+    with pytest.raises(OSError, match="not empty"):
+        publish_new_folder(tmp_path / "partial", tmp_path / "d")
+    assert names(tmp_path / "d") == ["theirs"] and names(tmp_path / "partial") == ["ours"]
+    publish_new_folder(tmp_path / "partial", tmp_path / "new")
+    assert names(tmp_path / "new") == ["ours"]

@@ -10,7 +10,7 @@ import pytest
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import load_assignments
 from megatron_ssft.formats.jsonl import RowError, convert_row, to_line
-from megatron_ssft.formats.metrics import GFPOMetrics, GRPOMetrics, SSFTMetrics, load_metrics, load_objective
+from megatron_ssft.formats.metrics import GFPOMetrics, GRPOMetrics, SSFTMetrics, load_metrics
 from megatron_ssft.formats.policy import PolicyLine, policy_lines
 from megatron_ssft.formats.run_logs import load_run
 
@@ -52,7 +52,7 @@ def test_lines_of_metrics_are_those_of_before(line, kind):
         if not (kind is GRPOMetrics and name == "clip_fraction"):
             assert json.loads(to_line(convert_row(fields, kind))) == fields  # what is not measured is not written
     with pytest.raises(RowError, match="'loss' is missing"):
-        convert_row({"iteration": 1, "objective": "x"} | dict.fromkeys(("lr", "grad_norm"), 0.0), kind)
+        convert_row({key: value for key, value in json.loads(line).items() if key != "loss"}, kind)
 
 
 def test_lines_of_policies_are_those_of_before():
@@ -68,9 +68,9 @@ def test_a_run_is_read_back(tmp_path):
     np.testing.assert_array_equal(run.metrics["mfu"], [0.4, 0.4])
     np.testing.assert_array_equal(run.metrics["matching_gap"], [np.nan, np.nan])
     assert run.visits[0].labels == ("a", "trace 2") and run.visits[0].cost_NM.shape == (3, 2)
-    assert load_objective(tmp_path) == "gfpo-sampled"
+    assert run.metrics.objective == "gfpo-sampled"
     (tmp_path / "metrics.jsonl").write_text(SSFT)
-    assert load_objective(tmp_path) is None
+    assert load_metrics(tmp_path).objective is None
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,9 @@ def test_the_wrong_field_and_its_line_are_named(tmp_path, change, said):
     (tmp_path / "metrics.jsonl").write_text(SSFT + '{"iteration": -1}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: 'iteration' must be a whole number from 0, not -1; repair"):
         load_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(("line", "record"), [(SSFT, SSFTMetrics), (GFPO, GFPOMetrics)], ids=["ssft", "gfpo"])
+def test_a_figure_without_a_field_is_not_lost_in_silence(line, record):
+    with pytest.raises(RowError, match="los"):
+        convert_row(json.loads(line) | {"los": 1.0}, record)

@@ -63,3 +63,9 @@ def test_the_oldest_lock_takes_the_lower_ends():
         # Others may ask for more than we do: accelerate and fastapi for newer hubs, transformers for its tokenizers.
         if requirement.name in ("megatron-core", "numpy", "lap", "transformers", "msgspec", "safetensors", "PyYAML"):
             assert versions[requirement.name.lower()].startswith(lower), requirement
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
+def test_no_nightly_build_is_pinned(lock):
+    """An index keeps them for some weeks only."""
+    assert [f"{name}=={version}" for name, version in pins(lock).items() if "nightly" in name or "dev" in version] == []

@@ -48,6 +48,7 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
 
     log_files = (METRICS, POLICY)
     continues_elsewhere = False  # the reference's answers stand in the --save folder
+    may_untie = True
     reference: Reference
     """Opened when the run has begun or goes on."""
 

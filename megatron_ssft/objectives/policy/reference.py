@@ -17,6 +17,7 @@ The folder appears under its name complete or not at all, and is read memory-map
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def stored_index(save: Path) -> ReferenceIndex:
     """The index of a run's reference. Raises UserError if it is not there."""
     path = save / FOLDER / _INDEX
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ReferenceIndex)
+        return msgspec.convert(json.loads(path.read_bytes()), ReferenceIndex)
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         raise UserError(
             f"{path}: cannot be read ({error}), and the weights have moved since: start again with another --save"
@@ -127,7 +128,7 @@ def write_reference(
         written = msgspec.structs.replace(
             index, ranks=tuple(wrote), kinds=tuple(kinds_of[wrote[0]]) if wrote else (), fork=fork_QN is not None
         )
-        write_durably(partial / _INDEX, msgspec.json.encode(written).decode())
+        write_durably(partial / _INDEX, json.dumps(msgspec.to_builtins(written)))  # a path may be no UTF-8
         publish_folder(partial, save / FOLDER)
 
     barrier(topology)

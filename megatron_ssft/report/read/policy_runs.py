@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.metrics import METRICS, Metrics, load_metrics, load_objective
+from megatron_ssft.formats.metrics import METRICS, Metrics, load_metrics
 from megatron_ssft.formats.policy import Policy, PolicyRow, read_policy
 from megatron_ssft.formats.policy_evaluation import PolicyEvaluationRecord
 from megatron_ssft.formats.run_folder import FINISHED, POLICY
@@ -73,8 +73,9 @@ def _load(folder: Path, name: str) -> PolicyRun:
     path, log = folder / POLICY, folder / METRICS
     empty = Metrics({"iteration": np.zeros(0)})  # policy.jsonl is written before the first step
     metrics = load_metrics(folder) if log.is_file() else empty
-    objective = (load_objective(folder) if log.is_file() else None) or "-"
-    return PolicyRun(name, metrics, objective, read_policy(path) if path.is_file() else {}, _finished(folder))
+    return PolicyRun(
+        name, metrics, metrics.objective or "-", read_policy(path) if path.is_file() else {}, _finished(folder)
+    )
 
 
 def _finished(folder: Path) -> str | None:
