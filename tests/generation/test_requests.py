@@ -103,9 +103,7 @@ def test_prompts_are_those_of_training(tmp_path, chatml):
         [write_rows(tmp_path / "train.jsonl", rows)], num_tags=None, max_traces=None, trace_filter=None, seed=0
     )
     tags = build_forking_tokens(chatml, 2, "special", None)
-    sets, _ = tokenize_examples(
-        examples, chatml, tags, DataConfig(data_path=("x",), seq_length=512, tokenizer_type="CharTokenizer"), None
-    )
+    sets, _ = tokenize_examples(examples, chatml, tags, DataConfig(data_path=["x"]), 512, None)
     model = ModelFolder(None, chatml, tags, frozenset({chatml.eos_id}), None, "m", "t")
     questions = read_questions(write_rows(tmp_path / "q.jsonl", ROWS))
     requests = build_requests(questions, model, TagPlan("each", 1), SAMPLING, 0)

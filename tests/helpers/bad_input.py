@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -139,5 +140,6 @@ def complaint(result):
     status, out, err = result
     assert status == 2, (status, out, err)
     assert "Traceback" not in out + err
+    err = re.sub(r"^W\d{4} .*/torch/.*\n", "", err, flags=re.MULTILINE)  # a CUDA build on a machine without a GPU
     assert err.endswith("\n") and err.count("\n") == 1, err
     return err.rstrip("\n")
