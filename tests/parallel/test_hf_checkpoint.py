@@ -116,7 +116,7 @@ def tamper(folder, target, fault):
         elif fault == "embedding untied":
             chunk.embedding.word_embeddings.weight[7] += 1.0
     save_checkpoint(engine, Path(target), 0, conversion.weights_state(config.run, vocabulary))
-    conversion._write_config(Path(target), config)
+    conversion._write_config(Path(target), config.run)
     destroy_topology()
 
 
