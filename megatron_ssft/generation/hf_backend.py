@@ -1,8 +1,8 @@
 """Generation with transformers' forward pass and a sampling loop of our own, on the CPU or one GPU.
 
 The prompt of a question is computed once for all its tags and samples. Prompts of several questions go through the
-model together; their keys and values are copied to one row per sample. The tags follow as a second short block, and
-from there all rows are decoded together. Rows that are done leave the batch.
+model together; their keys and values are copied to one row per sample. The tags follow as a second short block; then
+all rows are decoded together. Rows that are done leave the batch.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
-        if node.id in ("eval", "exec") and not self.path.startswith(MAY_EXECUTE):
+        if isinstance(node.ctx, ast.Load) and node.id in ("eval", "exec") and not self.path.startswith(MAY_EXECUTE):
             self.violations.add((node.lineno, f"uses {node.id}"))
 
     def visit_Call(self, node: ast.Call) -> None:
