@@ -48,6 +48,8 @@ REWARDED = 256
 GFPO = (
     *("--objective", "gfpo-exact", "--train-iters", "200"),
     *("--lr", "1e-3", "--lr-warmup-iters", "40", "--lr-decay-style", "cosine"),
+    # Without it the policy may settle on a tag before it has tried the better ones (docs/gfpo.md).
+    *("--entropy-coef", "0.05"),
 )
 SAMPLING = ("--temperature", 0.7, "--top-p", 1, "--max-new-tokens", 48, "--seed", 1)
 
