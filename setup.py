@@ -26,7 +26,7 @@ INSTALL_REQUIRES = [
     "PyYAML>=6.0",
     "msgspec>=0.19",
     "psutil>=5.9.8",
-    "rich>=13.0",
+    "rich>=15.0",
     "matplotlib>=3.8",
     "tensorboard>=2.17",
     # Verdicts differ between versions; the tests pin what is known to be wrong in this one.
