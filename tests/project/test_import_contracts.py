@@ -165,4 +165,8 @@ def test_no_init_and_its_modules_import_each_other():
     assert init_cycles(grimp.build_graph("megatron_ssft", cache_dir=None)) == []
     graph = grimp.build_graph("megatron_ssft", cache_dir=None)
     graph.add_import(importer="megatron_ssft.config.data", imported="megatron_ssft.config")
-    assert ("megatron_ssft.config", "megatron_ssft.config.data") in init_cycles(graph)
+    # programs.py imports data.py, so both lead back to the __init__ that imports them
+    assert set(init_cycles(graph)) == {
+        ("megatron_ssft.config", "megatron_ssft.config.data"),
+        ("megatron_ssft.config", "megatron_ssft.config.programs"),
+    }
