@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
 
 from megatron_ssft.hf.fingerprints import model_fingerprint
+from tests.helpers.captured import run_captured
 from tests.helpers.distributed import run_ranks
 from tests.helpers.policy_files import MODEL, edit_lines, write_files
 
@@ -32,26 +30,11 @@ def start(program, words):
     from megatron_ssft.parallel.topology import destroy_topology
 
     sys.argv = [f"{program}.py", *words]
-    kept = os.dup(1), os.dup(2)
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        try:
-            status = run_command(importlib.import_module(program).main)
-        except SystemExit as end:
-            status = end.code
-        except BaseException:  # noqa: BLE001 - what the interpreter would print, for the test to show
-            status = 1
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, descriptor in zip((1, 2), kept):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-            if dist.is_initialized():
-                destroy_topology()
-        return status, *(os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, err))
+    try:
+        return run_captured(lambda: run_command(importlib.import_module(program).main))
+    finally:
+        if dist.is_initialized():
+            destroy_topology()
 
 
 def start_each(commands):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
-import tempfile
-import traceback
 from pathlib import Path
+
+from tests.helpers.captured import run_captured
 
 
 def flags(folder, **changes):
@@ -73,22 +72,7 @@ def start(words, before_run=None):
         run = Trainer.run
         Trainer.run = lambda trainer, *args: (before_run(trainer), run(trainer, *args))
     sys.argv = ["megatron-ssft train", *words]
-    kept = os.dup(1), os.dup(2)
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        try:
-            status = run_command(train.main)
-        except BaseException:  # noqa: BLE001 - what the interpreter would print, for the test to show
-            status = 1
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, descriptor in zip((1, 2), kept):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-        return status, *(os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, err))
+    return run_captured(lambda: run_command(train.main))
 
 
 def start_each(command_lines):
