@@ -128,7 +128,7 @@ def run_stopped(argv):
     """A SIGTERM comes before the first step. Runs on every rank."""
     config, _ = parse_arguments("", GFPOConfig, argv, complete_policy_values)
     trainer, stop = Trainer(config, initialize_topology(config.run)), StopSignal()
-    stop.received = True
+    signal.raise_signal(signal.SIGTERM)
     trainer.run(stop)
     destroy_topology()
 
