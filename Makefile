@@ -25,6 +25,8 @@ CONSTRAINTS_OF_newest := /dev/null
 CONSTRAINTS_OF_oldest := requirements/oldest.txt
 CONSTRAINTS := $(CONSTRAINTS_OF_$(DEPENDENCIES))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+# Tests at the same time; a file's tests stay together.
+TEST_WORKERS ?= 2
 SHELL_SCRIPTS := .ci/run requirements/renew.sh $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
 
 # One stamp for every set of packages, so that a second call installs nothing; another TORCH or PYTHON does.
@@ -43,7 +45,7 @@ demo: $(TEST_STAMP) ## train on a synthetic set with optimal, random and single 
 	$(VENV)/bin/python tools/demo.py --output demo_output
 
 test: $(TEST_STAMP) ## run all tests (PYTEST_FLAGS='-m "not slow"' for the fast ones)
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP) ## check style, types and imports of the Python files; Dockerfile and shell scripts
 	$(VENV)/bin/ruff check .

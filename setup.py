@@ -35,6 +35,7 @@ INSTALL_REQUIRES = [
 
 TEST = [
     "pytest>=8.0",
+    "pytest-xdist>=3.6",
     "setuptools>=70.1",  # the tests read the metadata that this file produces
     # The tests break each rule of the checks once. ruff is pinned because its formatting differs between versions.
     "ruff==0.17.5",

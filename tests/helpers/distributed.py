@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import time
 import traceback
@@ -86,7 +88,13 @@ def _run(sender, rank, world_size, port, body, args):
 
 
 def free_port():
-    """A port nobody listens on right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port nobody listens on right now.
+
+    It lies below those that the system gives to outgoing connections, and is drawn, so that tests at the same time
+    hardly meet.
+    """
+    while True:
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(10000, 30000)
+            listening.bind(("127.0.0.1", port))
+            return port

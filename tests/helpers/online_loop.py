@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -282,12 +281,6 @@ class Place:
                     text = {name: row["arguments"] for name, row in json.loads(text).items()}
                 files[str(path.relative_to(self.work))] = text
         return files
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 CONFIG = """num_layers: 4\nhidden_size: 32\nffn_hidden_size: 64\nnum_attention_heads: 8\ntokenizer_type: CharTokenizer

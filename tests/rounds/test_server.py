@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.helpers.online_loop import free_port
+from tests.helpers.distributed import free_port
 
 
 def served(place, **changes):
