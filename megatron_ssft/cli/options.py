@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from megatron_ssft.config.checks import finite
 from megatron_ssft.config.fields import add_flag, flag_fields
 
 T = TypeVar("T")
@@ -67,4 +68,6 @@ def _add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def _build(cls: type[T], arguments: argparse.Namespace) -> T:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
-    return cls(**values)
+    options = cls(**values)
+    finite(options)
+    return options

@@ -15,6 +15,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def finite(section: object) -> None:
+    """Raises UserError for a field of a dataclass that is infinite or not a number."""
+    for name, value in vars(section).items():
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        ok = all(math.isfinite(item) for item in numbers if isinstance(item, float))
+        require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number")
+
+
 def choice(value: str | None, flag: str, *choices: str) -> None:
     """Raises UserError unless the value of `flag` is one of the choices."""
     require(value in choices, f"--{flag} {value}: choose one of {', '.join(choices)}")

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.fields import PathText
 
 
 @dataclass
 class DataConfig:
     """Questions and traces, and those that are held out."""
 
-    data_path: list[str] = field(default_factory=list)
+    data_path: list[PathText] = field(default_factory=list)
     """JSONL files of questions with their traces."""
-    eval_data_path: list[str] = field(default_factory=list)
+    eval_data_path: list[PathText] = field(default_factory=list)
     """Held-out JSONL files for the evaluation loss."""
-    data_cache_path: str | None = None
+    data_cache_path: PathText | None = None
     """Where tokenized data is kept; default: data_cache in the --save folder, else in the user's cache folder."""
     overlong_traces: str = "truncate"
     """What to do with a trace that does not fit: truncate (its end is then not trained), drop, or refuse."""

@@ -13,6 +13,9 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from megatron_ssft.config.values import reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class Flag:
     """Turns a word into the value and raises ValueError; default: the type."""
     group: str | None = None
     """Heading in --help."""
+    path: bool = False
+    """A text that names a file or folder, so that ~ and $VARIABLES are replaced; fields of type Path always do."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class FlagField:
     """dataclasses.MISSING where it has to be given."""
     doc: str
     flag: Flag
+    read: Callable[[str], object]
+    """Turns a word into a value; raises ValueError."""
 
 
 def flag_fields(cls: type) -> list[FlagField]:
@@ -52,17 +59,26 @@ def flag_fields(cls: type) -> list[FlagField]:
     fields = []
     for field in dataclasses.fields(cls):
         kind, flag = annotations[field.name], Flag()
-        if typing.get_origin(kind) is typing.Annotated:
-            kind, flag = typing.get_args(kind)
-        kind = _without_none(kind)
+        kind, flag = _annotated(kind, flag)
+        kind, flag = _annotated(_without_none(kind), flag)
         many = typing.get_origin(kind) in (list, tuple)
         if many:
-            kind = typing.get_args(kind)[0]
+            kind, flag = _annotated(typing.get_args(kind)[0], flag)
         if typing.get_origin(kind) is typing.Literal:
             kind, flag = str, dataclasses.replace(flag, choices=typing.get_args(kind))
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        fields.append(FlagField(field.name, kind, many, default, docs.get(field.name, ""), flag))
+        read = flag.read or reader(kind, flag.path or kind is Path)
+        fields.append(FlagField(field.name, kind, many, default, docs.get(field.name, ""), flag, read))
     return fields
+
+
+def _annotated(kind: object, flag: Flag) -> tuple[Any, Flag]:
+    """The type without its annotation, and that annotation instead of `flag` where there is one."""
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind, flag)
+
+
+PathText = typing.Annotated[str, Flag(path=True)]
+"""A text that names a file or folder."""
 
 
 def _without_none(kind: object) -> object:
@@ -106,9 +122,14 @@ def add_flag(parser: argparse._ActionsContainer, field: FlagField, negatable: bo
     metavar = field.flag.metavar
     if metavar is None and choices is None:
         metavar = "FILE" if field.many and field.kind in (str, Path) else field.kind.__name__.upper()
-    read = field.flag.read or field.kind
+
+    def read(word: str) -> object:
+        return field.read(word)
+
+    read.__name__ = getattr(field.flag.read or field.kind, "__name__", "")  # argparse: invalid NAME value
     action = (
-        parser.add_argument(name, nargs="+", type=read, metavar=metavar, choices=choices, help=text)
+        # Given twice, the later values join the earlier ones.
+        parser.add_argument(name, action="extend", nargs="+", type=read, metavar=metavar, choices=choices, help=text)
         if field.many
         else parser.add_argument(name, type=read, metavar=metavar, choices=choices, help=text)
     )

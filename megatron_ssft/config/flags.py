@@ -7,13 +7,14 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from megatron_ssft.config import ConversionConfig, GFPOConfig, ProgramConfig, RunConfig, SSFTConfig
+from megatron_ssft.config.checks import finite
 from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
+from megatron_ssft.config.yaml_file import Setting, read_settings
 from megatron_ssft.errors import UserError
 
 T = TypeVar("T")
@@ -73,49 +74,52 @@ def read_config_file(path: str, config: type[ProgramConfig] | None = None) -> di
 
     `config`: the program whose keys are expected; None: those of any.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}:{line}: not valid YAML: {problem}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}:1: expected `key: value` lines")
     everything = all_fields()
     fields = everything if config is None else fields_of(config)
     values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
+    places: dict[str, str] = {}
+    for setting in read_settings(path):
+        name, place = setting.key.replace("-", "_"), setting.place
         if name not in fields and name in everything:
-            raise UserError(f"{path}: key {key!r} is for another program, this one has no use for it; leave it out")
+            raise UserError(
+                f"{place}: key {setting.key!r} is for another program, this one has no use for it; leave it out"
+            )
         if name not in fields:
-            raise UserError(f"{path}: unknown key {key!r}; --help lists the flags, whose names are the keys")
+            raise UserError(f"{place}: unknown key {setting.key!r}; --help lists the flags, whose names are the keys")
+        if name in places:
+            raise UserError(f"{place}: {name} is given already at {places[name]}; leave one of them out")
+        places[name] = place
+        value = _typed(setting, fields[name][1])
         if value is not None:
-            values[name] = _coerce(path, fields[name][1], value)
+            values[name] = value
     return values
 
 
-def _coerce(path: str, field: FlagField, value: object) -> object:
-    """YAML value to the field's type; YAML reads 1e-3 as a string and one file as a scalar."""
-    kind: Callable[[object], object] = field.kind
+def _typed(setting: Setting, field: FlagField) -> object:
+    """The value in the field's type, read as a flag's; None where null means the field's default. Raises UserError."""
+    value = setting.value
+    if setting.problem is not None:
+        raise UserError(f"{setting.place}: {field.name}: {setting.problem}")
+    if value is None:
+        if field.default is not None and field.default is not dataclasses.MISSING:
+            raise UserError(f"{setting.place}: {field.name} needs a value; leave the line out to have the default")
+        return None
     try:
         if field.many:
-            return [kind(v) for v in (value if isinstance(value, list) else [value])]
-        if field.kind is bool:
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if isinstance(value, bool | list | dict):
-            raise ValueError
-        if field.kind is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: {field.name}: {value!r} is not of type {field.kind.__name__}") from error
+            return [_read(field, item) for item in (value if isinstance(value, list) else [value])]
+        return _read(field, value)
+    except ValueError as error:
+        reason = f": {error}" if str(error) else ""
+        raise UserError(
+            f"{setting.place}: {field.name}: {value!r} is not of type {field.kind.__name__}{reason}"
+        ) from error
+
+
+def _read(field: FlagField, value: object) -> object:
+    """Raises ValueError."""
+    if isinstance(value, bool) != (field.kind is bool) or not isinstance(value, bool | str):
+        raise ValueError
+    return field.read(value) if isinstance(value, str) else value
 
 
 def build_config(values: Mapping[str, Any], config: type[C]) -> C:
@@ -133,6 +137,7 @@ def _compose(cls: type[T], sections: Mapping[str, Mapping[str, Any]]) -> T:
     for name, part in typing.get_type_hints(cls).items():
         if typing.get_origin(part) is not typing.ClassVar:
             parts[name] = _compose(part, sections) if part is RunConfig else part(**sections[name])
+            finite(parts[name])
     return cls(**parts)
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_ssft.config.checks import choice, derived, positive, require, required
+from megatron_ssft.config.fields import PathText
 
 OBJECTIVES = ("gfpo-exact", "gfpo-sampled", "grpo")
 _OF_SAMPLES = ("gfpo-sampled", "grpo")
@@ -16,17 +17,17 @@ _OF_SAMPLES = ("gfpo-sampled", "grpo")
 class PolicyConfig:
     """What the policy is rewarded for, what keeps it near the model it came from, and which weights move."""
 
-    data: str = required()
+    data: PathText = required()
     """JSONL file of questions, as for megatron-ssft generate; those without a line in --rewards are left out."""
-    eval_data: str | None = None
+    eval_data: PathText | None = None
     """Held-out questions whose tag probabilities are written to policy.jsonl too."""
-    rewards: str | None = None
+    rewards: PathText | None = None
     """Counts of right answers for every question and tag, from megatron-ssft score --rewards."""
-    rollouts: str | None = None
+    rollouts: PathText | None = None
     """Stored completions, from megatron-ssft generate; default: the file that --rewards names."""
-    scores: str | None = None
+    scores: PathText | None = None
     """Scored completions, from megatron-ssft score (grpo only); default: the file that --rewards names."""
-    reference: str | None = None
+    reference: PathText | None = None
     """Run whose weights are the reference of KL and anchor; default: --load."""
     objective: str = "gfpo-exact"
     """gfpo-exact (expected policy gradient over all tags, from their mean rewards), gfpo-sampled (GRPO at the forking

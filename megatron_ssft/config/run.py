@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ssft.config.checks import positive, require
+from megatron_ssft.config.fields import PathText
 
 
 @dataclass
 class CheckpointConfig:
     """Saving and resuming."""
 
-    save: str | None = None
+    save: PathText | None = None
     """Folder of the run: checkpoints, metrics, assignments, resolved configuration."""
-    load: str | None = None
+    load: PathText | None = None
     """Folder of a run to continue (with the same --save its logs go on where the checkpoint was taken), or a Hugging
     Face folder to start from."""
     save_interval: int | None = None
@@ -43,7 +44,7 @@ class LoggingConfig:
 
     gpu_peak_tflops: float | None = None
     """Peak TFLOP/s of one GPU, to log model FLOPs utilisation by; default: known for common GPUs with --bf16."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: PathText | None = None
     """TensorBoard folder; default: tensorboard in the --save folder."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project too."""

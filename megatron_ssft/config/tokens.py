@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.fields import PathText
 
 
 @dataclass
@@ -13,7 +14,7 @@ class TokenizerConfig:
 
     tokenizer_type: str = "HuggingFaceTokenizer"
     """CharTokenizer, SentencePieceTokenizer or HuggingFaceTokenizer."""
-    tokenizer_model: str | None = None
+    tokenizer_model: PathText | None = None
     """SentencePiece model file or Hugging Face folder."""
     seq_length: int = 2048
     """Longest sequence (prompt, tag and completion) in tokens."""

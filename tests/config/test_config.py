@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -116,7 +117,7 @@ def other_value(field, value):
         return OTHER_VALUES[field.name]
     if isinstance(value, bool):
         return not value
-    return f"{field.name}.x" if value is None and "str" in str(field.type) else (value or 0) + 1
+    return f"{field.name}.x" if value is None and re.search("str|PathText", str(field.type)) else (value or 0) + 1
 
 
 def unusual_config():

@@ -134,7 +134,7 @@ def test_flags_of_ssft_are_refused_in_two_short_lines(run, flag, capsys):
 def test_keys_of_another_program_and_of_none(tmp_path, program, key, inside):
     (tmp_path / "c.yaml").write_text(f"lr: 1\n{key}\n")
     line = refusal(lambda: read_config_file(str(tmp_path / "c.yaml"), program))
-    assert line.startswith(f"{tmp_path}/c.yaml: ") and inside in line
+    assert line.startswith(f"{tmp_path}/c.yaml:2: ") and inside in line
 
 
 # -- settings that have no use or make no sense ----------------------------------------------------------------------
