@@ -147,8 +147,10 @@ def training_command(
         "--lr 5e-3 --lr-warmup-fraction 0.05 --lr-decay-style cosine --weight-decay 0.01 --adam-beta2 0.95 "
         "--export-hf-at-save --clip-grad 1 --seed 1 --eval-interval 64 --tokenizer-type CharTokenizer "
         f"--num-forking-tokens {TAGS} --forking-token-init noise "
-        f"--matching {matching} --matching-tokens 4 --matching-tokens-per-microbatch 8192"
+        f"--matching {matching}"
     )
+    if matching != "single":  # which scores nothing
+        flags += " --matching-tokens 4 --matching-tokens-per-microbatch 8192"
     if matching == "random":
         flags += " --log-matching-interval 8"
     paths = {

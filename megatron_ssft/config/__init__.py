@@ -15,6 +15,7 @@ from megatron_ssft.config.programs import (
     RunConfig,
     SSFTConfig,
     TrainingRun,
+    check_schedule,
 )
 from megatron_ssft.config.run import CheckpointConfig, LoggingConfig
 from megatron_ssft.config.tokens import ForkingTokenConfig, StartConfig, TokenizerConfig
@@ -39,4 +40,5 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "TrainingRun",
+    "check_schedule",
 ]

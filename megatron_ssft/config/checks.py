@@ -36,6 +36,22 @@ def positive(section: object, *names: str) -> None:
         require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number greater than 0")
 
 
+def only_where(section: object, applies: bool, here: str, *names: str) -> None:
+    """Raises UserError for a field that is set and changes nothing.
+
+    Args:
+        section: a dataclass; a field is set where it has another value than its default.
+        applies: whether the fields have a use.
+        here: the flag that leaves them none, with its value.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    for name in names:
+        value = getattr(section, name)
+        flag = f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+        shown = "" if isinstance(value, bool) else f" {value}"
+        require(applies or value == defaults[name], f"{flag}{shown} has no use {here}; leave it out")
+
+
 def required() -> Any:
     """A field that has to be given: None until then, and refused by the section's checks."""
     return dataclasses.field(default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.checks import choice, only_where, positive, require
 from megatron_ssft.config.fields import PathText
 
 
@@ -38,4 +38,5 @@ class DataConfig:
         choice(self.overlong_traces, "overlong-traces", "truncate", "drop", "refuse")
         require(bool(self.data_path), "--data-path is required")
         positive(self, "max_traces", "eval_interval", "eval_questions")
+        only_where(self, bool(self.eval_data_path), "without --eval-data-path", "eval_questions")
         require(self.eval_interval is None or bool(self.eval_data_path), "--eval-interval needs --eval-data-path")

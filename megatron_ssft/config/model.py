@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, derived, positive, require, required
+from megatron_ssft.config.checks import choice, derived, only_where, positive, require, required
 
 
 @dataclass
@@ -146,6 +146,8 @@ class ParallelConfig:
         if self.recompute_granularity is not None:
             choice(self.recompute_granularity, "recompute-granularity", "full", "selective")
         choice(self.recompute_method, "recompute-method", "uniform", "block")
+        full = self.recompute_granularity == "full"
+        only_where(self, full, "without --recompute-granularity full", "recompute_method", "recompute_num_layers")
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "--sequence-parallel needs --tensor-model-parallel-size of at least 2: there is nothing to shard",

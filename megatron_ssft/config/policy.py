@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, derived, positive, require, required
+from megatron_ssft.config.checks import choice, derived, only_where, positive, require, required
 from megatron_ssft.config.fields import PathText
 
 OBJECTIVES = ("gfpo-exact", "gfpo-sampled", "grpo")
@@ -86,6 +86,8 @@ class PolicyConfig:
         positive(self, "questions_per_step", "policy_interval", "rescore_completions", "min_effective_sample_size")
         require(self.rescore_interval >= 0, "--rescore-interval must not be negative")
         require(self.min_effective_sample_size <= 1, "--min-effective-sample-size is a share, at most 1")
+        rescored = ("rescore_completions", "min_effective_sample_size")
+        only_where(self, self.rescore_interval > 0, "with --rescore-interval 0", *rescored)
         require(
             self.on_stale_rewards == "warn" or self.rescore_interval > 0,
             "--on-stale-rewards stop needs --rescore-interval",

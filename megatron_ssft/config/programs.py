@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron_ssft.config.checks import require
+from megatron_ssft.config.checks import only_where, require
 from megatron_ssft.config.data import DataConfig
 from megatron_ssft.config.model import ModelConfig, ParallelConfig
 from megatron_ssft.config.policy import PolicyConfig
@@ -87,6 +87,19 @@ def check_context_parallel(run: RunConfig) -> None:
     )
 
 
+def check_schedule(training: TrainingConfig, train_iters: int) -> None:
+    """Raise UserError for a learning rate that never gets where it is told to go."""
+    warmup, decay = training.lr_warmup_iters, training.lr_decay_iters
+    require(
+        warmup <= train_iters,
+        f"--lr-warmup-iters {warmup}: the run has {train_iters} steps, so --lr is never reached",
+    )
+    require(
+        decay is None or training.lr_warmup_fraction is not None or warmup <= decay,
+        f"--lr-decay-iters {decay}: the decay is over before the warm-up, --lr-warmup-iters {warmup}",
+    )
+
+
 @dataclass
 class SSFTConfig:
     """What a run of Set Supervised Fine-Tuning is decided by."""
@@ -108,13 +121,14 @@ class SSFTConfig:
             "give exactly one of --train-iters and --train-epochs",
         )
         require(
-            self.matching.matching_precision == "model" or self.matching.matching != "single",
-            "--matching-precision bf16: with --matching single nothing is scored; leave it out",
-        )
-        require(
             self.matching.matching_precision == "model" or not self.run.parallel.bf16,
             "--matching-precision bf16: with --bf16 the cost pass is in bfloat16 already; leave it out",
         )
+        text = self.run.forking.forking_token_format == "text"
+        here = "with --forking-token-format text: such tags have no rows of their own"
+        only_where(self.start, not text, here, "forking_token_init", "forking_token_noise")
+        if self.run.training.train_iters is not None:
+            check_schedule(self.run.training, self.run.training.train_iters)
         require(not self.start.finetune or self.run.checkpoint.load is not None, "--finetune needs --load")
 
     @property
@@ -142,6 +156,7 @@ class GFPOConfig:
             "--tensor-model-parallel-size where memory is short",
         )
         require(run.training.train_iters is not None, "--train-iters is required: the number of optimizer steps")
+        check_schedule(run.training, self.train_iters)
         require(run.checkpoint.save is not None, "--save is required: the reference's answers are kept there")
         tags, fewest = run.forking, 1 if policy.objective == "grpo" else 2
         require(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ssft.config.checks import positive, require
+from megatron_ssft.config.checks import only_where, positive, require
 from megatron_ssft.config.fields import PathText
 
 
@@ -28,6 +28,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         positive(self, "save_interval")
         require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
+        only_where(self, self.export_hf_at_save, "without --export-hf-at-save", "verify_hf")
         require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
 
     @property
@@ -53,3 +54,4 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         positive(self, "gpu_peak_tflops")
+        only_where(self, self.wandb_project is not None, "without --wandb-project", "wandb_exp_name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.checks import choice, only_where, positive, require
 from megatron_ssft.config.fields import PathText
 
 
@@ -31,6 +31,8 @@ class TokenizerConfig:
             self.tokenizer_type == "CharTokenizer" or self.tokenizer_model is not None,
             f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model",
         )
+        own = self.tokenizer_type == "CharTokenizer"
+        only_where(self, not own, "with --tokenizer-type CharTokenizer", "tokenizer_model")
         positive(self, "seq_length")
 
 
@@ -77,4 +79,5 @@ class StartConfig:
             self.forking_token_init in ("mean", "noise") or self.forking_token_init.startswith("copy:"),
             f"--forking-token-init {self.forking_token_init}: choose mean, noise or copy:<token>",
         )
+        only_where(self, self.forking_token_init != "mean", "with --forking-token-init mean", "forking_token_noise")
         require(self.forking_token_noise >= 0, "--forking-token-noise must not be negative")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, positive, require
+from megatron_ssft.config.checks import choice, only_where, positive, require
 
 
 @dataclass
@@ -57,6 +57,11 @@ class MatchingConfig:
             f"--matching-first-tokens {self.matching_first_tokens} must be less than --matching-tokens "
             f"{self.matching_tokens}",
         )
+        here = f"with --matching {self.matching}"
+        scored = ("matching_tokens", "matching_tokens_per_microbatch", "matching_precision")
+        only_where(self, self.matching != "single", f"{here}, which scores nothing", *scored)
+        only_where(self, self.matching in ("random", "fixed"), here, "log_matching_interval")
+        only_where(self, self.approximates, "without an approximation of the matching", "regret_interval")
         require(
             not self.approximates or self.matching == "optimal",
             f"--matching-interval and --matching-first-tokens approximate --matching optimal, not {self.matching}",
@@ -141,7 +146,13 @@ class TrainingConfig:
             self.sequence_layout != "padded" or (self.share_prompt and self.max_tokens_per_microbatch is None),
             "--no-share-prompt and --max-tokens-per-microbatch need --sequence-layout packed or concatenated",
         )
+        given = self.max_tokens_per_microbatch is not None
+        only_where(self, not given, "with --max-tokens-per-microbatch", "micro_batch_size")
         choice(self.lr_decay_style, "lr-decay-style", "cosine", "linear", "constant")
+        constant = self.lr_decay_style == "constant"
+        only_where(self, not constant, "with --lr-decay-style constant", "min_lr")
+        no_decay = constant and self.lr_warmup_fraction is None  # which is a share of the decay's steps
+        only_where(self, not no_decay, "with --lr-decay-style constant", "lr_decay_iters")
         require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         require(self.lr_warmup_iters >= 0, "--lr-warmup-iters must not be negative")
         require(

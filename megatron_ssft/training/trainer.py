@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from megatron_ssft.config import SSFTConfig, TrainingRun
+from megatron_ssft.config import SSFTConfig, TrainingRun, check_schedule
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
@@ -64,6 +64,7 @@ class Trainer:
         """Optimizer steps done."""
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
+        check_schedule(config.run.training, self.train_iters)
         self._start_or_resume()
 
     # -- one step ------------------------------------------------------------------------------------------------

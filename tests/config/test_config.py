@@ -82,6 +82,7 @@ OTHER_VALUES = {
     "max_tokens_per_microbatch": None,
     "matching_precision": "model",
     "matching_interval": 1,
+    "regret_interval": 20,
     "matching_first_tokens": None,
     "matching_certainty": None,
     "data_path": ["a b.jsonl", "c: d.jsonl", "#e.jsonl"],
@@ -138,7 +139,13 @@ def configs():
         "share_prompt": False,
         "max_tokens_per_microbatch": 77,
     }
-    less = {"matching_precision": "bf16", "matching_interval": 2, "matching_first_tokens": 9, "matching_certainty": 0.5}
+    less = {
+        "matching_precision": "bf16",
+        "matching_interval": 2,
+        "matching_first_tokens": 9,
+        "matching_certainty": 0.5,
+        "regret_interval": 5,
+    }
     return [parse(), unusual_config(), parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less)]
 
 
