@@ -71,7 +71,7 @@ def _problem(node: yaml.Node) -> str | None:
     return None
 
 
-def _scalar(node: yaml.ScalarNode) -> Scalar:
+def _scalar(node: yaml.Node) -> Scalar:
     """The value as it is spelled."""
     if node.tag == _TAG + "null":
         return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
@@ -42,6 +44,24 @@ def latest_checkpoint(run: Path) -> int | None:
     tracker = run / TRACKER
     text = tracker.read_bytes().strip() if tracker.is_file() else b""
     return int(text) if text.isdigit() and int(text) in complete else complete[-1]
+
+
+def clear_leftovers(run: Path) -> None:
+    """Remove what a killed job left behind: parts of files and checkpoints. Raises OSError.
+
+    Only for whoever holds the folder's lease. A checkpoint that made way for another, which then did not get its name,
+    comes back.
+    """
+    for old in run.glob(".iter_*.old"):
+        place = run / old.name.removeprefix(".").removesuffix(".old")
+        if not place.exists():
+            os.rename(old, place)
+    for pattern in (".iter_*.partial", ".iter_*.old", "*.tmp", ".*.tmp"):
+        for path in run.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def find_latest(run: Path) -> int:

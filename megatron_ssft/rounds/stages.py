@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +12,7 @@ import msgspec
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.lease import acquire
 from megatron_ssft.formats.run_folder import checkpoint_folder, latest_checkpoint
 
 Row = TypeVar("Row")
@@ -122,20 +121,12 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock inside the `with` block. Raises UserError if another program holds it."""
+    """Hold the folder's lease inside the `with` block. Raises UserError if another program holds it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+b")  # noqa: SIM115
+        lease = acquire(folder, "--save ")
     except OSError as error:
         raise UserError(f"--save {folder}: cannot be written: {error.strerror}; give another folder") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().decode("ascii", "replace").strip()
-            raise UserError(f"--save {folder}: another loop is at work there (process {holder or '?'})") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode("ascii"))
-        file.flush()
+    try:
         yield
+    finally:
+        lease.release()

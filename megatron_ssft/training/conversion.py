@@ -31,6 +31,7 @@ from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.export import export_hf, verify_folder
+from megatron_ssft.training.folder_lease import hold_folder
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.startup import complete_values
 
@@ -45,19 +46,20 @@ def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     config, topology, vocabulary, engine = _start(source, {"bf16": bf16} | options)
     load_hf_weights(engine, source)
     initialize_forking_rows(engine.chunks, vocabulary, config.start, config.run.training.seed)
-    on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
-    folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))
-    on_first_rank(lambda: _write_config(target, config.run), topology)
-    _say(topology, f"imported {source} to {folder}")
-    if verify:
-        load_folder(engine, folder)  # what is compared is what stands on the disk
-        try:
-            _verify(config.run, engine, vocabulary, source, folder)
-        except UserError:  # on all ranks alike
-            if topology.is_first_rank:
-                shutil.rmtree(folder)
-                (target / TRACKER).unlink()
-            raise
+    with hold_folder(target, topology):
+        on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
+        folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))
+        on_first_rank(lambda: _write_config(target, config.run), topology)
+        _say(topology, f"imported {source} to {folder}")
+        if verify:
+            load_folder(engine, folder)  # what is compared is what stands on the disk
+            try:
+                _verify(config.run, engine, vocabulary, source, folder)
+            except UserError:  # on all ranks alike
+                if topology.is_first_rank:
+                    shutil.rmtree(folder)
+                    (target / TRACKER).unlink()
+                raise
     destroy_topology()
 
 

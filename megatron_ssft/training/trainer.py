@@ -26,6 +26,7 @@ from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.export import export_hf
+from megatron_ssft.training.folder_lease import FolderLease
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.resume import (
     check_writable,
@@ -60,6 +61,7 @@ class Trainer:
         self.planner = Planner(config.run, self.vocabulary.size, topology.dp_size, cost_tokens)
         self.accountant = FlopAccountant(self.planner.flops)
         self.peak_flops = job_peak_flops(config.run, topology)
+        self.lease: FolderLease | None = None
         self.iteration = 0
         """Optimizer steps done."""
         self.train_iters = self.objective.train_iters(0)
@@ -115,8 +117,13 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self, stop: StopSignal) -> None:
-        """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError."""
+    def run(self, stop: StopSignal, lease: FolderLease | None = None) -> None:
+        """Train to the end, or to a SIGTERM, and leave a checkpoint behind. Raises UserError.
+
+        Args:
+            lease: on the --save folder; where another job has taken it, nothing is saved any more.
+        """
+        self.lease = lease
         checkpoint = self.config.run.checkpoint
         folder = self.folder if checkpoint.save and self.topology.is_first_rank else None
         # Before the first step there is nothing to save: the command that started the run starts it anew.
@@ -272,6 +279,8 @@ class Trainer:
 
     def _save(self, log: Log) -> int:
         begin = time.perf_counter()
+        if self.lease is not None:
+            self.lease.check()
         log.sync()
         folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
         log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")

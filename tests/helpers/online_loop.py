@@ -13,6 +13,7 @@ import time
 import psutil
 
 from megatron_ssft.cli.options import parse_options
+from megatron_ssft.formats.lease import LEASE
 from megatron_ssft.rounds.commands import Commands, Tools
 from megatron_ssft.rounds.processes import MARK
 from tests.helpers.paths import ROOT
@@ -275,7 +276,7 @@ class Place:
         """Everything that was made, but for times and the lock."""
         files = {}
         for path in sorted(self.work.rglob("*")):
-            if path.is_file() and path.name not in ("lock", "server.log"):
+            if path.is_file() and path.name not in (LEASE, "server.log"):
                 text = path.read_text().replace(str(self.folder), "FOLDER")
                 if path.name == "stages.json":
                     text = {name: row["arguments"] for name, row in json.loads(text).items()}

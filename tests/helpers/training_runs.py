@@ -37,6 +37,27 @@ BASE = {
 }
 
 
+TIMES = ("seconds", "matching_seconds", "solving_seconds", "exact_matching_seconds")
+
+
+def flags(values):
+    """Configuration values as command-line flags."""
+    out = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        out += [flag] if value is True else [flag, str(value)]
+    return out
+
+
+def logs(run):
+    """metrics.jsonl without the times, and assignments.jsonl, as text."""
+    metrics = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        metrics.append(json.dumps({k: v for k, v in row.items() if k not in TIMES}))
+    return "\n".join(metrics), (run / "assignments.jsonl").read_text()
+
+
 def write_rows(path, rows):
     """A JSONL file of rows; returns its path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -153,7 +153,7 @@ def test_two_loops_in_one_folder(place):
     place.wait_for(process, "hold", "generate round_000")
     status, _, err = place.run()
     assert status == 2 and err.count("\n") == 1
-    assert f"another loop is at work there (process {process.pid})" in err
+    assert f"is in use by process {process.pid} on " in err
     assert place.left_behind() != []  # the other one's programs are left alone
     process.kill()
     place.finish(process)

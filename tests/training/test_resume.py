@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 from pathlib import Path
@@ -17,31 +16,12 @@ from megatron_ssft.parallel.topology import initialize_topology
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.processes import finish, ranks_of_program, start_program, wait_for_steps
-from tests.helpers.training_runs import BASE, make_rows, write_rows
+from tests.helpers.training_runs import BASE, flags, logs, make_rows, write_rows
 
 start = functools.partial(start_program, "pretrain_ssft.py")
 ranks_of = functools.partial(ranks_of_program, "pretrain_ssft.py")
 
-TIMES = ("seconds", "matching_seconds", "solving_seconds", "exact_matching_seconds")
 STEPS = 12
-
-
-def flags(values):
-    """Configuration values as command-line flags."""
-    out = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        out += [flag] if value is True else [flag, str(value)]
-    return out
-
-
-def logs(run):
-    """metrics.jsonl without the times, and assignments.jsonl, as text."""
-    metrics = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        metrics.append(json.dumps({k: v for k, v in row.items() if k not in TIMES}))
-    return "\n".join(metrics), (run / "assignments.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")

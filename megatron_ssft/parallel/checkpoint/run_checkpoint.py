@@ -8,6 +8,7 @@ JSON; megatron-core's pickles are scanned before they are opened.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -45,12 +46,14 @@ def read_state_everywhere(run: Path, iteration: int, topology: Topology) -> Weig
 def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsState) -> Path:
     """Write weights, optimizer (where there is one) and `state`. Collective; returns the folder."""
     folder = checkpoint_folder(run, iteration)
-    partial = run / f".{folder.name}.partial"
     topology = engine.topology
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def prepare() -> str:
+        # A name of its own: should two jobs write here in spite of the lease, neither publishes the other's shards.
+        run.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=run))
+        made.chmod(0o755)  # mkdtemp keeps others out
+        return str(made)
 
     def publish() -> None:
         write_durably(partial / STATE, encode_state(state))
@@ -58,12 +61,14 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsSta
         publish_folder(partial, folder, old=run / f".{folder.name}.old")
         write_durably(run / TRACKER, str(iteration))
 
-    on_first_rank(prepare, topology)
+    partial = Path(on_first_rank(prepare, topology))
     fold_forking_rows(engine.chunks)
     sharded = _sharded_state(engine, is_loading=False, weights_only=not engine.is_started)
     try:
         dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
     except CheckpointException as error:
+        if topology.is_first_rank:  # a full disk should not stay full
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{partial}: cannot write the checkpoint: {_first_reason(error)}") from error
     barrier(topology)
     on_first_rank(publish, topology)
