@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-def quickest(call, enough, tries=40):
+def quickest(call, enough, tries=12):
     """What `call()` returned, and the least seconds of processor time that it took; no more tries than needed.
 
     Other programs slow a call down through the caches, so a slow one says little; `enough` seconds end the search.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 
@@ -201,16 +200,20 @@ def test_unusable_files_are_refused_in_one_line(tmp_path):
         ("SentencePieceTokenizer", str(tmp_path / "absent"), "No such file"),
         ("SentencePieceTokenizer", no_end, "no end-of-sentence piece"),
         ("HuggingFaceTokenizer", str(tmp_path / "absent"), "no such folder"),
-        ("HuggingFaceTokenizer", str(tmp_path / "empty"), "no usable tokenizer|holds no vocabulary"),
+        ("HuggingFaceTokenizer", str(tmp_path / "empty"), "no usable tokenizer"),
         ("HuggingFaceTokenizer", str(tmp_path / "broken"), "no usable tokenizer"),
-        ("HuggingFaceTokenizer", str(tmp_path / "no_vocabulary"), "no vocabulary"),
+        (
+            "HuggingFaceTokenizer",
+            str(tmp_path / "no_vocabulary"),
+            "no usable tokenizer: the folder holds no vocabulary",
+        ),
         ("HuggingFaceTokenizer", save_hugging_face(tmp_path / "no_end", eos=None), "no eos_token"),
     ]
     for kind, path, reason in cases:
         with pytest.raises(UserError) as caught:
             build_tokenizer(kind, path)
         message = str(caught.value)
-        assert message.startswith(f"--tokenizer-model {path}: ") and re.search(reason, message) and "\n" not in message
+        assert message.startswith(f"--tokenizer-model {path}: ") and reason in message and "\n" not in message
 
 
 def test_importing_the_module_loads_no_tokenizer_library():
