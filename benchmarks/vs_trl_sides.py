@@ -12,6 +12,12 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
 
 IGNORED = -100
 """Label of a token without loss, as Hugging Face has it."""
@@ -57,12 +63,10 @@ def train_trl(spec: dict) -> dict[str, object]:
 
     So it includes collation, clipping and the optimizer.
     """
-    import torch
     import trl.trainer.utils
     from datasets import Dataset
-    from torch.utils.data import DataLoader
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoTokenizer
+    from trl import SFTConfig
 
     if spec["head"] == "scored":
         trl.trainer.utils._use_triton = lambda device: True  # asked there only for which positions to score
@@ -70,37 +74,6 @@ def train_trl(spec: dict) -> dict[str, object]:
     rows = [row for step in spec["steps"] for microbatch in step for row in microbatch]
     places = iter(range(len(rows)))
     batches = [[next(places) for _ in range(size)] for step in sizes for size in step]
-    steps: list[dict[str, float]] = []
-
-    class Side(SFTTrainer):
-        """The data in the given order instead of a shuffled one; keeps the loss of a step."""
-
-        step_loss = 0.0
-
-        def get_train_dataloader(self) -> DataLoader:
-            loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
-            return self.accelerator.prepare(loader)
-
-        def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
-            loss = super().training_step(*args, **kwargs)
-            self.step_loss += float(loss)
-            return loss
-
-        def compute_loss(self, model: torch.nn.Module, inputs: dict, *args: object, **kwargs: object) -> object:
-            if spec["head"] != "logits":
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            return model(**inputs, use_cache=False, num_items_in_batch=kwargs["num_items_in_batch"]).loss
-
-    class Ticks(TrainerCallback):
-        """Reads the clock at the end of every step."""
-
-        def on_train_begin(self, *args: object, **kwargs: object) -> None:
-            self.clock = Clock()
-
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            steps.append(self.clock() | {"loss": side.step_loss})
-            side.step_loss = 0.0
-
     arguments = SFTConfig(
         output_dir=spec["output_dir"],
         use_cpu=True,
@@ -114,15 +87,63 @@ def train_trl(spec: dict) -> dict[str, object]:
         dataset_kwargs={"skip_prepare_dataset": True},
         **spec["arguments"],
     )
-    side = Side(
+    side = sft_trainer_class(spec["head"], batches)(
         model=spec["model"],
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(spec["model"]),
-        callbacks=[Ticks()],
     )
+    side.add_callback(step_clock(side))
     side.train()
-    return {"steps": steps}
+    return {"steps": side.steps}
+
+
+def sft_trainer_class(head: str, batches: list[list[int]]) -> type[SFTTrainer]:
+    """SFTTrainer on the data in the given order instead of a shuffled one; keeps the loss of a step.
+
+    Args:
+        head: logits computes the loss from all logits; others leave it to SFTTrainer.
+        batches: for every microbatch the places of its rows.
+    """
+    from torch.utils.data import DataLoader
+    from trl import SFTTrainer
+
+    class Side(SFTTrainer):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)
+            self.step_loss = 0.0
+            self.steps: list[dict[str, float]] = []
+
+        def get_train_dataloader(self) -> DataLoader:
+            loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+            return self.accelerator.prepare(loader)
+
+        def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            self.step_loss += float(loss)
+            return loss
+
+        def compute_loss(self, model: torch.nn.Module, inputs: dict, *args: object, **kwargs: object) -> object:
+            if head != "logits":
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return model(**inputs, use_cache=False, num_items_in_batch=kwargs["num_items_in_batch"]).loss
+
+    return Side
+
+
+def step_clock(side: SFTTrainer) -> TrainerCallback:
+    """Reads the clock at the end of every step, and keeps time and loss in `side.steps`."""
+    from transformers import TrainerCallback
+
+    class Ticks(TrainerCallback):
+        def on_train_begin(self, *args: object, **kwargs: object) -> None:
+            self.clock = Clock()
+
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            side.steps.append(self.clock() | {"loss": side.step_loss})
+            side.step_loss = 0.0
+
+    return Ticks()
 
 
 def score(spec: dict) -> dict[str, object]:

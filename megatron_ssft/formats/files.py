@@ -42,6 +42,17 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the files of a folder that a kill kept from getting their names. Raises OSError.
+
+    Nobody may be writing files of the folder meanwhile.
+    """
+    for pattern in ("*.tmp", ".*.tmp"):
+        for part in folder.glob(pattern):
+            if part.is_file():
+                part.unlink()
+
+
 def publish_file(partial: Path, path: Path) -> None:
     """Give a file on the disk its name, in place of an older one; both in one file system. Raises OSError."""
     os.replace(partial, path)

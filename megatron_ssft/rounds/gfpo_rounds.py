@@ -18,7 +18,7 @@ import msgspec
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import write_durably
+from megatron_ssft.formats.files import remove_parts, write_durably
 from megatron_ssft.rounds.commands import Commands, Round
 from megatron_ssft.rounds.processes import (
     Ask,
@@ -52,6 +52,8 @@ class Loop:
         self._check_start()
         with only_one(self.work):
             self.children.sweep()
+            for folder in (self.work, *self.work.glob("round_*")):
+                remove_parts(folder)
             self._check_folder()
             for number in range(self.options.rounds):
                 round_ = self.commands.round(number)

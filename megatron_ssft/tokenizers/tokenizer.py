@@ -159,7 +159,7 @@ class HuggingFaceTokenizer:
         vocabulary = self._tokenizer.get_vocab()
         # Without vocabulary files some tokenizer classes come up with nothing but their special tokens.
         if not set(vocabulary.values()) - set(self._tokenizer.added_tokens_decoder):
-            raise UserError(f"--tokenizer-model {path}: the folder holds no vocabulary")
+            raise UserError(f"--tokenizer-model {path}: no usable tokenizer: the folder holds no vocabulary")
         # Ids may have holes, so that the number of entries is not always a bound.
         self.vocab_size = max(len(self._tokenizer), 1 + max(vocabulary.values()))
         if self._tokenizer.eos_token_id is None:

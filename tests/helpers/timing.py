@@ -1,20 +1,39 @@
-"""Processor time of a call, whatever else the machine does."""
+"""The cost of a call, in terms of a fixed piece of work on the same machine at the same time."""
 
 from __future__ import annotations
 
 import time
 
+YARDSTICK = 60_000
+"""Steps of the fixed work; 5 ms on a processor of 2023."""
 
-def quickest(call, enough, tries=40):
-    """What `call()` returned, and the least seconds of processor time that it took; no more tries than needed.
 
-    Other programs slow a call down through the caches, so a slow one says little; `enough` seconds end the search.
+def _yardstick() -> int:
+    """Pure Python with a dictionary, a list and integers, as planners have it."""
+    total, seen, parts = 0, {}, []
+    for i in range(YARDSTICK):
+        seen[i & 1023] = total
+        parts.append(i ^ total)
+        total = (total + seen[i & 255]) & 0xFFFF
+    return total + len(parts)
+
+
+def _processor_seconds(call):
+    start = time.process_time()
+    result = call()
+    return result, time.process_time() - start
+
+
+def yardsticks(call, limit, tries=12):
+    """What `call()` returned, and its cost in yardsticks; no more tries than it takes to get below `limit`.
+
+    Seconds say nothing on a machine that is slower or busy. Both sides are timed in turn, and the least of each counts.
     """
-    least = float("inf")
+    least, unit = float("inf"), float("inf")
     for _ in range(tries):
-        start = time.process_time()
-        result = call()
-        least = min(least, time.process_time() - start)
-        if least < enough:
+        unit = min(unit, _processor_seconds(_yardstick)[1])
+        result, seconds = _processor_seconds(call)
+        least = min(least, seconds)
+        if least / unit < limit:
             break
-    return result, least
+    return result, least / unit

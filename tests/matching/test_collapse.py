@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from megatron_ssft.matching.collapse import (
     CollapseWatch,
 )
 from megatron_ssft.records import Assignment
+from tests.helpers.timing import yardsticks
 
 SOURCES = ["a", "b", "c", "d"]
 
@@ -258,14 +258,10 @@ def test_margins_that_do_not_exist_can_be_stored():
     json.dumps(watch.state_dict(), allow_nan=False)
 
 
-def test_it_takes_well_under_a_millisecond_a_step():
+def test_a_step_takes_well_under_a_millisecond():
     rng = np.random.default_rng(0)
     costs = [rng.random((6, 4)) for _ in range(32)]
     step = [assigned(c) for c in costs], [[f"teacher {k}" for k in rng.permutation(8)[:4]] for _ in costs]
     watch = CollapseWatch(6)
-    seconds = []
-    for _ in range(60):
-        begin = time.perf_counter()
-        watch.update(*step)
-        seconds.append(time.perf_counter() - begin)
-    assert np.quantile(seconds[20:], 0.1) < 0.8e-3  # not the median: other programs run beside this one
+    _, cost = yardsticks(lambda: [watch.update(*step) for _ in range(60)], limit=10)
+    assert cost < 10  # 4.7 when it was written: .5 ms a step

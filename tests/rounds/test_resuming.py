@@ -55,6 +55,17 @@ def test_sigkill_at_any_time(whole, place, seconds):
     assert place.results() == whole[0].results()
 
 
+def test_parts_of_files_that_a_kill_left_are_removed(whole, place):
+    """Killed before a file got its name, where the next start writes that file no more."""
+    assert place.run(rounds=1)[0] == 0
+    (place.work / "rounds.jsonl.tmp").write_text("{")
+    (place.work / "round_000" / "stages.json.tmp").write_text("{")
+    (place.work / "round_000" / ".rewards.jsonl.x1.tmp").write_text("")
+    status, _, err = place.run()
+    assert status == 0, err
+    assert place.results() == whole[0].results()
+
+
 def test_programs_end_by_themselves_when_the_loop_is_killed(place):
     process = place.start(STUB_SLOW="1")
     place.wait_for(process, "step", "train round_000")

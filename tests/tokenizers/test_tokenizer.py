@@ -202,7 +202,11 @@ def test_unusable_files_are_refused_in_one_line(tmp_path):
         ("HuggingFaceTokenizer", str(tmp_path / "absent"), "no such folder"),
         ("HuggingFaceTokenizer", str(tmp_path / "empty"), "no usable tokenizer"),
         ("HuggingFaceTokenizer", str(tmp_path / "broken"), "no usable tokenizer"),
-        ("HuggingFaceTokenizer", str(tmp_path / "no_vocabulary"), "no vocabulary"),
+        (
+            "HuggingFaceTokenizer",
+            str(tmp_path / "no_vocabulary"),
+            "no usable tokenizer: the folder holds no vocabulary",
+        ),
         ("HuggingFaceTokenizer", save_hugging_face(tmp_path / "no_end", eos=None), "no eos_token"),
     ]
     for kind, path, reason in cases:
