@@ -24,6 +24,7 @@ import numpy as np
 from harness import SHAPES, interleaved, made_up_batch, objective_of, peak_memory, ratio, report, start_trainer
 
 import megatron_ssft.parallel.scores as scores_module
+from megatron_ssft.config import MatchingConfig
 from megatron_ssft.objectives.set_matching import Matched, SetMatching
 from megatron_ssft.records import QuestionBatch, StepMetrics
 from megatron_ssft.training.trainer import Trainer
@@ -88,7 +89,9 @@ def run(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, object]]:
     config = objective_of(trainer).config
     sides = {}
     for mode in MODES:
-        changed = dataclasses.replace(config, matching=dataclasses.replace(config.matching, matching=mode))
+        default = MatchingConfig(matching=mode)  # for single, which scores nothing and takes no --matching-tokens
+        matching = default if mode == "single" else dataclasses.replace(config.matching, matching=mode)
+        changed = dataclasses.replace(config, matching=matching)
         sides[mode] = Side(SetMatching(changed, trainer.vocabulary.tags))
     made = batches(trainer, args)
     number = dict.fromkeys(MODES, -1)

@@ -160,12 +160,13 @@ class Bench:
 
     def _values(self, row: Row) -> dict[str, object]:
         a = self.arguments
+        scored = {} if row.settings.get("matching") == "single" else {"matching_tokens": a.matching_tokens}
         return {
             "load": str(self.start),
             "data_path": [str(self.work / "data.jsonl")],
             "data_cache_path": str(self.work / "cache"),
             "num_forking_tokens": a.num_forking_tokens,
-            "matching_tokens": a.matching_tokens,
+            **scored,
             "global_batch_size": a.questions * a.traces,
             "train_iters": self.steps,
             "lr": a.lr,

@@ -69,5 +69,5 @@ def _add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
 def _build(cls: type[T], arguments: argparse.Namespace) -> T:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
     options = cls(**values)
-    finite(options)
+    finite(options, unbounded={field.name for field in flag_fields(cls) if field.flag.infinite})
     return options

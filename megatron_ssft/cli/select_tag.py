@@ -35,7 +35,7 @@ class SelectTagFlags:
     """coverage (g*, of the assignments in training) or accuracy (of scored rollouts)."""
     scored: Annotated[tuple[Path, ...], Flag(metavar="S.jsonl")] = ()
     """Scored rollouts."""
-    tolerance: Annotated[float, Flag(metavar="SD")] = 2.0
+    tolerance: Annotated[float, Flag(metavar="SD", infinite=True)] = 2.0
     """Drop configurations whose share fell by more than so many standard deviations."""
     min_count: Annotated[int, Flag(metavar="N")] = 1
     """And only if chosen at least so often in the last epoch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 from megatron_ssft.errors import UserError
@@ -15,9 +16,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def finite(section: object) -> None:
-    """Raises UserError for a field of a dataclass that is infinite or not a number."""
+def finite(section: object, unbounded: Collection[str] = ()) -> None:
+    """Raises UserError for a field of a dataclass that is infinite or not a number; `unbounded` names are left out."""
     for name, value in vars(section).items():
+        if name in unbounded:
+            continue
         numbers = value if isinstance(value, list | tuple) else (value,)
         ok = all(math.isfinite(item) for item in numbers if isinstance(item, float))
         require(ok, f"--{name.replace('_', '-')} {value}: must be a finite number")

@@ -34,6 +34,8 @@ class Flag:
     """Heading in --help."""
     path: bool = False
     """A text that names a file or folder, so that ~ and $VARIABLES are replaced; fields of type Path always do."""
+    infinite: bool = False
+    """A number that may be infinite."""
 
 
 @dataclass(frozen=True)

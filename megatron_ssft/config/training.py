@@ -101,7 +101,7 @@ class TrainingConfig:
     share_prompt: bool = True
     """In the packed layouts a question's prompt stands once in a stream; --no-share-prompt repeats it every time."""
     micro_batch_size: int = 1
-    """Sequences in one microbatch of the padded layout."""
+    """Sequences in one microbatch of the padded layout; for the others see --max-tokens-per-microbatch."""
     max_tokens_per_microbatch: int | None = None
     """Tokens in one microbatch of the packed layouts; default --micro-batch-size x --seq-length."""
     train_iters: int | None = None
@@ -146,8 +146,6 @@ class TrainingConfig:
             self.sequence_layout != "padded" or (self.share_prompt and self.max_tokens_per_microbatch is None),
             "--no-share-prompt and --max-tokens-per-microbatch need --sequence-layout packed or concatenated",
         )
-        given = self.max_tokens_per_microbatch is not None
-        only_where(self, not given, "with --max-tokens-per-microbatch", "micro_batch_size")
         choice(self.lr_decay_style, "lr-decay-style", "cosine", "linear", "constant")
         constant = self.lr_decay_style == "constant"
         only_where(self, not constant, "with --lr-decay-style constant", "min_lr")

@@ -105,10 +105,13 @@ def acquire(
         flag: by which the folder was given, for messages.
 
     Raises:
-        UserError: another job holds it; its owner is named.
+        UserError: another job holds it, whose owner is named; or a file is in the way.
         OSError: the folder cannot be written.
     """
-    created = _make(folder)
+    try:
+        created = _make(folder)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{flag}{folder}: {error.filename} is a file where a folder is needed") from error
     path, owner = folder / LEASE, _this_process()
     try:
         while not _claim(path, owner):

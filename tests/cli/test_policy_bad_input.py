@@ -150,8 +150,8 @@ def bad_cases(world):
         "too many layers": ({"trainable": "last-99"}, "--trainable last-99", "2 layers"),
         "context parallel": ({"context_parallel_size": 2}, "--context-parallel-size 2", ""),
         "tensor parallel": ({"tensor_model_parallel_size": 2}, "1 processes", ""),
-        "configuration of the run": ({"config": bad / "ssft.yaml"}, f"{bad}/ssft.yaml: ", "another program"),
-        "misspelt configuration": ({"config": bad / "typo.yaml"}, f"{bad}/typo.yaml: ", "unknown key 'kl_coeff'"),
+        "configuration of the run": ({"config": bad / "ssft.yaml"}, f"{bad}/ssft.yaml:", "another program"),
+        "misspelt configuration": ({"config": bad / "typo.yaml"}, f"{bad}/typo.yaml:1: ", "unknown key 'kl_coeff'"),
         "other tags than the export": (
             {"load": export, "num_forking_tokens": 5},
             "--num-forking-tokens 5 contradicts",

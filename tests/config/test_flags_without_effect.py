@@ -22,7 +22,6 @@ CASES = [
     ({"recompute_num_layers": 2}, {"recompute_granularity": "selective"}, FULL),
     ({"min_lr": 1e-6}, {"lr_decay_style": "constant"}, {"lr_decay_style": "linear"}),
     ({"lr_decay_iters": 9}, {"lr_decay_style": "constant"}, {}),
-    ({"micro_batch_size": 2}, {"max_tokens_per_microbatch": 4096}, {"sequence_layout": "padded"}),
     ({"eval_questions": 2}, {}, {"eval_data_path": "e.jsonl"}),
     ({"verify_hf": False}, {"save": "run"}, {"save": "run", "export_hf_at_save": True}),
     ({"wandb_exp_name": "x"}, {}, {"wandb_project": "p"}),

@@ -108,19 +108,19 @@ def test_none_is_no_text(tmp_path, key):
 
 
 def test_home_and_variables_are_replaced(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/her")
-    monkeypatch.setenv("RUNS", "/scratch/runs")
+    monkeypatch.setenv("HOME", "/users/her")
+    monkeypatch.setenv("RUNS", "/scratch/ssft")
     monkeypatch.delenv("NOT_SET", raising=False)
     config = file_with(tmp_path, "data_path: [~/a.jsonl, '$RUNS/b.jsonl', '${RUNS}/c.jsonl', d~.jsonl]")
-    assert config.data.data_path == ["/home/her/a.jsonl", "/scratch/runs/b.jsonl", "/scratch/runs/c.jsonl", "d~.jsonl"]
-    assert file_with(tmp_path, "save: ~/run").run.checkpoint.save == "/home/her/run"
-    assert parse(save="~/run").run.checkpoint.save == "/home/her/run"  # no shell does that in --save=~/run
+    assert config.data.data_path == ["/users/her/a.jsonl", "/scratch/ssft/b.jsonl", "/scratch/ssft/c.jsonl", "d~.jsonl"]
+    assert file_with(tmp_path, "save: ~/run").run.checkpoint.save == "/users/her/run"
+    assert parse(save="~/run").run.checkpoint.save == "/users/her/run"  # no shell does that in --save=~/run
     for key in ("save", "tensorboard_dir", "data_cache_path"):
         assert "no variable $NOT_SET" in refusal(lambda key=key: file_with(tmp_path, f"{key}: $NOT_SET/x"))
     assert "no user 'nobody-of-that-name'" in refusal(lambda: file_with(tmp_path, "save: ~nobody-of-that-name/x"))
     words = ["--data", "~/q.jsonl", "--output", "$RUNS/o", "--model", "m"]
     options = parse_options(GenerateFlags, "", words)
-    assert [str(options.data), str(options.output)] == ["/home/her/q.jsonl", "/scratch/runs/o"]
+    assert [str(options.data), str(options.output)] == ["/users/her/q.jsonl", "/scratch/ssft/o"]
 
 
 def test_a_name_with_a_dollar_that_is_there_is_that_file(tmp_path):

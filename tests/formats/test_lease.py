@@ -188,5 +188,6 @@ def test_folders_that_were_made_for_it_go_where_they_stay_empty(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        take(tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is a file where a folder is needed"):
+            take(folder)

@@ -47,7 +47,9 @@ def steps_of(values):
 
 
 def train(data, overrides, ranks=1):
-    values = BASE | data | {"train_iters": 10, "regret_interval": 4} | overrides
+    values = BASE | data | {"train_iters": 10} | overrides
+    if {"matching_interval", "matching_first_tokens"} & set(overrides):
+        values["regret_interval"] = 4
     return run_ranks(ranks, steps_of, values)
 
 
