@@ -1,0 +1,96 @@
+"""SIGKILL at file operations drawn by a seed: the same command, given again, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+
+import pytest
+
+from megatron_ssft.formats.run_folder import latest_checkpoint
+from tests.helpers import policy_programs
+from tests.helpers.distributed import RankFailure, run_ranks
+from tests.helpers.fault_points import run_with_fault
+from tests.helpers.policy_runs import write_inputs, write_models
+from tests.helpers.training_runs import BASE, flags, logs, make_rows, write_rows
+
+pytestmark = pytest.mark.slow
+
+CASES = int(os.environ.get("SSFT_FAULTS", 9))
+"""Kills of all tests here together; SSFT_FAULTS=100 is the whole campaign."""
+LAYOUTS = {
+    "one process": (1, {}),
+    "TP2 x PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+}
+RUN = BASE | {"train_iters": 4, "save_interval": 2, "global_batch_size": 8, "export_hf_at_save": True}
+
+
+def digests(run):
+    """Every file of an export, and of the rest the names; but not those that carry a time or a process."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() if "hf" in path.parts else ""
+        for path in run.rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+
+
+def outcome(ranks, *arguments):
+    """(status, stdout, stderr, operations) of every rank, or None where a rank was killed."""
+    try:
+        return run_ranks(ranks, run_with_fault, *arguments, timeout=240)
+    except RankFailure as failure:
+        assert "died with exit code -9" in str(failure), failure
+        return None
+
+
+def kill_and_repeat(folder, command, ranks, words_of, logs_of, seed):
+    """Runs beside an uninterrupted one, each killed once and then repeated by the same command.
+
+    Args:
+        words_of: (run folder, whether it has a checkpoint) to a command line.
+        logs_of: a run folder to its logs without times.
+    """
+    whole = folder / "whole"
+    results = run_ranks(ranks, run_with_fault, command, words_of(whole, False), str(whole), timeout=240)
+    assert [status for status, *_ in results] == [0] * ranks, results[0][2]
+    operations = [len(done) for *_, done in results]
+    draw, killed, cases = random.Random(seed), 0, max(1, CASES // 3)
+    for case in range(cases):
+        run = folder / f"run {case}"
+        rank = draw.choices(range(ranks), weights=operations)[0]
+        at = draw.randrange(operations[rank])
+        where = f"rank {rank}, operation {at}: {results[rank][-1][at]}"
+        killed += outcome(ranks, command, words_of(run, False), str(run), rank, at) is None
+        again = outcome(ranks, command, words_of(run, latest_checkpoint(run) is not None), str(run))
+        assert [status for status, *_ in again] == [0] * ranks, (where, again[0][2])
+        assert logs_of(run) == logs_of(whole), where
+        assert digests(run) == digests(whole), where
+    assert killed >= 0.8 * cases
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_set_training_with_exports(tmp_path, layout):
+    ranks, overrides = LAYOUTS[layout]
+    data = {
+        "data_path": write_rows(tmp_path / "train.jsonl", make_rows(12)),
+        "data_cache_path": str(tmp_path / "cache"),
+    }
+
+    def words_of(run, resumes):
+        return flags(RUN | data | overrides | {"save": run} | ({"load": run} if resumes else {}))
+
+    kill_and_repeat(tmp_path, "train", ranks, words_of, logs, layout)
+
+
+def test_policy_learning(tmp_path):
+    run_ranks(1, write_models, str(tmp_path / "models"))
+    inputs = write_inputs(tmp_path)
+    more = (*policy_programs.ANCHOR, "--export-hf-at-save")
+
+    def words_of(run, resumes):
+        return policy_programs.flags(
+            tmp_path / "models", inputs, run, *more, load=run if resumes else None, steps=6
+        )  # saves after steps 5 and 6
+
+    kill_and_repeat(tmp_path, "gfpo", 1, words_of, policy_programs.logs, "gfpo")
