@@ -18,6 +18,9 @@ class TokenizerConfig:
     """SentencePiece model file or Hugging Face folder."""
     seq_length: int = 2048
     """Longest sequence (prompt, tag and completion) in tokens."""
+    max_truncated_share: float = 0.5
+    """Refuse data of which more than this share of the traces (of the stored completions, in policy learning) lost its
+    end to a limit of length; 1: never."""
 
     def __post_init__(self) -> None:
         choice(
@@ -34,6 +37,8 @@ class TokenizerConfig:
         own = self.tokenizer_type == "CharTokenizer"
         only_where(self, not own, "with --tokenizer-type CharTokenizer", "tokenizer_model")
         positive(self, "seq_length")
+        share = self.max_truncated_share
+        require(0 <= share <= 1, f"--max-truncated-share {share}: is a share, between 0 and 1")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import UnsetType, structs
 
 from megatron_ssft.config import SSFTConfig
+from megatron_ssft.data.account import account
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
 from megatron_ssft.formats.metrics import METRICS, SSFTMetrics
@@ -99,6 +100,7 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
         return {
             **matching_figures(matched.assignments),
             "pad_lower_bound": planned.plan.pad_lower_bound,
+            "truncated_share": truncated_share(planned.batch),
             "sequence_tokens": sum(s.num_tokens for s in planned.plan.sequences),
             "epoch": planned.batch.visits[0].epoch,
             "matching_seconds": matched.seconds,
@@ -180,5 +182,18 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
     def introduction(self) -> str:
         return f"{len(self.sets.train)} questions, {int(self.sets.train.trace_counts.sum())} traces"
 
+    def notes(self) -> Sequence[str]:
+        data, seq_length = self.config.data, self.config.run.tokenizer.seq_length
+        lines = account(self.sets.train.summary, data, seq_length)
+        if self.sets.held_out is not None:
+            held_out = account(self.sets.held_out.summary, data, seq_length)
+            lines += [f"held-out data: {line}" for line in held_out]
+        return lines
+
     def line(self, row: Mapping[str, object]) -> str:
         return step_line(row)
+
+
+def truncated_share(batch: QuestionBatch) -> float:
+    """Share of a batch's traces that lost their end to --seq-length."""
+    return sum(s.truncated for s in batch.sets) / sum(s.num_traces for s in batch.sets)

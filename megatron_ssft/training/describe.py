@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
+from megatron_ssft.data.account import account
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.objectives.sets import build_queue, make_batch, prepare_data
@@ -42,8 +43,12 @@ def describe(config: SSFTConfig) -> str:
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
-        dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
-        lines += _data_lines(dataset)
+        folders = prepare_data(config, vocabulary)
+        dataset = SetDataset.open(Path(folders["train"]))
+        lines += _data_lines(config, dataset)
+        if "eval" in folders:
+            held_out = SetDataset.open(Path(folders["eval"]))
+            lines += [f"held-out {line}" for line in _data_lines(config, held_out)]
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
@@ -51,12 +56,14 @@ def describe(config: SSFTConfig) -> str:
     return "\n".join(lines)
 
 
-def _data_lines(dataset: SetDataset) -> list[str]:
+def _data_lines(config: SSFTConfig, dataset: SetDataset) -> list[str]:
     counts = dataset.trace_counts.tolist()
     return [
         f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} per question "
         f"(median {statistics.median(counts):g})",
-        "data summary: " + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items()),
+        "data summary: "
+        + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items() if key != "length_quantiles"),
+        *account(dataset.summary, config.data, config.run.tokenizer.seq_length),
     ]
 
 
