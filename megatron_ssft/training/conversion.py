@@ -34,6 +34,7 @@ from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.folder_lease import hold_folder
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.startup import complete_values
+from megatron_ssft.training.weights import rows_remark
 
 
 def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
@@ -46,6 +47,9 @@ def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     config, topology, vocabulary, engine = _start(source, {"bf16": bf16} | options)
     load_hf_weights(engine, source)
     initialize_forking_rows(engine.chunks, vocabulary, config.start, config.run.training.seed)
+    remark = rows_remark(vocabulary, source)
+    if remark is not None:
+        _say(topology, remark)
     with hold_folder(target, topology):
         on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
         folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))

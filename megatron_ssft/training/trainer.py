@@ -38,7 +38,7 @@ from megatron_ssft.training.resume import (
     run_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
-from megatron_ssft.training.weights import take_weights
+from megatron_ssft.training.weights import rows_remark, take_weights
 
 
 class Trainer:
@@ -181,6 +181,9 @@ class Trainer:
             write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
         log.say(f"{self.objective.introduction()} | {self._describe_job()}")
         log.say(self._describe_layout())
+        load = self.config.run.checkpoint.load
+        if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
+            log.say(remark)
         for note in self.objective.notes():
             log.say(note)
 
