@@ -105,8 +105,12 @@ def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: T
         def find() -> bool:
             if (run / ASSETS).is_dir():
                 return True
-            trained = read_config_file(str(run / "config.yaml")).get("seq_length", config.tokenizer.seq_length)
-            tokenizer = dataclasses.replace(config.tokenizer, seq_length=trained)
+            trained = read_config_file(str(run / "config.yaml"))
+            tokenizer = dataclasses.replace(
+                config.tokenizer,
+                seq_length=trained.get("seq_length", config.tokenizer.seq_length),
+                max_position_embeddings=trained.get("max_position_embeddings"),
+            )
             try:
                 write_scratch_assets(
                     dataclasses.replace(config, tokenizer=tokenizer), vocabulary.tokenizer, vocabulary.size, assets

@@ -13,7 +13,7 @@ from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
-from megatron_ssft.hf.assets import copy_assets
+from megatron_ssft.hf.assets import copy_assets, extend_positions
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
@@ -117,6 +117,7 @@ def keep_assets(config: TrainingRun) -> None:
     try:
         if not config.run.checkpoint.continues_in_place or (exporting and not target.is_dir()):
             _place_assets(config, target)
+        extend_positions(target, config.run.tokenizer.max_position_embeddings)
         if exporting and config.run.tokenizer.tokenizer_type != "HuggingFaceTokenizer":
             # Found out before the training rather than after it.
             settings = config.run.tokenizer
@@ -132,10 +133,18 @@ def _place_assets(config: TrainingRun, target: Path) -> None:
         source = Path(config.run.checkpoint.load)
         source = source if is_hf_folder(source) else source / ASSETS
         if source.is_dir():
-            copy_assets(source, target)
+            copy_assets(source, target, _own_tokenizer(config))
             return
     vocabulary = build_vocabulary(config.run, config.start)
     write_scratch_assets(config.run, vocabulary.tokenizer, vocabulary.size, target)
+
+
+def _own_tokenizer(config: TrainingRun) -> Path | None:
+    """The folder of the run's Hugging Face tokenizer, where it has one."""
+    settings = config.run.tokenizer
+    if settings.tokenizer_type != "HuggingFaceTokenizer" or settings.tokenizer_model is None:
+        return None
+    return Path(settings.tokenizer_model)
 
 
 def refuse_occupied_folder(config: TrainingRun) -> None:

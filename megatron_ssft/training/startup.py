@@ -40,7 +40,8 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"--load {folder}: no such folder")
     if is_hf_folder(folder):
-        shape = model_values(read_hf_config(folder), str(folder / "config.json"))
+        hf_config = read_hf_config(folder)
+        shape = model_values(hf_config, str(folder / "config.json"))
         for name, value in shape.items():
             given = values.get(name)
             if given is not None and given != value:
@@ -48,7 +49,8 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
                     f"--{name.replace('_', '-')} {given} contradicts {folder / 'config.json'}, which has {value}; "
                     "the shape comes from there, drop the flag"
                 )
-        values = {k: v for k, v in shape.items() if v is not None} | {k: v for k, v in values.items() if v is not None}
+        values = {k: v for k, v in values.items() if v is not None}
+        values = {k: v for k, v in shape.items() if v is not None} | positions_of(hf_config) | values
         if "tokenizer_type" not in values and "tokenizer_model" not in values:
             kind, path = find_tokenizer(folder)
             values |= {"tokenizer_type": kind, "tokenizer_model": str(path)}
@@ -57,11 +59,30 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     if stored.is_file():
         proposed = read_config_file(str(stored))
         of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
-        values = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER} | values
+        shape = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER}
+        values = shape | _positions_of_run(folder, proposed, values) | values
     tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
     if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
         values = values | {"tokenizer_model": str(own)}  # the run was moved, or what it started from is gone
     return values
+
+
+def positions_of(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The value of --max-position-embeddings that a config.json proposes, if it does."""
+    most = hf_config.get("max_position_embeddings")
+    return {"max_position_embeddings": most} if type(most) is int and most > 0 else {}
+
+
+def _positions_of_run(folder: Path, proposed: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run: what its config.yaml says; else, for another run than itself, what it was trained for."""
+    if proposed.get("max_position_embeddings") is not None:
+        return {"max_position_embeddings": proposed["max_position_embeddings"]}
+    save = values.get("save")
+    if save is not None and Path(str(save)).resolve() == folder.resolve():
+        return {}
+    if is_hf_folder(folder / ASSETS):
+        return positions_of(read_hf_config(folder / ASSETS))
+    return {"max_position_embeddings": proposed["seq_length"]} if "seq_length" in proposed else {}
 
 
 def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:

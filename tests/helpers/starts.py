@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 from tests.helpers.bad_input import flags, start
 
@@ -26,11 +27,31 @@ def starts(folder, cases):
     results = {}
     for name, changes in cases.items():
         changes = dict(changes)
-        folder_of_case = changes.pop("folder", folder)
-        results[name] = start(flags(folder_of_case, **changes))
+        words = flags(changes.pop("folder", folder), **changes)
+        results[name] = start(words)
         if dist.is_initialized():
             destroy_topology()
     return results
+
+
+def start_again(config, **changes):
+    """(status, stdout, stderr) of `train --config FILE` with more flags; in the folder `cwd`, if given."""
+    import torch.distributed as dist
+
+    from megatron_ssft.parallel.topology import destroy_topology
+
+    before, cwd = os.getcwd(), changes.pop("cwd", None)
+    words = [] if config is None else ["--config", str(config)]
+    for name, value in changes.items():
+        words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    try:
+        os.chdir(cwd or before)
+        result = start(words)
+    finally:
+        os.chdir(before)
+    if dist.is_initialized():
+        destroy_topology()
+    return result
 
 
 def metrics_of(run):
