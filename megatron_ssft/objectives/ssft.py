@@ -20,7 +20,7 @@ from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.set_matching import Matched, SetMatching, matching_figures
-from megatron_ssft.objectives.sets import TrainingSets
+from megatron_ssft.objectives.sets import TrainingSets, build_queue
 from megatron_ssft.objectives.step_lines import step_line
 from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology
@@ -151,6 +151,15 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
     def train_iters(self, iteration: int) -> int:
         """--train-iters, else as many steps as the epochs have; the batch size may have changed since the start."""
         return self.config.run.training.train_iters or iteration + self.sets.queue.remaining_batches()
+
+    def train_iters_under(self, config: SSFTConfig, state: RunState) -> int:
+        """The same of another configuration, from a checkpoint on."""
+        if config.run.training.train_iters is not None:
+            return config.run.training.train_iters
+        assert isinstance(state, SSFTState)
+        queue = build_queue(config, self.sets.train)
+        queue.load_state_dict(state.queue)
+        return state.iteration + queue.remaining_batches()
 
     @property
     def fingerprint(self) -> str:

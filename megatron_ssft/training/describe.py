@@ -10,6 +10,9 @@ from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.account import account
 from megatron_ssft.data.cache import SetDataset
+from megatron_ssft.formats.run_folder import STATE, checkpoint_folder, find_latest
+from megatron_ssft.formats.train_state import read_train_state
+from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.objectives.sets import build_queue, make_batch, prepare_data
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
@@ -18,6 +21,7 @@ from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.lr_schedule import warmup_iterations
+from megatron_ssft.training.origin import check_origin, origin_line
 
 
 def print_description(text: str) -> None:
@@ -38,8 +42,9 @@ def described_world_size(config: RunConfig) -> int:
 def describe(config: SSFTConfig) -> str:
     """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
     world_size = described_world_size(config.run)
+    check_origin(config.run.checkpoint)
     vocabulary = build_vocabulary(config.run, config.start)
-    lines = [to_yaml(config), "# what follows from it"]
+    lines = [to_yaml(config), "# what follows from it", origin_line(config.run, _resumed_at(config))]
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
@@ -54,6 +59,15 @@ def describe(config: SSFTConfig) -> str:
         lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
         lines += _step_lines(config, dataset, vocabulary, world_size)
     return "\n".join(lines)
+
+
+def _resumed_at(config: SSFTConfig) -> int | None:
+    """The step of the checkpoint that the run would go on from; None: it would begin. Raises UserError."""
+    load = config.run.checkpoint.load
+    if load is None or is_hf_folder(Path(load)) or config.start.finetune:
+        return None
+    iteration = find_latest(Path(load))
+    return iteration if read_train_state(checkpoint_folder(Path(load), iteration) / STATE).has_optimizer else None
 
 
 def _data_lines(config: SSFTConfig, dataset: SetDataset) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from msgspec import structs
 
 from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
+from megatron_ssft.config.flags import with_absolute_paths
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
@@ -18,6 +19,7 @@ from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
+from megatron_ssft.training.origin import Origin
 
 
 def run_state(config: RunConfig, vocabulary: Vocabulary, iteration: int, data: str) -> RunState:
@@ -87,12 +89,29 @@ def refuse_other_run(run: Path, stored: RunState, ours: RunState, otherwise: str
         )
 
 
-def resumable(config: TrainingRun) -> TrainingRun:
-    """The configuration as a later run needs it: how this one was started (--load, --finetune) is left out."""
-    run = dataclasses.replace(config.run, checkpoint=dataclasses.replace(config.run.checkpoint, load=None))
+def refuse_past_end(config: RunConfig, run: Path, iteration: int) -> None:
+    """Raise UserError where a run is to end before the checkpoint that it goes on from."""
+    planned = config.training.train_iters
+    if planned is not None and planned < iteration:
+        raise UserError(
+            f"--train-iters {planned}: the checkpoint in {run} is of step {iteration}, past that end; give at least "
+            f"{iteration}, or another --load"
+        )
+
+
+def resumable(config: TrainingRun, origin: Origin) -> TrainingRun:
+    """The configuration as a later start needs it, from any working directory.
+
+    How this one was started (--load, --finetune) is left out; where its weights came from stands in it.
+    """
+    checkpoint = dataclasses.replace(
+        config.run.checkpoint, load=None, origin=origin.folder, origin_fingerprint=origin.fingerprint
+    )
+    run = dataclasses.replace(config.run, checkpoint=checkpoint)
     if isinstance(config, SSFTConfig):
-        return dataclasses.replace(config, run=run, start=dataclasses.replace(config.start, finetune=False))
-    return dataclasses.replace(config, run=run)
+        start = dataclasses.replace(config.start, finetune=False)
+        return with_absolute_paths(dataclasses.replace(config, run=run, start=start))
+    return with_absolute_paths(dataclasses.replace(config, run=run))
 
 
 def check_writable(config: TrainingRun) -> None:

@@ -21,6 +21,7 @@ _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model")
+_ORIGIN = ("origin", "origin_fingerprint")
 _LAYOUT = (
     *(field.name for field in dataclasses.fields(ParallelConfig)),
     *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
@@ -31,9 +32,37 @@ _LAYOUT = (
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     """The given configuration values, completed by what the folder named by `load` fixes.
 
-    A Hugging Face folder fixes the model's shape (a value that contradicts it is refused) and proposes its tokenizer;
-    a run of ours proposes shape, tokenizer and tags as its config.yaml has them. Raises UserError.
+    Without `load` that is the recorded origin of the weights, if there is one. A Hugging Face folder fixes the model's
+    shape (a value that contradicts it is refused) and proposes its tokenizer; a run of ours proposes shape, tokenizer
+    and tags as its config.yaml has them. Raises UserError.
     """
+    values = _from_origin(values)
+    load = values.get("load")
+    if load is not None and load == values.get("origin") and not is_hf_folder(Path(str(load))):
+        values = values | {"finetune": True}  # its weights alone, as then
+    return _complete(values)
+
+
+def _from_origin(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the recorded origin as `load`, unless another is given, which then is the origin.
+
+    Raises UserError where the origin is gone.
+    """
+    origin = values.get("origin")
+    if values.get("load") is not None:
+        return {name: value for name, value in values.items() if name not in _ORIGIN}
+    if origin is None:
+        return values
+    if not Path(str(origin)).is_dir():
+        raise UserError(
+            f"--origin {origin}: no such folder, and the weights of this configuration come from there; put it back, "
+            "or name other weights with --load"
+        )
+    return values | {"load": origin}
+
+
+def _complete(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, completed by the folder that is loaded. Raises UserError."""
     if values.get("load") is None:
         return values
     folder = Path(str(values["load"]))
@@ -60,6 +89,8 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
         proposed = read_config_file(str(stored))
         of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
         shape = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER}
+        if not values.get("finetune"):  # it may go on, and then began where the run did
+            shape |= {k: v for k, v in proposed.items() if k in _ORIGIN}
         values = shape | _positions_of_run(folder, proposed, values) | values
     tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
     if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
@@ -90,12 +121,13 @@ def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError.
     """
+    values = _from_origin(values)
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
     if values.get("train_iters") is None:
         raise UserError("--train-iters is required: the number of optimizer steps")
     load = Path(str(values["load"]))
-    values = complete_values(values)
+    values = _complete(values)
     if is_hf_folder(load):
         values = _complete_tags(values, load)
         proposed = {}
