@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ssft.config import ModelConfig, ParallelConfig
+from megatron_ssft.config import GFPOConfig, ModelConfig, ParallelConfig
 from megatron_ssft.config.flags import read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
@@ -135,7 +135,11 @@ def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
         _check_run(load)
         proposed = read_config_file(str(load / "config.yaml"))
     _check_neighbours(values, load, started_here="objective" in proposed)
-    return {name: value for name, value in proposed.items() if name in _LAYOUT} | values
+    values = {name: value for name, value in proposed.items() if name in _LAYOUT} | values
+    most = values.get("max_position_embeddings")
+    if values.get("seq_length") is None and most is not None and most < GFPOConfig.defaults["seq_length"]:
+        values["seq_length"] = most  # a limit that nothing is cut to: what is longer is refused by name
+    return values
 
 
 def _check_run(folder: Path) -> None:

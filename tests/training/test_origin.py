@@ -171,3 +171,22 @@ def test_relative_paths_are_resolved(folder):
     assert settings["data_path"] == [str(folder / "train.jsonl")] and settings["save"] == str(folder / "runs/here")
     assert settings["data_cache_path"] == str(folder / "cache") and not any((folder / "elsewhere").iterdir())
     assert len(metrics_of(folder / "runs/here")) == 3
+
+
+def import_and_train(folder, source):
+    """An imported run's configuration, used without --load."""
+    from tests.helpers.conversions import import_hf
+
+    folder = Path(folder)
+    import_hf(source, folder / "imported", {"num_forking_tokens": 4, "no_verify": True})
+    flags = {"data_path": folder / "train.jsonl", "data_cache_path": folder / "cache", "seq_length": 64, "lr": 1e-3}
+    flags |= {"train_iters": 1, "global_batch_size": 8, "save": folder / "of import"}
+    return start_again(folder / "imported" / "config.yaml", **flags)
+
+
+def test_an_import_names_its_origin_too(folder):
+    source = folder / "other"
+    result = run_ranks(1, import_and_train, str(folder), str(source))[0]
+    line = first_line({"import": result}, "import")
+    assert line.startswith(f"weights: from the Hugging Face folder {source} (fingerprint ")
+    assert config(folder, "imported")["origin_fingerprint"] == model_fingerprint(source)
