@@ -57,6 +57,8 @@ class TokenizedSet:
     """M arrays int32 [L_j]: trace, answer where given, end-of-turn token (absent where truncated)."""
     sources: tuple[str | None, ...]
     """M teacher names, for reports."""
+    truncated: int = 0
+    """How many of the traces lost their end to --seq-length."""
 
     @property
     def num_traces(self) -> int:

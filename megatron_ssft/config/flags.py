@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ from megatron_ssft.errors import UserError
 
 T = TypeVar("T")
 C = TypeVar("C", SSFTConfig, GFPOConfig, ConversionConfig)
+P = TypeVar("P", bound=ProgramConfig)
 PROGRAMS: tuple[type[ProgramConfig], ...] = (SSFTConfig, GFPOConfig, ConversionConfig)
 
 
@@ -174,6 +177,28 @@ def flat(config: ProgramConfig) -> dict[str, dict[str, Any]]:
     values = dataclasses.asdict(config)
     run = values.pop("run")
     return run | values
+
+
+def fields_in(config: ProgramConfig) -> dict[str, tuple[str, FlagField]]:
+    """`fields_of` a configuration's own program."""
+    return fields_of(type(config))
+
+
+def section_of(config: ProgramConfig, section: str) -> Any:
+    """The dataclass of a section, by its name."""
+    return getattr(config, section) if hasattr(config, section) else getattr(config.run, section)
+
+
+def with_absolute_paths(config: P) -> P:
+    """A copy in which every path is seen from the root, so that it means the same in another working directory."""
+    resolved = copy.deepcopy(config)
+    for name, (section, field) in fields_in(resolved).items():
+        part = section_of(resolved, section)
+        value = getattr(part, name)
+        if field.flag.path and value is not None:
+            absolute = [os.path.abspath(path) for path in value] if field.many else os.path.abspath(value)
+            setattr(part, name, absolute)
+    return resolved
 
 
 def to_yaml(config: ProgramConfig) -> str:

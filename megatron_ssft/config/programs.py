@@ -87,6 +87,16 @@ def check_context_parallel(run: RunConfig) -> None:
     )
 
 
+def check_positions(tokenizer: TokenizerConfig) -> None:
+    """Raise UserError for sequences longer than the model is for."""
+    most = tokenizer.max_position_embeddings
+    require(
+        most is None or tokenizer.seq_length <= most,
+        f"--seq-length {tokenizer.seq_length}: the model is for up to {most} positions; shorten it, or give "
+        f"--max-position-embeddings {tokenizer.seq_length} to train it for more, which its exports then say",
+    )
+
+
 def check_schedule(training: TrainingConfig, train_iters: int) -> None:
     """Raise UserError for a learning rate that never gets where it is told to go."""
     warmup, decay = training.lr_warmup_iters, training.lr_decay_iters
@@ -116,6 +126,7 @@ class SSFTConfig:
     def __post_init__(self) -> None:
         """Checks that span sections."""
         check_context_parallel(self.run)
+        check_positions(self.run.tokenizer)
         require(
             (self.run.training.train_iters is None) != (self.batches.train_epochs is None),
             "give exactly one of --train-iters and --train-epochs",
@@ -149,6 +160,7 @@ class GFPOConfig:
     def __post_init__(self) -> None:
         """Checks that span sections."""
         run, policy = self.run, self.policy
+        check_positions(run.tokenizer)
         context = run.parallel.context_parallel_size
         require(
             context == 1,

@@ -18,6 +18,11 @@ class CheckpointConfig:
     load: PathText | None = None
     """Folder of a run to continue (with the same --save its logs go on where the checkpoint was taken), or a Hugging
     Face folder to start from."""
+    origin: PathText | None = None
+    """Folder that the run's weights came from. A run writes it into its config.yaml, which starts there again where no
+    --load is given."""
+    origin_fingerprint: str | None = None
+    """What the weights in --origin must be; a run writes it into its config.yaml."""
     save_interval: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     export_hf_at_save: bool = False
@@ -27,6 +32,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         positive(self, "save_interval")
+        only_where(self, self.origin is not None, "without --origin", "origin_fingerprint")
         require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
         only_where(self, self.export_hf_at_save, "without --export-hf-at-save", "verify_hf")
         require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")

@@ -18,6 +18,12 @@ class TokenizerConfig:
     """SentencePiece model file or Hugging Face folder."""
     seq_length: int = 2048
     """Longest sequence (prompt, tag and completion) in tokens."""
+    max_position_embeddings: int | None = None
+    """Longest sequence that the model is for, written into its exports; default: as the loaded model's config.json
+    says, else --seq-length. --seq-length must not be longer: a larger number asks for that."""
+    max_truncated_share: float = 0.5
+    """Refuse data of which more than this share of the traces (of the stored completions, in policy learning) lost its
+    end to a limit of length; 1: never."""
 
     def __post_init__(self) -> None:
         choice(
@@ -33,7 +39,9 @@ class TokenizerConfig:
         )
         own = self.tokenizer_type == "CharTokenizer"
         only_where(self, not own, "with --tokenizer-type CharTokenizer", "tokenizer_model")
-        positive(self, "seq_length")
+        positive(self, "seq_length", "max_position_embeddings")
+        share = self.max_truncated_share
+        require(0 <= share <= 1, f"--max-truncated-share {share}: is a share, between 0 and 1")
 
 
 @dataclass

@@ -36,7 +36,7 @@ from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _DTYPES: dict[str, np.dtype] = {
     "tokens": np.dtype(np.int32),
     "offsets": np.dtype(np.int64),
@@ -60,6 +60,11 @@ class DataSummary:
     questions_dropped_overlong: int
     total_tokens: int
     longest_sequence: int
+    length_quantiles: list[int]
+    traces_repeated: int
+    answers_joined: int
+    questions_without_template: int
+    questions_in_thought: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class CacheIndex:
     ids: list[str]
     sources: list[list[str | None]]
     """For each question the teachers of its traces."""
+    truncated: list[int]
+    """For each question how many of its traces lost their end."""
 
 
 Arrays = dict[str, np.ndarray]
@@ -122,6 +129,7 @@ class SetDataset:
             prompt_ids=prompt_ids,
             completion_ids=tuple(completion_ids),
             sources=tuple(index.sources[q]),
+            truncated=index.truncated[q],
         )
 
     def __iter__(self) -> Iterator[TokenizedSet]:
@@ -246,6 +254,7 @@ def _write_files(folder: Path, sets: list[TokenizedSet], fingerprint: str, summa
         lines=[s.line for s in sets],
         ids=[s.id for s in sets],
         sources=[list(s.sources) for s in sets],
+        truncated=[s.truncated for s in sets],
     )
     with open(folder / _INDEX, "w", encoding="utf-8") as file:
         json.dump(vars(index) | {"summary": vars(summary)}, file)

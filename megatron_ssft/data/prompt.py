@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.records import ForkingTokens, SetExample, TokenizedSet, Trace
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
+
+_THOUGHT = re.compile(r"(<think>|\[THINK\])$", re.IGNORECASE)
+"""Opens a thought, in the words of the families that have one."""
+_TAIL = 32
+"""Tokens of a prompt that are looked at for it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,17 @@ class TokenizationReport:
     """Prompts, once each, and completions."""
     longest_sequence: int
     """Prompt, longest tag and completion."""
+    length_quantiles: list[int]
+    """Entry k: the --seq-length at which k percent of the traces keep their end, for k = 0 to 100. Dropped ones count
+    too."""
+    traces_repeated: int
+    """Traces that, as they are trained, equal an earlier one of their question."""
+    answers_joined: int
+    """Traces with an answer that the data keeps apart."""
+    questions_without_template: int
+    """Questions of chat turns that no template renders."""
+    questions_in_thought: int
+    """Questions whose rendered prompt ends with an opened <think>."""
 
 
 def encode_prompt(example: SetExample, tokenizer: Tokenizer) -> list[int]:
@@ -89,10 +107,11 @@ def tokenize_examples(
     wrong = WrongRows()
     counts: Counter[str] = Counter()
     sets: list[TokenizedSet] = []
+    lengths: list[int] = []
     longest_tag = max(len(ids) for ids in tags.ids)
     for done, example in enumerate(examples, start=1):
         try:
-            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, seq_length, counts)
+            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, seq_length, counts, lengths)
         except UserError as error:
             wrong.add(example.file, example.line, error)
         else:
@@ -115,7 +134,18 @@ def tokenize_examples(
         questions_dropped_overlong=len(examples) - len(sets),
         total_tokens=sum(len(a) for s in sets for a in (s.prompt_ids, *s.completion_ids)),
         longest_sequence=max(len(s.prompt_ids) + longest_tag + len(c) for s in sets for c in s.completion_ids),
+        length_quantiles=_quantiles(lengths),
+        traces_repeated=counts["repeated"],
+        answers_joined=counts["answers"],
+        questions_without_template=counts["without template"],
+        questions_in_thought=counts["in thought"],
     )
+
+
+def _quantiles(lengths: list[int]) -> list[int]:
+    """Of at least k percent of the lengths entry k is an upper bound, for k = 0 to 100."""
+    ascending = sorted(lengths)
+    return [ascending[max(0, math.ceil(k * len(ascending) / 100) - 1)] for k in range(101)]
 
 
 def _tokenize_set(
@@ -125,9 +155,14 @@ def _tokenize_set(
     data: DataConfig,
     seq_length: int,
     counts: Counter[str],
+    lengths: list[int],
 ) -> TokenizedSet:
-    """One set under the --seq-length rule, maybe without traces under `drop`. Raises RowError."""
+    """One set under the --seq-length rule, maybe without traces under `drop`. Raises RowError.
+
+    What happens is added to `counts`, the length that each trace needs to `lengths`.
+    """
     prompt = encode_prompt(example, tokenizer)
+    _count_rendering(example, prompt, tokenizer, counts)
     room = seq_length - len(prompt) - longest_tag
     if not prompt:
         raise RowError(f"the tokenizer makes no token of the prompt of question {example.id!r}")
@@ -136,9 +171,11 @@ def _tokenize_set(
             f"prompt of question {example.id!r} is {len(prompt)} tokens, with its tag it leaves no room in "
             f"--seq-length {seq_length}; raise --seq-length or remove the row"
         )
-    completions, sources = [], []
+    completions, sources, truncated = [], [], 0
     for number, trace in enumerate(example.traces, start=1):
         completion = encode_completion(trace, tokenizer, data.answer_separator)
+        counts["answers"] += bool(trace.answer)
+        lengths.append(seq_length - room + len(completion))
         if len(completion) == 1:
             raise RowError(f"the tokenizer makes no token of trace {number} of question {example.id!r}")
         if len(completion) > room:
@@ -152,8 +189,10 @@ def _tokenize_set(
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += 1
+            truncated += 1
         completions.append(np.array(completion[:room], dtype=np.int32))
         sources.append(trace.source)
+    counts["repeated"] += len(completions) - len({completion.tobytes() for completion in completions})
     return TokenizedSet(
         id=example.id,
         file=example.file,
@@ -161,4 +200,15 @@ def _tokenize_set(
         prompt_ids=np.array(prompt, dtype=np.int32),
         completion_ids=tuple(completions),
         sources=tuple(sources),
+        truncated=truncated,
     )
+
+
+def _count_rendering(example: SetExample, prompt: list[int], tokenizer: Tokenizer, counts: Counter[str]) -> None:
+    """Count a question of chat turns that has no template, or one that opens a thought before the tag."""
+    if example.messages is None:
+        return
+    if not tokenizer.has_template:
+        counts["without template"] += 1
+    elif _THOUGHT.search(tokenizer.decode(prompt[-_TAIL:]).rstrip()):
+        counts["in thought"] += 1

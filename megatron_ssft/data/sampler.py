@@ -172,7 +172,8 @@ class QuestionQueue:
         """Go on where `state_dict` was taken. Batch size, look-ahead and number of epochs may differ.
 
         Raises:
-            UserError: the state belongs to other data or another seed: its order of questions is not this one.
+            UserError: the state belongs to other data or another seed: its order of questions is not this one; or it
+                lies behind the last of the epochs.
         """
         for stored, current, text in (
             (state["num_questions"], len(self._counts), "{} questions"),
@@ -183,5 +184,13 @@ class QuestionQueue:
                     f"the checkpoint's data order was drawn for {text.format(stored)}, this run has "
                     f"{text.format(current)}: resume with the same data and seed, or start anew with --finetune"
                 )
+        used = state["epoch"] * len(self._counts) + state["cursor"] - len(state["waiting"])
+        if self._num_epochs is not None and used > self._num_epochs * len(self._counts):
+            raise UserError(
+                f"--train-epochs {self._num_epochs}: the checkpoint has used {used} questions of epochs of "
+                f"{len(self._counts)}, past that end; give more epochs, or another --load"
+            )
         self._epoch, self._cursor = state["epoch"], state["cursor"]
-        self._waiting = [QuestionVisit(index=index, epoch=epoch) for index, epoch in state["waiting"]]
+        waiting = [QuestionVisit(index=index, epoch=epoch) for index, epoch in state["waiting"]]
+        # The window may have reached into epochs that there are none of any more.
+        self._waiting = [v for v in waiting if self._num_epochs is None or v.epoch < self._num_epochs]

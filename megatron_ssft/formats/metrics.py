@@ -39,6 +39,8 @@ class SSFTMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     questions: int
     trained_sequences: int
     trained_tokens: int
+    truncated_share: Optional = UNSET
+    """Share of the step's traces that lost their end to --seq-length. Earlier versions did not write it."""
     sequence_tokens: int
     epoch: int
     """0-based, of the step's first question."""
@@ -92,6 +94,8 @@ class GFPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     makespan_over_bound: float
     trained_sequences: int
     trained_tokens: int
+    truncated_share: Optional = UNSET
+    """Share of the samples behind the step that ended at their token limit. Earlier versions did not write it."""
     seconds: float
     training_flops: Optional = UNSET
     scoring_flops: Optional = UNSET
@@ -119,6 +123,8 @@ class GRPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     makespan_over_bound: float
     trained_sequences: int
     trained_tokens: int
+    truncated_share: Optional = UNSET
+    """Share of the samples behind the step that ended at their token limit. Earlier versions did not write it."""
     seconds: float
     training_flops: Optional = UNSET
     scoring_flops: Optional = UNSET

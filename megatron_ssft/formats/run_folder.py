@@ -8,12 +8,17 @@ import shutil
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import write_durably
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "train_state.json"
 """In a checkpoint's folder, written last: a checkpoint without it is not complete."""
 ASSETS = "hf"
 """In a run: the Hugging Face files besides weights. In a checkpoint: its export."""
+CONFIG = "config.yaml"
+"""The configuration of the newest start."""
+CONFIGS = "configs"
+"""Those of all starts, numbered."""
 POLICY = "policy.jsonl"
 FINISHED = "finished.json"
 
@@ -44,6 +49,36 @@ def latest_checkpoint(run: Path) -> int | None:
     tracker = run / TRACKER
     text = tracker.read_bytes().strip() if tracker.is_file() else b""
     return int(text) if text.isdigit() and int(text) in complete else complete[-1]
+
+
+def store_config(run: Path, iteration: int, text: str) -> None:
+    """Write the configuration of a start at a step; those of earlier starts stay. Raises OSError."""
+    folder = run / CONFIGS
+    folder.mkdir(exist_ok=True)
+    number = max((number for number, _, _ in _stored_configs(run)), default=0) + 1
+    write_durably(folder / f"{number:04d}_from_step_{iteration:07d}.yaml", text)
+    write_durably(run / CONFIG, text)
+
+
+def config_before(run: Path, iteration: int) -> Path | None:
+    """The configuration of the start that trained a step; None where the folder has none.
+
+    A start at that step, or a later one, did not.
+    """
+    earlier = [path for _, step, path in _stored_configs(run) if step < iteration]
+    if earlier:
+        return earlier[-1]
+    return run / CONFIG if (run / CONFIG).is_file() else None
+
+
+def _stored_configs(run: Path) -> list[tuple[int, int, Path]]:
+    """(number, step, file) of every start, ascending."""
+    folder = run / CONFIGS
+    return sorted(
+        (int(match[1]), int(match[2]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"(\d{4,9})_from_step_(\d{7,12})\.yaml", path.name))
+    )
 
 
 def clear_leftovers(run: Path) -> None:

@@ -35,20 +35,28 @@ _ASSETS = (
 )
 
 
-def copy_assets(hf_dir: Path, target: Path) -> None:
+def copy_assets(hf_dir: Path, target: Path, tokenizer_dir: Path | None = None) -> None:
     """Replace folder `target` by the assets of `hf_dir`, with a tokenizer.json whatever form its tokenizer has.
+
+    `tokenizer_dir`: the folder of the tokenizer, where it is not the one of `hf_dir`.
 
     Nothing happens where both are the same folder. Raises UserError for a folder without config.json, damaged files,
     a tokenizer that cannot be written as tokenizer.json, and disk trouble.
     """
     hf_dir, target = Path(hf_dir), Path(target)
     read_json(hf_dir / "config.json")
+    if tokenizer_dir is not None and tokenizer_dir.resolve() in (hf_dir.resolve(), target.resolve()):
+        tokenizer_dir = None
     if target.is_dir() and target.samefile(hf_dir):
         return
     try:
         with new_folder(target) as fresh:
-            copy_files(hf_dir, fresh)
-            ensure_tokenizer_json(fresh, hf_dir)
+            if tokenizer_dir is None:
+                copy_files(hf_dir, fresh)
+            else:
+                copy_matching(hf_dir, fresh, tuple(name for name in _ASSETS if name not in TOKENIZER_FILES))
+                copy_matching(tokenizer_dir, fresh, TOKENIZER_FILES)
+            ensure_tokenizer_json(fresh, tokenizer_dir or hf_dir)
     except OSError as error:
         raise UserError(f"{target}: cannot copy the files of {hf_dir}: {error.strerror or error}") from error
 
@@ -60,6 +68,7 @@ def write_assets(
     vocab_size: int,
     torch_dtype: str,
     tied: bool | None = None,
+    end_id: int | None = None,
 ) -> None:
     """Write the assets of `source` into folder `target`, whose other files stay, as they belong to an export.
 
@@ -71,6 +80,7 @@ def write_assets(
         vocab_size: rows of the exported embedding.
         torch_dtype: of the exported weights, e.g. `bfloat16`.
         tied: whether the output head is the embedding; None: as `source` says.
+        end_id: the token that ends every trace in training, at which generation must stop; None: as `source` says.
 
     Raises:
         UserError: what `copy_assets` raises; the tokenizer cannot give the tags these ids; or, read back, it does not
@@ -85,6 +95,8 @@ def write_assets(
             fresh = Path(parent) / "assets"
             copy_assets(source, fresh)
             _update_config(fresh / "config.json", vocab_size, torch_dtype, tied)
+            if end_id is not None:
+                _stop_at(fresh, end_id)
             if tags is not None:
                 if max(max(ids) for ids in tags.ids) >= vocab_size:
                     raise UserError(f"{source}: forking tokens {tags.ids} do not fit an embedding of {vocab_size} rows")
@@ -129,3 +141,34 @@ def _update_config(path: Path, vocab_size: int, torch_dtype: str, tied: bool | N
         updated["tie_word_embeddings"] = tied
     if updated != config:
         write_json(path, updated)
+
+
+def _stop_at(folder: Path, end_id: int) -> None:
+    """Put a token among those at which config.json and generation_config.json stop; the others stay."""
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if not path.is_file():  # without generation_config.json, transformers takes the ends of config.json
+            continue
+        config = read_json(path)
+        stored = config.get("eos_token_id")
+        ends = stored if isinstance(stored, list) else [] if stored is None else [stored]
+        if end_id not in ends:
+            write_json(path, {**config, "eos_token_id": [end_id, *ends] if ends else end_id})
+
+
+def extend_positions(folder: Path, positions: int | None) -> None:
+    """Write the longest sequence into the assets of a run, where they name another; None: as they say.
+
+    Raises UserError and OSError.
+    """
+    path = folder / "config.json"
+    if positions is None or not path.is_file():
+        return
+    config = read_json(path)
+    if config.get("max_position_embeddings") != positions:
+        write_json(path, {**config, "max_position_embeddings": positions})
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    limit = settings.get("model_max_length")
+    if isinstance(limit, int | float) and limit < positions:
+        write_json(path, {**settings, "model_max_length": positions})

@@ -55,7 +55,7 @@ def hf_config(model: ModelConfig, vocab_size: int, max_positions: int, torch_dty
 
     Args:
         vocab_size: rows of the embedding in use.
-        max_positions: longest sequence that the model was trained on.
+        max_positions: longest sequence that the model is for.
         torch_dtype: of the weights, e.g. `bfloat16`.
 
     Raises:
@@ -105,7 +105,8 @@ def write_scratch_assets(config: RunConfig, tokenizer: Tokenizer, vocab_size: in
         OSError: they cannot be written.
     """
     dtype = "bfloat16" if config.parallel.bf16 else "float32"
-    settings = hf_config(config.model, vocab_size, config.tokenizer.seq_length, dtype)
+    positions = config.tokenizer.max_position_embeddings or config.tokenizer.seq_length
+    settings = hf_config(config.model, vocab_size, positions, dtype)
     kind, source = config.tokenizer.tokenizer_type, Path(config.tokenizer.tokenizer_model or "")
     with new_folder(Path(target)) as fresh:
         # How transformers reads a tokenizer depends on the model it belongs to.

@@ -72,6 +72,7 @@ class GFPO(PolicyObjective):
             if anchored:
                 row |= self._anchor_figures(sums, anchored)
                 row["loss"] += policy.anchor_coef * row["anchor_kl"]
+            row["truncated_share"] = self.inputs.truncated_share(questions)
             return row | self.common_figures(step.accountant.forward(planned.plan))
 
         return Decision(

@@ -58,6 +58,7 @@ class GRPO(PolicyObjective):
                 "clip_fraction": sums["clipped"] / tokens,
                 "completion_nll": sums["completion_nll"] / tokens,
                 "completion_nll_shift": (sums["completion_nll"] - before) / tokens,
+                "truncated_share": self.inputs.truncated_share(questions),
                 **self.common_figures(0.0),
             }
 

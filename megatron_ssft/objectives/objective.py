@@ -127,6 +127,11 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
         assert self.config.run.training.train_iters is not None, "an objective that counts epochs says how many steps"
         return self.config.run.training.train_iters
 
+    def train_iters_under(self, config: ConfigT, state: RunState) -> int:
+        """Optimizer steps of the whole run if it had gone on from `state` with this configuration."""
+        assert config.run.training.train_iters is not None, "an objective that counts epochs says how many steps"
+        return config.run.training.train_iters
+
     def is_over(self) -> bool:
         """Whether the run is to end before its last step; the same answer on every rank."""
         return False

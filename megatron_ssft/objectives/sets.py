@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ssft.config import SSFTConfig
+from megatron_ssft.data.account import refuse_truncated
 from megatron_ssft.data.cache import SetDataset, build_dataset
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
@@ -83,6 +84,9 @@ def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
                 progress=ProgressLines(f"tokenizing {name} data: {{done}}/{{total}} questions"),
             )
             folders[name] = str(folder)
+            settings = config.run.tokenizer
+            files = ", ".join(map(str, paths))
+            refuse_truncated(SetDataset.open(folder).summary, settings.max_truncated_share, settings.seq_length, files)
     check_batch(config, SetDataset.open(Path(folders["train"])))
     return folders
 

@@ -10,6 +10,7 @@ import numpy as np
 from msgspec import UnsetType, structs
 
 from megatron_ssft.config import SSFTConfig
+from megatron_ssft.data.account import account
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
 from megatron_ssft.formats.metrics import METRICS, SSFTMetrics
@@ -19,7 +20,7 @@ from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.set_matching import Matched, SetMatching, matching_figures
-from megatron_ssft.objectives.sets import TrainingSets
+from megatron_ssft.objectives.sets import TrainingSets, build_queue
 from megatron_ssft.objectives.step_lines import step_line
 from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology
@@ -99,6 +100,7 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
         return {
             **matching_figures(matched.assignments),
             "pad_lower_bound": planned.plan.pad_lower_bound,
+            "truncated_share": truncated_share(planned.batch),
             "sequence_tokens": sum(s.num_tokens for s in planned.plan.sequences),
             "epoch": planned.batch.visits[0].epoch,
             "matching_seconds": matched.seconds,
@@ -150,6 +152,15 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
         """--train-iters, else as many steps as the epochs have; the batch size may have changed since the start."""
         return self.config.run.training.train_iters or iteration + self.sets.queue.remaining_batches()
 
+    def train_iters_under(self, config: SSFTConfig, state: RunState) -> int:
+        """The same of another configuration, from a checkpoint on."""
+        if config.run.training.train_iters is not None:
+            return config.run.training.train_iters
+        assert isinstance(state, SSFTState)
+        queue = build_queue(config, self.sets.train)
+        queue.load_state_dict(state.queue)
+        return state.iteration + queue.remaining_batches()
+
     @property
     def fingerprint(self) -> str:
         return self.sets.train.fingerprint
@@ -180,5 +191,18 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
     def introduction(self) -> str:
         return f"{len(self.sets.train)} questions, {int(self.sets.train.trace_counts.sum())} traces"
 
+    def notes(self) -> Sequence[str]:
+        data, seq_length = self.config.data, self.config.run.tokenizer.seq_length
+        lines = account(self.sets.train.summary, data, seq_length)
+        if self.sets.held_out is not None:
+            held_out = account(self.sets.held_out.summary, data, seq_length)
+            lines += [f"held-out data: {line}" for line in held_out]
+        return lines
+
     def line(self, row: Mapping[str, object]) -> str:
         return step_line(row)
+
+
+def truncated_share(batch: QuestionBatch) -> float:
+    """Share of a batch's traces that lost their end to --seq-length."""
+    return sum(s.truncated for s in batch.sets) / sum(s.num_traces for s in batch.sets)

@@ -21,6 +21,8 @@ class Tokenizer(Protocol):
     """Ends a turn; it is trained at the end of every completion."""
     bos_id: int | None
     """Begins prompts that no chat template renders, where the tokenizer's own convention adds one."""
+    has_template: bool
+    """Whether there is a chat template."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added at the ends."""
@@ -75,6 +77,7 @@ class CharTokenizer:
     def __init__(self) -> None:
         self.eos_id = 256
         self.bos_id: int | None = None
+        self.has_template = False
         self.vocab_size = 257
 
     def encode(self, text: str) -> list[int]:
@@ -121,6 +124,7 @@ class SentencePieceTokenizer:
             raise UserError(f"--tokenizer-model {path}: the model has no end-of-sentence piece, which ends every trace")
         bos = self._processor.bos_id()
         self.bos_id = bos if bos >= 0 else None
+        self.has_template = False
         self._fingerprint = _digest("SentencePieceTokenizer", model)
 
     def encode(self, text: str) -> list[int]:
@@ -168,6 +172,7 @@ class HuggingFaceTokenizer:
         bos = self._tokenizer.bos_token_id
         adds_bos = bos is not None and self._tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
         self.bos_id: int | None = bos if adds_bos else None
+        self.has_template = self._tokenizer.chat_template is not None
         self._fingerprint = self._compute_fingerprint(Path(path), vocabulary)
 
     def encode(self, text: str) -> list[int]:

@@ -24,6 +24,12 @@ class Vocabulary:
     copy_id: int | None
     """Row the tags start from with --forking-token-init copy:<token>."""
 
+    @property
+    def ids_without_row(self) -> tuple[int, ...]:
+        """Ids of the tokenizer's own tokens for which a loaded model has no row; tags left out."""
+        tags = set(self.tags.row_ids)
+        return tuple(i for i in range(self.known_rows, self.tokenizer.vocab_size) if i not in tags)
+
 
 def build_vocabulary(config: RunConfig, start: StartConfig | None = None) -> Vocabulary:
     """The vocabulary of a run. Raises UserError for an unusable tokenizer or tag.

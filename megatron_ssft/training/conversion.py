@@ -32,8 +32,10 @@ from megatron_ssft.parallel.topology import Topology, destroy_topology, initiali
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.folder_lease import hold_folder
+from megatron_ssft.training.origin import fingerprint_of
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.startup import complete_values
+from megatron_ssft.training.weights import rows_remark
 
 
 def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
@@ -46,10 +48,13 @@ def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     config, topology, vocabulary, engine = _start(source, {"bf16": bf16} | options)
     load_hf_weights(engine, source)
     initialize_forking_rows(engine.chunks, vocabulary, config.start, config.run.training.seed)
+    remark = rows_remark(vocabulary, source)
+    if remark is not None:
+        _say(topology, remark)
     with hold_folder(target, topology):
         on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
         folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))
-        on_first_rank(lambda: _write_config(target, config.run), topology)
+        on_first_rank(lambda: _write_config(target, config.run, source), topology)
         _say(topology, f"imported {source} to {folder}")
         if verify:
             load_folder(engine, folder)  # what is compared is what stands on the disk
@@ -101,8 +106,12 @@ def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: T
         def find() -> bool:
             if (run / ASSETS).is_dir():
                 return True
-            trained = read_config_file(str(run / "config.yaml")).get("seq_length", config.tokenizer.seq_length)
-            tokenizer = dataclasses.replace(config.tokenizer, seq_length=trained)
+            trained = read_config_file(str(run / "config.yaml"))
+            tokenizer = dataclasses.replace(
+                config.tokenizer,
+                seq_length=trained.get("seq_length", config.tokenizer.seq_length),
+                max_position_embeddings=trained.get("max_position_embeddings"),
+            )
             try:
                 write_scratch_assets(
                     dataclasses.replace(config, tokenizer=tokenizer), vocabulary.tokenizer, vocabulary.size, assets
@@ -145,13 +154,18 @@ def _knows_tags(hf: Path, vocabulary: Vocabulary) -> bool:
     return set(vocabulary.tags.strings) <= {str(token.get("content")) for token in added}
 
 
-def _write_config(target: Path, config: RunConfig) -> None:
-    """The shape, tokenizer and tags, for whoever loads the folder; how to train is not decided here."""
+def _write_config(target: Path, config: RunConfig, source: Path | None = None) -> None:
+    """The shape, tokenizer and tags, for whoever loads the folder; how to train is not decided here.
+
+    `source`: the Hugging Face folder that the weights come from, which is recorded.
+    """
     values = dataclasses.asdict(config.model)
     values |= {name: getattr(config.forking, name) for name in ("num_forking_tokens", "forking_token_format")}
     values["forking_token_template"] = config.forking.forking_token_template
     values["tokenizer_type"] = config.tokenizer.tokenizer_type
     values["tokenizer_model"] = str((target / ASSETS).resolve())
+    if source is not None:
+        values |= {"origin": str(source.absolute()), "origin_fingerprint": fingerprint_of(source)}
     write_durably(target / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
+from megatron_ssft.data.account import account
 from megatron_ssft.data.cache import SetDataset
+from megatron_ssft.formats.run_folder import STATE, checkpoint_folder, find_latest
+from megatron_ssft.formats.train_state import read_train_state
+from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.objectives.sets import build_queue, make_batch, prepare_data
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
@@ -17,6 +21,7 @@ from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.lr_schedule import warmup_iterations
+from megatron_ssft.training.origin import check_origin, origin_line
 
 
 def print_description(text: str) -> None:
@@ -37,13 +42,18 @@ def described_world_size(config: RunConfig) -> int:
 def describe(config: SSFTConfig) -> str:
     """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
     world_size = described_world_size(config.run)
+    check_origin(config.run.checkpoint)
     vocabulary = build_vocabulary(config.run, config.start)
-    lines = [to_yaml(config), "# what follows from it"]
+    lines = [to_yaml(config), "# what follows from it", origin_line(config.run, _resumed_at(config))]
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
-        dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
-        lines += _data_lines(dataset)
+        folders = prepare_data(config, vocabulary)
+        dataset = SetDataset.open(Path(folders["train"]))
+        lines += _data_lines(config, dataset)
+        if "eval" in folders:
+            held_out = SetDataset.open(Path(folders["eval"]))
+            lines += [f"held-out {line}" for line in _data_lines(config, held_out)]
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
@@ -51,12 +61,23 @@ def describe(config: SSFTConfig) -> str:
     return "\n".join(lines)
 
 
-def _data_lines(dataset: SetDataset) -> list[str]:
+def _resumed_at(config: SSFTConfig) -> int | None:
+    """The step of the checkpoint that the run would go on from; None: it would begin. Raises UserError."""
+    load = config.run.checkpoint.load
+    if load is None or is_hf_folder(Path(load)) or config.start.finetune:
+        return None
+    iteration = find_latest(Path(load))
+    return iteration if read_train_state(checkpoint_folder(Path(load), iteration) / STATE).has_optimizer else None
+
+
+def _data_lines(config: SSFTConfig, dataset: SetDataset) -> list[str]:
     counts = dataset.trace_counts.tolist()
     return [
         f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} per question "
         f"(median {statistics.median(counts):g})",
-        "data summary: " + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items()),
+        "data summary: "
+        + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items() if key != "length_quantiles"),
+        *account(dataset.summary, config.data, config.run.tokenizer.seq_length),
     ]
 
 

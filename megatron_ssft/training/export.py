@@ -10,6 +10,7 @@ from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import publish_new_folder
 from megatron_ssft.hf.assets import write_assets
+from megatron_ssft.hf.folder import read_hf_config
 from megatron_ssft.hf.scratch_assets import check_tokenizer
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, export_hf_weights
 from megatron_ssft.parallel.checkpoint.hf_verification import LogitReport, verify_logits
@@ -46,7 +47,7 @@ def export_hf(
         partial.mkdir(parents=True)
         tags = vocabulary.tags if vocabulary.tags.num_tags else None
         tied = not config.model.untie_embeddings_and_output_weights
-        write_assets(assets, partial, tags, engine.vocab_size, dtype, tied)
+        write_assets(assets, partial, tags, engine.vocab_size, dtype, tied, vocabulary.tokenizer.eos_id)
         if config.tokenizer.tokenizer_type != "HuggingFaceTokenizer":  # whose files are the run's own
             check_tokenizer(partial, vocabulary.tokenizer)
 
@@ -79,6 +80,7 @@ def verify_folder(
     `new_rows`: vocabulary rows of tags that the folder does not have yet; where there are none, every tag is part of
     the sample.
     """
+    rows = int(read_hf_config(folder)["vocab_size"])  # a tokenizer may know more tokens
     # A run from random weights has no size of the vocabulary in its configuration.
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or engine.vocab_size)
     return verify_logits(
@@ -88,7 +90,7 @@ def verify_folder(
         engine.vocab_size,
         folder,
         lambda fresh: load_folder(fresh, checkpoint),
-        sample_ids(vocabulary, with_tags=not new_rows),
+        [i for i in sample_ids(vocabulary, with_tags=not new_rows) if i < rows],
         new_rows,
     )
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from msgspec import structs
 
 from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
+from megatron_ssft.config.flags import with_absolute_paths
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
-from megatron_ssft.hf.assets import copy_assets
+from megatron_ssft.hf.assets import copy_assets, extend_positions
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
+from megatron_ssft.training.origin import Origin
 
 
 def run_state(config: RunConfig, vocabulary: Vocabulary, iteration: int, data: str) -> RunState:
@@ -87,12 +89,29 @@ def refuse_other_run(run: Path, stored: RunState, ours: RunState, otherwise: str
         )
 
 
-def resumable(config: TrainingRun) -> TrainingRun:
-    """The configuration as a later run needs it: how this one was started (--load, --finetune) is left out."""
-    run = dataclasses.replace(config.run, checkpoint=dataclasses.replace(config.run.checkpoint, load=None))
+def refuse_past_end(config: RunConfig, run: Path, iteration: int) -> None:
+    """Raise UserError where a run is to end before the checkpoint that it goes on from."""
+    planned = config.training.train_iters
+    if planned is not None and planned < iteration:
+        raise UserError(
+            f"--train-iters {planned}: the checkpoint in {run} is of step {iteration}, past that end; give at least "
+            f"{iteration}, or another --load"
+        )
+
+
+def resumable(config: TrainingRun, origin: Origin) -> TrainingRun:
+    """The configuration as a later start needs it, from any working directory.
+
+    How this one was started (--load, --finetune) is left out; where its weights came from stands in it.
+    """
+    checkpoint = dataclasses.replace(
+        config.run.checkpoint, load=None, origin=origin.folder, origin_fingerprint=origin.fingerprint
+    )
+    run = dataclasses.replace(config.run, checkpoint=checkpoint)
     if isinstance(config, SSFTConfig):
-        return dataclasses.replace(config, run=run, start=dataclasses.replace(config.start, finetune=False))
-    return dataclasses.replace(config, run=run)
+        start = dataclasses.replace(config.start, finetune=False)
+        return with_absolute_paths(dataclasses.replace(config, run=run, start=start))
+    return with_absolute_paths(dataclasses.replace(config, run=run))
 
 
 def check_writable(config: TrainingRun) -> None:
@@ -117,6 +136,7 @@ def keep_assets(config: TrainingRun) -> None:
     try:
         if not config.run.checkpoint.continues_in_place or (exporting and not target.is_dir()):
             _place_assets(config, target)
+        extend_positions(target, config.run.tokenizer.max_position_embeddings)
         if exporting and config.run.tokenizer.tokenizer_type != "HuggingFaceTokenizer":
             # Found out before the training rather than after it.
             settings = config.run.tokenizer
@@ -132,10 +152,18 @@ def _place_assets(config: TrainingRun, target: Path) -> None:
         source = Path(config.run.checkpoint.load)
         source = source if is_hf_folder(source) else source / ASSETS
         if source.is_dir():
-            copy_assets(source, target)
+            copy_assets(source, target, _own_tokenizer(config))
             return
     vocabulary = build_vocabulary(config.run, config.start)
     write_scratch_assets(config.run, vocabulary.tokenizer, vocabulary.size, target)
+
+
+def _own_tokenizer(config: TrainingRun) -> Path | None:
+    """The folder of the run's Hugging Face tokenizer, where it has one."""
+    settings = config.run.tokenizer
+    if settings.tokenizer_type != "HuggingFaceTokenizer" or settings.tokenizer_model is None:
+        return None
+    return Path(settings.tokenizer_model)
 
 
 def refuse_occupied_folder(config: TrainingRun) -> None:

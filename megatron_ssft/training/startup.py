@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ssft.config import ModelConfig, ParallelConfig
+from megatron_ssft.config import GFPOConfig, ModelConfig, ParallelConfig
 from megatron_ssft.config.flags import read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
@@ -21,6 +21,7 @@ _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model")
+_ORIGIN = ("origin", "origin_fingerprint")
 _LAYOUT = (
     *(field.name for field in dataclasses.fields(ParallelConfig)),
     *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
@@ -31,16 +32,45 @@ _LAYOUT = (
 def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     """The given configuration values, completed by what the folder named by `load` fixes.
 
-    A Hugging Face folder fixes the model's shape (a value that contradicts it is refused) and proposes its tokenizer;
-    a run of ours proposes shape, tokenizer and tags as its config.yaml has them. Raises UserError.
+    Without `load` that is the recorded origin of the weights, if there is one. A Hugging Face folder fixes the model's
+    shape (a value that contradicts it is refused) and proposes its tokenizer; a run of ours proposes shape, tokenizer
+    and tags as its config.yaml has them. Raises UserError.
     """
+    values = _from_origin(values)
+    load = values.get("load")
+    if load is not None and load == values.get("origin") and not is_hf_folder(Path(str(load))):
+        values = values | {"finetune": True}  # its weights alone, as then
+    return _complete(values)
+
+
+def _from_origin(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the recorded origin as `load`, unless another is given, which then is the origin.
+
+    Raises UserError where the origin is gone.
+    """
+    origin = values.get("origin")
+    if values.get("load") is not None:
+        return {name: value for name, value in values.items() if name not in _ORIGIN}
+    if origin is None:
+        return values
+    if not Path(str(origin)).is_dir():
+        raise UserError(
+            f"--origin {origin}: no such folder, and the weights of this configuration come from there; put it back, "
+            "or name other weights with --load"
+        )
+    return values | {"load": origin}
+
+
+def _complete(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, completed by the folder that is loaded. Raises UserError."""
     if values.get("load") is None:
         return values
     folder = Path(str(values["load"]))
     if not folder.is_dir():
         raise UserError(f"--load {folder}: no such folder")
     if is_hf_folder(folder):
-        shape = model_values(read_hf_config(folder), str(folder / "config.json"))
+        hf_config = read_hf_config(folder)
+        shape = model_values(hf_config, str(folder / "config.json"))
         for name, value in shape.items():
             given = values.get(name)
             if given is not None and given != value:
@@ -48,7 +78,8 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
                     f"--{name.replace('_', '-')} {given} contradicts {folder / 'config.json'}, which has {value}; "
                     "the shape comes from there, drop the flag"
                 )
-        values = {k: v for k, v in shape.items() if v is not None} | {k: v for k, v in values.items() if v is not None}
+        values = {k: v for k, v in values.items() if v is not None}
+        values = {k: v for k, v in shape.items() if v is not None} | positions_of(hf_config) | values
         if "tokenizer_type" not in values and "tokenizer_model" not in values:
             kind, path = find_tokenizer(folder)
             values |= {"tokenizer_type": kind, "tokenizer_model": str(path)}
@@ -57,11 +88,32 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
     if stored.is_file():
         proposed = read_config_file(str(stored))
         of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
-        values = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER} | values
+        shape = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER}
+        if not values.get("finetune"):  # it may go on, and then began where the run did
+            shape |= {k: v for k, v in proposed.items() if k in _ORIGIN}
+        values = shape | _positions_of_run(folder, proposed, values) | values
     tokenizer, own = values.get("tokenizer_model"), folder / ASSETS
     if values.get("tokenizer_type") == "HuggingFaceTokenizer" and own.is_dir() and not Path(str(tokenizer)).exists():
         values = values | {"tokenizer_model": str(own)}  # the run was moved, or what it started from is gone
     return values
+
+
+def positions_of(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The value of --max-position-embeddings that a config.json proposes, if it does."""
+    most = hf_config.get("max_position_embeddings")
+    return {"max_position_embeddings": most} if type(most) is int and most > 0 else {}
+
+
+def _positions_of_run(folder: Path, proposed: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run: what its config.yaml says; else, for another run than itself, what it was trained for."""
+    if proposed.get("max_position_embeddings") is not None:
+        return {"max_position_embeddings": proposed["max_position_embeddings"]}
+    save = values.get("save")
+    if save is not None and Path(str(save)).resolve() == folder.resolve():
+        return {}
+    if is_hf_folder(folder / ASSETS):
+        return positions_of(read_hf_config(folder / ASSETS))
+    return {"max_position_embeddings": proposed["seq_length"]} if "seq_length" in proposed else {}
 
 
 def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -69,12 +121,13 @@ def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError.
     """
+    values = _from_origin(values)
     if values.get("load") is None:
         raise UserError("--load is required: the run whose tags are to be chosen")
     if values.get("train_iters") is None:
         raise UserError("--train-iters is required: the number of optimizer steps")
     load = Path(str(values["load"]))
-    values = complete_values(values)
+    values = _complete(values)
     if is_hf_folder(load):
         values = _complete_tags(values, load)
         proposed = {}
@@ -82,7 +135,11 @@ def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:
         _check_run(load)
         proposed = read_config_file(str(load / "config.yaml"))
     _check_neighbours(values, load, started_here="objective" in proposed)
-    return {name: value for name, value in proposed.items() if name in _LAYOUT} | values
+    values = {name: value for name, value in proposed.items() if name in _LAYOUT} | values
+    most = values.get("max_position_embeddings")
+    if values.get("seq_length") is None and most is not None and most < GFPOConfig.defaults["seq_length"]:
+        values["seq_length"] = most  # a limit that nothing is cut to: what is longer is refused by name
+    return values
 
 
 def _check_run(folder: Path) -> None:

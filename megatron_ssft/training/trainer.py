@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -9,8 +10,7 @@ import msgspec
 
 from megatron_ssft.config import SSFTConfig, TrainingRun, check_schedule
 from megatron_ssft.config.flags import to_yaml
-from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest, store_config
 from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
@@ -25,20 +25,23 @@ from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
+from megatron_ssft.training.changes import resume_remarks
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.folder_lease import FolderLease
 from megatron_ssft.training.lr_schedule import learning_rate
+from megatron_ssft.training.origin import OriginOfRun, origin_line
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,
     refuse_occupied_folder,
     refuse_other_model,
     refuse_other_run,
+    refuse_past_end,
     resumable,
     run_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
-from megatron_ssft.training.weights import take_weights
+from megatron_ssft.training.weights import rows_remark, take_weights
 
 
 class Trainer:
@@ -53,6 +56,8 @@ class Trainer:
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
+        self._origin: OriginOfRun | None = None
+        on_first_rank(self._look_at_origin, topology)
         self.vocabulary = build_vocabulary(config.run, config.start)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
         on_first_rank(lambda: keep_assets(config), topology)
@@ -64,6 +69,10 @@ class Trainer:
         self.lease: FolderLease | None = None
         self.iteration = 0
         """Optimizer steps done."""
+        self.resumed_at: int | None = None
+        """The step of the checkpoint that the run goes on from; None: it begins."""
+        self._changes: list[str] = []
+        """What is different from when that checkpoint was trained, in words."""
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
         check_schedule(config.run.training, self.train_iters)
@@ -177,12 +186,27 @@ class Trainer:
 
     def _greet(self, log: Log, folder: Path | None) -> None:
         """What is trained, on what, how; and the configuration that a later run goes on with."""
-        if folder is not None:
-            write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
+        log.say(on_first_rank(lambda: self._keep_config(folder), self.topology))
+        for change in self._changes:
+            log.say(change)
         log.say(f"{self.objective.introduction()} | {self._describe_job()}")
         log.say(self._describe_layout())
+        load = self.config.run.checkpoint.load
+        if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
+            log.say(remark)
         for note in self.objective.notes():
             log.say(note)
+
+    def _look_at_origin(self) -> None:
+        self._origin = OriginOfRun(self.config)
+
+    def _keep_config(self, folder: Path | None) -> str:
+        """Write the configuration with the origin of the weights; in words, what that is. For the first rank."""
+        assert self._origin is not None, "looked at before"
+        origin = self._origin.find(self.resumed_at)
+        if folder is not None:
+            store_config(folder, self.iteration, to_yaml(resumable(self.config, origin)))
+        return origin_line(self.config.run, self.resumed_at, origin.fingerprint)
 
     def _describe_job(self) -> str:
         """Vocabulary, ranks, parameters and steps."""
@@ -250,10 +274,17 @@ class Trainer:
         if not self.objective.continues_elsewhere:
             otherwise = "start again with another --save"
         refuse_other_run(run, state, self.state(), otherwise)
+        refuse_past_end(self.config.run, run, iteration)
         load_checkpoint(self.engine, run, iteration)
         self.objective.load_state(state)
-        self.iteration = iteration
+        self.iteration = self.resumed_at = iteration
         self.train_iters = self.objective.train_iters(iteration)
+
+        def changes() -> list[str]:
+            planned = functools.partial(self.objective.train_iters_under, state=state)
+            return resume_remarks(run, iteration, self.config, self.train_iters, planned)
+
+        self._changes = on_first_rank(changes, self.topology)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

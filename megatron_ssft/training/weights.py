@@ -50,3 +50,15 @@ def take_weights(
         state = structs.replace(state, model=state.model | {_UNTIED: True})
     refuse_other_model(source, state, weights_state(config, vocabulary), flag)
     load_checkpoint(engine, source, iteration, weights_only=True, untie=untie)
+
+
+def rows_remark(vocabulary: Vocabulary, source: Path) -> str | None:
+    """A line of the log on tokens for which a Hugging Face folder has no row; None where there are none."""
+    ids = vocabulary.ids_without_row
+    if not ids:
+        return None
+    end = "the end of turn among them, " if vocabulary.tokenizer.eos_id in ids else ""
+    return (
+        f"{len(ids)} of {vocabulary.tokenizer.vocab_size} tokens of the tokenizer have no row in {source}, which has "
+        f"{vocabulary.known_rows}: {end}they start at the mean row with noise, as tags do"
+    )

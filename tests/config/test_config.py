@@ -89,6 +89,8 @@ OTHER_VALUES = {
     "eval_data_path": ["ünï.jsonl"],
     "tokenizer_type": "SentencePieceTokenizer",
     "tokenizer_model": "007",
+    "max_position_embeddings": 4096,
+    "max_truncated_share": 0.25,
     "overlong_traces": "refuse",
     "trace_filter": "correct=true,source=human|tora",
     "answer_separator": "\n\n\t# ",

@@ -119,7 +119,7 @@ def test_empty_completions_are_left_out_and_counted(tmp_path):
         return msgspec.structs.replace(rollout, token_ids=()) if rollout.id == "q2" and rollout.tag == 1 else rollout
 
     inputs = read(write_files(tmp_path, change=empty))
-    assert len(inputs.completions) == 34 and "2 completions without tokens are left out" in inputs.notes
+    assert len(inputs.completions) == 34 and "2 of 36 completions without tokens (5.6%) are left out" in inputs.notes
 
 
 def test_held_out_questions_that_are_trained_on_are_noted(tmp_path):

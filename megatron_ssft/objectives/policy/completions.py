@@ -40,6 +40,8 @@ class Completion:
     """int32 [L], the stop token included."""
     reward: float
     """grpo: 1 if its answer is right, else 0."""
+    truncated: bool = False
+    """It ended at its token limit."""
 
 
 class Place(NamedTuple):
@@ -60,6 +62,8 @@ class StoredCompletions:
     """Completions that can be trained on, ascending."""
     left_out: int
     """Completions without tokens."""
+    truncated: set[Place]
+    """Completions that ended at their token limit."""
     tagged: bool
     """Whether completions follow a tag."""
     model: str
@@ -70,7 +74,7 @@ class StoredCompletions:
         self.path, self._vocabulary = path, vocabulary
         self._number = {question.id: i for i, question in enumerate(questions)}
         marks = [mark(question.prompt_ids.tolist()) for question in questions]
-        self.places, self.left_out = [], 0
+        self.places, self.left_out, self.truncated = [], 0, set()
         longest, first = 0, None
         for rollout in read_rollouts(path):
             if first is None:  # the others are of the same origin
@@ -87,6 +91,8 @@ class StoredCompletions:
             tag_ids = vocabulary.tags.ids[place.tag] if self.tagged else ()
             longest = max(longest, len(questions[number].prompt_ids) + len(tag_ids) + len(rollout.token_ids))
             self.places.append(place)
+            if rollout.finish_reason == "length":
+                self.truncated.add(place)
         if not self.places:
             raise UserError(f"{path}: holds no completion of the questions to train on; give the file made from --data")
         if longest > seq_length:

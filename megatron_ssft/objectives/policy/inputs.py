@@ -23,9 +23,6 @@ from megatron_ssft.objectives.policy.draws import first_draws
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
-_MANY_TRUNCATED = 0.1
-"""Share of samples that ended at their token limit from which on the log says so."""
-
 
 @dataclass(frozen=True)
 class PolicyInputs:
@@ -37,6 +34,10 @@ class PolicyInputs:
     """float64: samples under each tag; empty for grpo."""
     sum_QN: np.ndarray
     """float64: sum of their rewards."""
+    samples_Q: np.ndarray
+    """float64: samples that a question's rewards come from."""
+    truncated_Q: np.ndarray
+    """float64: how many of them ended at their token limit."""
     completions: tuple[Completion, ...]
     """Those that the run uses, in random order."""
     rescored: int
@@ -62,6 +63,11 @@ class PolicyInputs:
     def reward_QN(self) -> np.ndarray:
         """Mean reward of each tag."""
         return self.sum_QN / self.n_QN
+
+    def truncated_share(self, chosen: Sequence[int]) -> float:
+        """Share of the samples behind these questions' rewards that ended at their token limit."""
+        which = list(chosen)
+        return float(self.truncated_Q[which].sum() / self.samples_Q[which].sum())
 
     def completion_batch(self, which: Sequence[int]) -> tuple[QuestionBatch, list[Assignment], list[list[int]]]:
         """Completions as a batch: questions with them as traces, their tags, and which completion each trace is."""
@@ -95,6 +101,8 @@ class _Lesson:
     questions: tuple[TokenizedSet, ...]
     n_QN: np.ndarray
     sum_QN: np.ndarray
+    samples_Q: np.ndarray
+    truncated_Q: np.ndarray
     completions: tuple[Completion, ...]
     tagged: bool
     model: str
@@ -121,6 +129,8 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
         questions=lesson.questions,
         n_QN=lesson.n_QN,
         sum_QN=lesson.sum_QN,
+        samples_Q=lesson.samples_Q,
+        truncated_Q=lesson.truncated_Q,
         completions=lesson.completions,
         rescored=min(policy.rescore_completions, len(lesson.completions)) if policy.rescore_interval else 0,
         tagged=lesson.tagged,
@@ -170,9 +180,8 @@ def _for_tags(
     questions = _rewarded(prompts, table, notes)
     rows = [table.rows[question.id] for question in questions]
     n_QN, sum_QN = np.stack([row.n_N for row in rows]), np.stack([row.sum_N for row in rows])
-    truncated = float(np.stack([row.truncated_N for row in rows]).sum() / n_QN.sum())
-    if truncated > _MANY_TRUNCATED:
-        notes.append(f"{truncated:.0%} of the samples ended at their token limit; consider a larger one")
+    samples_Q, truncated_Q = n_QN.sum(axis=1), np.array([row.truncated_N.sum() for row in rows])
+    _account_truncated(table.path, samples_Q, truncated_Q, config.run.tokenizer.max_truncated_share, notes)
     equal = int((np.ptp(sum_QN / n_QN, axis=1) == 0).sum())
     if equal:
         notes.append(f"{equal} of {len(questions)} questions have the same reward under every tag")
@@ -185,7 +194,7 @@ def _for_tags(
         _check_store(store, table, notes)
         places = [store.places[i] for i in _pool(policy, len(store.places), planned_iters, config.run.training.seed)]
         completions = tuple(Completion(p.question, p.tag, ids, 0.0) for p, ids in zip(places, store.token_ids(places)))
-    return _Lesson(questions, n_QN, sum_QN, completions, True, table.model)
+    return _Lesson(questions, n_QN, sum_QN, samples_Q, truncated_Q, completions, True, table.model)
 
 
 def _rewarded(questions: tuple[TokenizedSet, ...], table: RewardTable, notes: list[str]) -> tuple[TokenizedSet, ...]:
@@ -255,11 +264,15 @@ def _for_tokens(
     order = of_kept[first_draws(len(of_kept), len(of_kept), config.run.training.seed, "completions")]
     places = [store.places[i] for i in order]
     completions = tuple(
-        Completion(renumbered[place.question], place.tag, ids, reward)
+        Completion(renumbered[place.question], place.tag, ids, reward, place in store.truncated)
         for place, ids, reward in zip(places, store.token_ids(places), reward_C[order].tolist())
     )
-    empty = np.zeros((0, 0))
-    return _Lesson(tuple(prompts[i] for i in numbers), empty, empty, completions, store.tagged, store.model)
+    samples_Q = np.bincount([c.question for c in completions], minlength=len(numbers)).astype(np.float64)
+    weights = [float(c.truncated) for c in completions]
+    truncated_Q = np.bincount([c.question for c in completions], weights, minlength=len(numbers))
+    _account_truncated(store.path, samples_Q, truncated_Q, config.run.tokenizer.max_truncated_share, notes)
+    questions, empty = tuple(prompts[i] for i in numbers), np.zeros((0, 0))
+    return _Lesson(questions, empty, empty, samples_Q, truncated_Q, completions, store.tagged, store.model)
 
 
 def _instructive(question_C: np.ndarray, reward_C: np.ndarray, policy: PolicyConfig, scores: Path) -> list[int]:
@@ -297,7 +310,23 @@ def _check_store(store: StoredCompletions, source: RewardSource | None, notes: l
             f"({source.model[:12]}); give the file that the rewards were counted in"
         )
     if store.left_out:
-        notes.append(f"{store.left_out} completions without tokens are left out")
+        total = store.left_out + len(store.places)
+        share = store.left_out / total
+        notes.append(f"{store.left_out} of {total} completions without tokens ({share:.1%}) are left out")
+
+
+def _account_truncated(
+    path: Path, samples_Q: np.ndarray, truncated_Q: np.ndarray, most: float, notes: list[str]
+) -> None:
+    """Say how many samples ended at their token limit. Raises UserError where it is a larger share than `most`."""
+    cut, total = int(truncated_Q.sum()), int(samples_Q.sum())
+    if cut > most * total:
+        raise UserError(
+            f"{path}: {cut} of {total} samples ({cut / total:.1%}) ended at their token limit, more than "
+            f"--max-truncated-share {most:g} allows; generate with more --max-new-tokens, or give a larger share"
+        )
+    if cut:
+        notes.append(f"{cut / total:.0%} of the samples ended at their token limit ({cut} of {total})")
 
 
 def _fingerprint(lesson: _Lesson, seed: int) -> str:

@@ -70,38 +70,43 @@ def initialize_forking_rows(chunks: list[SetGPTModel], vocabulary: Vocabulary, s
     """Give the new tags' rows of every vocabulary table their start, as --forking-token-init says.
 
     Mean and RMS are over the rows that come with a meaning (a model may have spare rows that were never trained). Tags
-    among them keep the rows they have.
+    among them keep the rows they have. Other tokens without a row begin as tags do by default: at the mean, with noise.
 
     Args:
         vocabulary: the tags, the rows that come with a meaning, and the row to start from with `copy:<token>`.
         seed: decides the noise.
     """
-    new_ids = tuple(i for i in vocabulary.tags.row_ids if i >= vocabulary.known_rows)
-    if not new_ids:
+    new_tags = tuple(i for i in vocabulary.tags.row_ids if i >= vocabulary.known_rows)
+    new_tokens = vocabulary.ids_without_row
+    if not new_tags and not new_tokens:
         return
+    noise = start.forking_token_noise if start.forking_token_init != "mean" else 0.0
     for chunk in chunks:
+        tp_group = chunk.pg_collection.tp
         for table in chunk.vocab_tables():
-            rows = _starting_rows(table, chunk.pg_collection.tp, len(new_ids), vocabulary, start, seed)
-            first = chunk.pg_collection.tp.rank() * table.size(0)
-            for row, i in zip(rows, new_ids):
+            base, rms = _statistics(table, tp_group, vocabulary.known_rows, vocabulary.copy_id)
+            tags = _drawn_rows(base, rms, len(new_tags), named_generator(seed, "forking rows"), noise)
+            base, rms = _statistics(table, tp_group, vocabulary.known_rows, None)
+            default = StartConfig().forking_token_noise
+            tokens = _drawn_rows(base, rms, len(new_tokens), named_generator(seed, "token rows"), default)
+            first = tp_group.rank() * table.size(0)
+            for row, i in zip([*tags, *tokens], [*new_tags, *new_tokens]):
                 if 0 <= i - first < table.size(0):
                     table[i - first] = row.to(table.dtype)
     take_forking_rows(chunks)
 
 
-def _starting_rows(
-    table: Tensor,
-    tp_group: dist.ProcessGroup,
-    num_rows: int,
-    vocabulary: Vocabulary,
-    start: StartConfig,
-    seed: int,
-) -> Tensor:
-    """float32 [num_rows, h], equal on all ranks."""
-    copy_id = vocabulary.copy_id
+def _statistics(
+    table: Tensor, tp_group: dist.ProcessGroup, known_rows: int, copy_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """Where new rows start, float32 [h], and the RMS of the known rows, float32; equal on all ranks. Collective.
+
+    Args:
+        copy_id: the row to start from; None: the mean of the known rows.
+    """
     first = tp_group.rank() * table.size(0)
     ids = torch.arange(first, first + table.size(0), device=table.device)
-    in_use = ids < vocabulary.known_rows
+    in_use = ids < known_rows
     used = table[in_use].double()
     base = table[ids == copy_id].double().sum(0) if copy_id is not None else used.sum(0)
     totals = torch.cat([base, used.square().sum().view(1), in_use.sum().double().view(1)])
@@ -109,11 +114,14 @@ def _starting_rows(
     base, squares, count = totals[:-2], totals[-2], totals[-1]
     if copy_id is None:
         base = base / count
-    rows = base.float().repeat(num_rows, 1)
-    if start.forking_token_init != "mean":
-        rms = (squares / (count * table.size(1))).sqrt().float()
-        noise = torch.randn(rows.shape, generator=named_generator(seed, "forking rows"))
-        rows += noise.to(rows.device) * rms * start.forking_token_noise
+    return base.float(), (squares / (count * table.size(1))).sqrt().float()
+
+
+def _drawn_rows(base: Tensor, rms: Tensor, num_rows: int, generator: torch.Generator, noise: float) -> Tensor:
+    """float32 [num_rows, h]: `base` with noise of `noise` times the RMS."""
+    rows = base.repeat(num_rows, 1)
+    if noise:
+        rows += torch.randn(rows.shape, generator=generator).to(rows.device) * rms * noise
     return rows
 
 
