@@ -99,7 +99,12 @@ def sync_file(file: IO[Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder onto the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk, whoever wrote it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,6 +16,9 @@ ASSETS = "hf"
 """In a run: the Hugging Face files besides weights. In a checkpoint: its export."""
 POLICY = "policy.jsonl"
 FINISHED = "finished.json"
+REMOVE_ADVICE = "remove this checkpoint to load an older one"
+"""How a message about a damaged checkpoint ends."""
+_NO_CHECKPOINT = "holds no checkpoint (iter_*); drop --load to start afresh"
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -25,10 +28,15 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
 
 def complete_checkpoints(run: Path) -> list[int]:
     """Iterations of the complete checkpoints of a folder, ascending; none if it is not there."""
+    return [i for i in _checkpoints(run) if (checkpoint_folder(run, i) / STATE).is_file()]
+
+
+def _checkpoints(run: Path) -> list[int]:
+    """Iterations of all folders that are named as checkpoints, ascending."""
     return sorted(
         int(match[1])
         for folder in (run.iterdir() if run.is_dir() else ())
-        if (match := re.fullmatch(r"iter_(\d{7,})", folder.name)) and (folder / STATE).is_file()
+        if (match := re.fullmatch(r"iter_(\d{7,18})", folder.name)) and folder.is_dir()
     )
 
 
@@ -38,12 +46,30 @@ def latest_checkpoint(run: Path) -> int | None:
     The tracker file is believed if it names a checkpoint that is there; a torn or stale one is passed over for the
     newest complete folder.
     """
-    complete = complete_checkpoints(run)
-    if not complete:
+    return _newest(run, complete_checkpoints(run))
+
+
+def checkpoints_from_newest(run: Path) -> list[int]:
+    """Iterations of all checkpoints, damaged ones too, from the newest to the oldest. Raises UserError if none.
+
+    The newest is the one that the tracker names; later ones, which a run that went back left behind, do not count.
+    """
+    _refuse_missing(run)
+    present = _checkpoints(run)
+    newest = _newest(run, present)
+    if newest is None:
+        raise UserError(f"--load {run}: {_NO_CHECKPOINT}")
+    return [i for i in reversed(present) if i <= newest]
+
+
+def _newest(run: Path, present: list[int]) -> int | None:
+    """The one of these that the tracker names, else the last."""
+    if not present:
         return None
     tracker = run / TRACKER
     text = tracker.read_bytes().strip() if tracker.is_file() else b""
-    return int(text) if text.isdigit() and int(text) in complete else complete[-1]
+    named = int(text) if re.fullmatch(rb"\d{1,18}", text) else None
+    return named if named in present else present[-1]
 
 
 def clear_leftovers(run: Path) -> None:
@@ -66,9 +92,13 @@ def clear_leftovers(run: Path) -> None:
 
 def find_latest(run: Path) -> int:
     """Iteration of the newest complete checkpoint. Raises UserError if there is none."""
-    if not run.is_dir():
-        raise UserError(f"--load {run}: no such folder")
+    _refuse_missing(run)
     iteration = latest_checkpoint(run)
     if iteration is None:
-        raise UserError(f"--load {run}: holds no checkpoint (iter_*); drop --load to start afresh")
+        raise UserError(f"--load {run}: {_NO_CHECKPOINT}")
     return iteration
+
+
+def _refuse_missing(run: Path) -> None:
+    if not run.is_dir():
+        raise UserError(f"--load {run}: no such folder")

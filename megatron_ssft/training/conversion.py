@@ -18,11 +18,12 @@ from megatron_ssft.config import ConversionConfig, RunConfig
 from megatron_ssft.config.flags import build_config, read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
+from megatron_ssft.formats.run_folder import ASSETS, TRACKER, checkpoint_folder, checkpoints_from_newest
 from megatron_ssft.hf.assets import copy_assets
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.hf.safetensors_io import HFWeights
 from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
+from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import on_first_rank
@@ -115,12 +116,18 @@ def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: T
 
 
 def _precision(run: Path) -> dict[str, Any]:
-    """The precision of a run's weights, from its newest checkpoint's state."""
-    return {"bf16": read_state(run, find_latest(run)).bf16}
+    """The precision of a run's weights, the same in all its checkpoints: from the newest state that can be read."""
+    problems = []
+    for iteration in checkpoints_from_newest(run):
+        try:
+            return {"bf16": read_state(run, iteration).bf16}
+        except UserError as error:  # `choose_checkpoint` decides whether it may be passed over
+            problems.append(error)
+    raise problems[0]
 
 
 def _load(engine: Engine, run: Path) -> int:
-    iteration = int(on_first_rank(lambda: find_latest(run), engine.topology))
+    iteration = choose_checkpoint(run, engine.config.checkpoint, engine.topology)
     load_checkpoint(engine, run, iteration, weights_only=True)
     return iteration
 

@@ -89,7 +89,10 @@ def refuse_other_run(run: Path, stored: RunState, ours: RunState, otherwise: str
 
 def resumable(config: TrainingRun) -> TrainingRun:
     """The configuration as a later run needs it: how this one was started (--load, --finetune) is left out."""
-    run = dataclasses.replace(config.run, checkpoint=dataclasses.replace(config.run.checkpoint, load=None))
+    checkpoint = dataclasses.replace(
+        config.run.checkpoint, load=None, verify_checkpoint=True, on_damaged_checkpoint="refuse"
+    )
+    run = dataclasses.replace(config.run, checkpoint=checkpoint)
     if isinstance(config, SSFTConfig):
         return dataclasses.replace(config, run=run, start=dataclasses.replace(config.start, finetune=False))
     return dataclasses.replace(config, run=run)

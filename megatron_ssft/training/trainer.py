@@ -10,11 +10,12 @@ import msgspec
 from megatron_ssft.config import SSFTConfig, TrainingRun, check_schedule
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder
 from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.registry import objective_of
+from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -67,6 +68,7 @@ class Trainer:
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
         check_schedule(config.run.training, self.train_iters)
+        self._chosen: dict[Path, int] = {}
         self._start_or_resume()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -263,8 +265,10 @@ class Trainer:
         return self.objective.complete_state(state)
 
     def _latest(self, run: Path) -> int:
-        """The iteration of the newest complete checkpoint. Raises UserError. Collective."""
-        return int(on_first_rank(lambda: find_latest(run), self.topology))
+        """The iteration of the checkpoint to go on from, looked at once. Raises UserError. Collective."""
+        if run not in self._chosen:
+            self._chosen[run] = choose_checkpoint(run, self.config.run.checkpoint, self.topology)
+        return self._chosen[run]
 
     def _save_is_due(self) -> bool:
         every = self.config.run.checkpoint.save_interval

@@ -7,12 +7,11 @@ from pathlib import Path
 from msgspec import structs
 
 from megatron_ssft.config import StartConfig
-from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
+from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
 from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
-from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
@@ -43,7 +42,7 @@ def take_weights(
         initialize_forking_rows(engine.chunks, vocabulary, start, config.training.seed)
         engine.optimizer.reload_model_params()
         return
-    iteration = int(on_first_rank(lambda: find_latest(source), topology))
+    iteration = choose_checkpoint(source, config.checkpoint, topology)
     state = read_state_everywhere(source, iteration, topology)
     untie = may_untie and own_head and not state.model.get(_UNTIED, True)
     if untie:
