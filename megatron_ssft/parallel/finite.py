@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_ssft.errors import shared_error
 from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model.gpt import SetGPTModel
 from megatron_ssft.records import Microbatch
 
+LOWER_LR = "go on from the last checkpoint with a lower --lr"
+"""What to do about numbers that have left the finite; how such a message ends."""
 _NAMED_AT_MOST = 8
 
 
@@ -52,14 +56,48 @@ def microbatches_of(terms: Sequence[LossTerm]) -> list[tuple[int, Microbatch]]:
     return [(i, mb) for i, term in enumerate(terms) for rank in term.planned.plan.ranks for mb in rank]
 
 
-def questions_of(terms: Sequence[LossTerm], microbatches: Iterable[tuple[int, Microbatch]]) -> str:
-    """`file:line` of the questions that stand in microbatches: the first few, and how many more."""
-    places = {
-        (term, sequence.question): terms[term].planned.batch.sets[sequence.question].where
-        for term, microbatch in microbatches
-        for sequence in microbatch.sequences
-        if not sequence.is_pad
-    }
-    names = list(dict.fromkeys(places.values()))
+def refuse_bad_loss(loss: float, is_bad: Sequence[float], terms: Sequence[LossTerm]) -> None:
+    """Raise UserError, on all ranks alike, for a loss that is not finite; it names who was in the microbatches.
+
+    Args:
+        is_bad: above 0 for a microbatch of `microbatches_of(terms)` whose own loss is not finite.
+    """
+    if math.isfinite(loss):
+        return
+    microbatches = microbatches_of(terms)
+    culprits = [mb for mb, bad in zip(microbatches, is_bad, strict=True) if bad] or microbatches
+    questions = _questions_of(terms, culprits)
+    if len(questions) == 1:
+        raise shared_error(f"{questions[0]}: the loss of this question is {loss}; correct the row, or {LOWER_LR}")
+    raise shared_error(
+        f"the loss of the step is {loss}, from {len(culprits)} of {len(microbatches)} microbatches, with the questions "
+        f"{_listed(questions)}; {LOWER_LR}"
+    )
+
+
+def refuse_bad_gradient(norm: float, terms: Sequence[LossTerm]) -> None:
+    """Raise UserError, on all ranks alike, for a gradient that is not finite where every loss was."""
+    if not math.isfinite(norm):
+        questions = _questions_of(terms, microbatches_of(terms))
+        raise shared_error(
+            f"the norm of the gradient is {norm}, while every loss of the step is finite; its questions are "
+            f"{_listed(questions)}; {LOWER_LR}"
+        )
+
+
+def _questions_of(terms: Sequence[LossTerm], microbatches: Iterable[tuple[int, Microbatch]]) -> list[str]:
+    """`file:line` of the questions that stand in microbatches."""
+    return list(
+        dict.fromkeys(
+            terms[term].planned.batch.sets[sequence.question].where
+            for term, microbatch in microbatches
+            for sequence in microbatch.sequences
+            if not sequence.is_pad
+        )
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
     rest = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")

@@ -29,14 +29,13 @@ from megatron_ssft.parallel.checkpoint.shards import WrittenShards, complete_sha
 from megatron_ssft.parallel.checkpoint.writer import save_strategy
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.finite import find_damaged_state, find_damaged_weight
+from megatron_ssft.parallel.finite import LOWER_LR, find_damaged_state, find_damaged_weight
 from megatron_ssft.parallel.model.initialization import fold_forking_rows, take_forking_rows
 from megatron_ssft.parallel.optimizer import ShardedState, load_optimizer_state, sharded_optimizer_state
 from megatron_ssft.parallel.topology import Topology
 
 _ROWS = "forking_rows.weight"
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
-_NONFINITE_ADVICE = "go on from an older checkpoint with a lower --lr"
 _EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
 
 
@@ -104,7 +103,7 @@ def refuse_nonfinite(engine: Engine, where: str) -> None:
     weight = find_damaged_weight(engine.chunks)
     state = find_damaged_state(engine.optimizer) if engine.is_started else None
     damage = f"weight {weight}" if weight else state and f"optimizer state ({state})"
-    raise_together(damage and f"{where}: {damage} holds NaN or infinity; {_NONFINITE_ADVICE}", engine.topology)
+    raise_together(damage and f"{where}: {damage} holds NaN or infinity; {LOWER_LR}", engine.topology)
 
 
 def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
