@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.files import publish_file, remove_parts, sync_folder, write_durably
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "train_state.json"
 """In a checkpoint's folder, written last: a checkpoint without it is not complete."""
 ASSETS = "hf"
 """In a run: the Hugging Face files besides weights. In a checkpoint: its export."""
+IMPORTING = ".importing"
+"""In a run that is being made by an import."""
+IMPORTED = "import.json"
+"""In a run that was made by an import: of what, and how."""
 POLICY = "policy.jsonl"
 FINISHED = "finished.json"
 REMOVE_ADVICE = "remove this checkpoint to load an older one"
@@ -73,21 +77,40 @@ def _newest(run: Path, present: list[int]) -> int | None:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove what a killed job left behind: parts of files and checkpoints. Raises OSError.
+    """Remove what a killed job left behind, in the folder and in its checkpoints. Raises OSError.
 
-    Only for whoever holds the folder's lease. A checkpoint that made way for another, which then did not get its name,
-    comes back.
+    Only for whoever holds the folder's lease. A folder that made way for another, which then did not get its name,
+    comes back. An import that did not come to its end goes altogether.
     """
-    for old in run.glob(".iter_*.old"):
-        place = run / old.name.removeprefix(".").removesuffix(".old")
-        if not place.exists():
-            os.rename(old, place)
-    for pattern in (".iter_*.partial", ".iter_*.old", "*.tmp", ".*.tmp"):
-        for path in run.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    for folder in (run, *(checkpoint_folder(run, i) for i in _checkpoints(run))):
+        remove_parts(folder)
+    if (run / IMPORTING).exists():
+        for name in (TRACKER, "config.yaml"):
+            (run / name).unlink(missing_ok=True)
+        for folder in (checkpoint_folder(run, 0), run / ASSETS):
+            if folder.exists():
+                shutil.rmtree(folder)
+        sync_folder(run)  # the mark goes last
+        (run / IMPORTING).unlink()
+
+
+def begin_import(run: Path, origin: str) -> None:
+    """Mark a folder as filled by an import that is not at its end; nothing loads it. Raises OSError.
+
+    `origin`: JSON text that says what is imported, and how.
+    """
+    write_durably(run / IMPORTING, origin)
+
+
+def end_import(run: Path) -> None:
+    """Turn the mark into the note of a complete import. Raises OSError."""
+    publish_file(run / IMPORTING, run / IMPORTED)
+
+
+def is_imported(run: Path, origin: str) -> bool:
+    """Whether the folder holds the complete import of this origin. Raises OSError."""
+    note = run / IMPORTED
+    return note.is_file() and note.read_text(encoding="utf-8", errors="replace") == origin
 
 
 def find_latest(run: Path) -> int:
@@ -102,3 +125,5 @@ def find_latest(run: Path) -> int:
 def _refuse_missing(run: Path) -> None:
     if not run.is_dir():
         raise UserError(f"--load {run}: no such folder")
+    if (run / IMPORTING).exists():
+        raise UserError(f"--load {run}: its import did not come to its end; repeat the same import")

@@ -7,6 +7,8 @@ JSON; megatron-core's pickles are scanned before they are opened.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import socket
 import tempfile
@@ -18,7 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from msgspec import structs
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ssft.errors import UserError, shared_error
+from megatron_ssft.errors import UserError, reason_of, shared_error
 from megatron_ssft.formats.files import publish_folder, write_durably
 from megatron_ssft.formats.jsonl import to_object
 from megatron_ssft.formats.manifest import FileRecord, seal
@@ -36,6 +38,7 @@ from megatron_ssft.parallel.topology import Topology
 
 _ROWS = "forking_rows.weight"
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+_NEARLY_FULL_BYTES = 1 << 20
 _EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
 
 
@@ -75,7 +78,7 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsSta
             write_durably(partial / STATE, encode_state(structs.replace(state, has_manifest=True)))
             seal(partial, complete_shards(partial, shards))
             # The folder is there already where a run resumed from before it.
-            publish_folder(partial, folder, old=run / f".{folder.name}.old")
+            publish_folder(partial, folder)
             write_durably(run / TRACKER, str(iteration))
 
         on_first_rank(publish, topology)
@@ -93,7 +96,15 @@ def _write_shards(engine: Engine, partial: Path) -> list[WrittenShards]:
     try:
         dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy(written))
     except CheckpointException as error:  # of any rank, told to all
-        raise shared_error(f"{partial}: cannot write the checkpoint: {_first_reason(error)}") from error
+        raise shared_error(f"{partial}: cannot write the checkpoint: {_write_failure(_first_reason(error))}") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or partial}: cannot write the checkpoint: {reason_of(error)}") from error
+    except RuntimeError as error:  # torch's own writer of common.pt, which does not say why
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        full = shutil.disk_usage(partial).free < _NEARLY_FULL_BYTES
+        reason = os.strerror(errno.ENOSPC) if full else str(error).strip().split("\n")[0]
+        raise UserError(f"{partial}: cannot write the checkpoint: {_write_failure(reason)}") from error
     own = {"host": socket.gethostname(), "files": {name: to_object(record) for name, record in written.items()}}
     return [msgspec.convert(told, WrittenShards) for told in gather_json(own, engine.topology)]
 
@@ -164,6 +175,14 @@ def _first_reason(error: CheckpointException) -> str:
     """Quote in one line the first rank that failed."""
     reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
     return min(reasons).strip().split("\n")[0]
+
+
+def _write_failure(reason: str) -> str:
+    """What a text says of why a file was not written; a full disk in the words used everywhere."""
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(number) in reason:
+            return reason_of(OSError(number, os.strerror(number)))
+    return reason
 
 
 def _chunk_keys(engine: Engine) -> list[str]:

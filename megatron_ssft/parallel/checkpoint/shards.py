@@ -11,9 +11,8 @@ from msgspec import Struct
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.manifest import FileRecord
 from megatron_ssft.parallel.checkpoint.pickle_scan import refuse_foreign_pickles
+from megatron_ssft.parallel.shared_folder import SEEN_SECONDS
 
-SEEN_SECONDS = 70.0
-"""A shared file system may show a new file of another node so late: NFS keeps a folder's names for up to 60 s."""
 _LOOK_SECONDS = 0.2
 
 
