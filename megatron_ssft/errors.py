@@ -1,5 +1,12 @@
 """The one exception type that is meant for the person who started the program."""
 
+from __future__ import annotations
+
+import errno
+
+_NO_SPACE = "the disk is full"
+_NO_QUOTA = "the disk quota is used up"
+
 
 class UserError(ValueError):
     """Bad input: a wrong flag, a wrong data row, a damaged checkpoint.
@@ -10,6 +17,16 @@ class UserError(ValueError):
 
     shared: bool = False
     """Set where every rank of a job raises the same error at the same time; the first rank then speaks for all."""
+
+
+def reason_of(error: OSError) -> str:
+    """Why the operating system refused, the same words for a full disk everywhere."""
+    return {errno.ENOSPC: _NO_SPACE, errno.EDQUOT: _NO_QUOTA}.get(error.errno or 0) or error.strerror or str(error)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether there is no room left, on the disk or in the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def shared_error(text: str) -> UserError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatron_ssft.cli.options import parse_action
 from megatron_ssft.config.fields import Flag
@@ -32,6 +32,16 @@ class LayoutFlags:
         """Configuration values that were given, by name, without the folders."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: v for k, v in values.items() if k not in ("source", "target") and v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadFlags(LayoutFlags):
+    """How the checkpoint of a run is chosen."""
+
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its sha256 before it is loaded."""
+    on_damaged_checkpoint: Literal["refuse", "older"] = "refuse"
+    """What becomes of a run whose newest checkpoint is damaged, as for `train`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +69,7 @@ class ImportFlags(LayoutFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportFlags(LayoutFlags):
+class ExportFlags(LoadFlags):
     """Write the newest checkpoint of a run folder as a Hugging Face folder."""
 
     source: Annotated[Path, Flag(metavar="MEGATRON_DIR", positional=True)]
@@ -71,7 +81,7 @@ class ExportFlags(LayoutFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyFlags(LayoutFlags):
+class VerifyFlags(LoadFlags):
     """Check that a Hugging Face folder and the newest checkpoint of a run folder are the same model."""
 
     source: Annotated[Path, Flag(metavar="HF_DIR", positional=True)]

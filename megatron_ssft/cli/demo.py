@@ -31,7 +31,7 @@ from megatron_ssft.demo.data import write_demo_data
 from megatron_ssft.demo.evaluation import check_evaluation, evaluation_table, read_evaluation
 from megatron_ssft.demo.policy import check_policy, policy_table
 from megatron_ssft.demo.training import check_training, summarize, training_table
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.policy_evaluation import load_policy_evaluation
 from megatron_ssft.formats.run_logs import load_run
 
@@ -133,7 +133,7 @@ def prepare_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).write_text("Made by megatron-ssft demo, which replaces this folder.\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}; give another --output") from error
+        raise UserError(f"{error.filename or folder}: {reason_of(error)}; give another --output") from error
 
 
 def training_command(

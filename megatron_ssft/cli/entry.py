@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, is_full_disk, reason_of
 
 GRACE_SECONDS = 3.0
 
@@ -27,13 +27,20 @@ _NOTICES = (
 def run_command(main: Callable[[], int | None]) -> int:
     """Run `main` and return its status, by default 0; print a UserError as one line, without a traceback.
 
-    Other exceptions are bugs and pass.
+    So does a full disk, wherever it is noticed. Other exceptions are bugs and pass.
     """
     _quiet_libraries()
     try:
         return main() or 0
     except UserError as error:
         _report(error)
+        return 2
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        _report(
+            UserError(f"{error.filename or 'a file'}: cannot be written: {reason_of(error)}; make room and start again")
+        )
         return 2
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from megatron_ssft.cli.options import parse_options
 from megatron_ssft.config.checks import require
 from megatron_ssft.config.fields import Flag
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.evaluation.figures import PROTOCOLS, Options, evaluate
 from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs, read_groups
 from megatron_ssft.evaluation.tables import all_tables, counted, to_markdown, to_rich, warnings
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         write_durably(flags.output / EVALUATION, encode_document(record))
         write_durably(flags.output / "tables.md", to_markdown(tables, remarks))
     except OSError as error:
-        raise UserError(f"{error.filename or flags.output}: {error.strerror}; give another --output") from error
+        raise UserError(f"{error.filename or flags.output}: {reason_of(error)}; give another --output") from error
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for table in tables:
         console.print(to_rich(table), "")

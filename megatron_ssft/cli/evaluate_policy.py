@@ -23,7 +23,7 @@ from rich.console import Console
 from megatron_ssft.cli.options import parse_options
 from megatron_ssft.config.checks import require
 from megatron_ssft.config.fields import Flag
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
 from megatron_ssft.evaluation.policy_inputs import load_inputs
 from megatron_ssft.evaluation.policy_tables import policy_tables
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         flags.output.mkdir(parents=True, exist_ok=True)
         write_durably(flags.output / POLICY_EVALUATION, encode_document(record))
     except OSError as error:
-        raise UserError(f"{error.filename or flags.output}: {error.strerror}; give another --output") from error
+        raise UserError(f"{error.filename or flags.output}: {reason_of(error)}; give another --output") from error
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for table in policy_tables(record):
         console.print(to_rich(table), "")

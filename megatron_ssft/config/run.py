@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from megatron_ssft.config.checks import only_where, positive, require
+from megatron_ssft.config.checks import choice, only_where, positive, require
 from megatron_ssft.config.fields import PathText
 
 
@@ -23,6 +24,11 @@ class CheckpointConfig:
     --load is given."""
     origin_fingerprint: str | None = None
     """What the weights in --origin must be; a run writes it into its config.yaml."""
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its sha256 before it is loaded."""
+    on_damaged_checkpoint: Literal["refuse", "older"] = "refuse"
+    """What becomes of a start from a run whose newest checkpoint is damaged: it is refused, or goes on from the newest
+    one that is not."""
     save_interval: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     export_hf_at_save: bool = False
@@ -34,6 +40,8 @@ class CheckpointConfig:
         positive(self, "save_interval")
         only_where(self, self.origin is not None, "without --origin", "origin_fingerprint")
         require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
+        choice(self.on_damaged_checkpoint, "on-damaged-checkpoint", "refuse", "older")
+        only_where(self, self.load is not None, "without --load", "verify_checkpoint", "on_damaged_checkpoint")
         only_where(self, self.export_hf_at_save, "without --export-hf-at-save", "verify_hf")
         require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
 

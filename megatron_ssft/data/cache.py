@@ -30,7 +30,7 @@ from megatron_ssft.config import DataConfig
 from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import sync_file, sync_folder
 from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.records import ForkingTokens, TokenizedSet
@@ -172,7 +172,7 @@ def build_dataset(
         _write_folder(folder, sets, fingerprint, summary)
     except OSError as error:
         raise UserError(
-            f"{cache_dir}: cannot write the tokenized data: {error.strerror or error}; "
+            f"{cache_dir}: cannot write the tokenized data: {reason_of(error)}; "
             "choose another folder with --data-cache-path"
         ) from error
     return folder

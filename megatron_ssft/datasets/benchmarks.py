@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_ssft.datasets.code_benchmarks import humaneval_row, livecodebench_row
 from megatron_ssft.datasets.tables import Progress, Row, check_row, folded, parsed_rows, question_key
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, write_objects
 from megatron_ssft.seeded import text_digest
 
@@ -70,7 +70,7 @@ def write_benchmark(
     try:
         write_objects(output, counted())
     except OSError as error:
-        raise UserError(f"{output}: cannot write the questions: {error.strerror}; give another --output") from error
+        raise UserError(f"{output}: cannot write the questions: {reason_of(error)}; give another --output") from error
     return count
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import publish_file, sync_file
 from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.seeded import text_digest, whole_number
@@ -58,7 +58,7 @@ def split_set(
         folder.mkdir(parents=True, exist_ok=True)
         train_rows, held_out_rows = _write(paths, targets, held_out_keys)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot write the sets: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or folder}: cannot write the sets: {reason_of(error)}") from error
     return SplitReport(train, held_out_file, train_rows, held_out_rows, repeated)
 
 

@@ -19,7 +19,7 @@ from typing import TypedDict
 
 from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions, PoolRow, detect_format
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key, total_bytes
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.jsonl import RowError, WrongRows, write_objects
 from megatron_ssft.seeded import json_digest
 
@@ -95,7 +95,7 @@ def build_pool(
             parts = _deal(paths, Path(folder), options, report, progress)
             write_objects(output, _questions(parts, options, report))
     except OSError as error:
-        raise UserError(f"{output}: cannot write the set: {error.strerror or error}; give another --output") from error
+        raise UserError(f"{output}: cannot write the set: {reason_of(error)}; give another --output") from error
     return report
 
 

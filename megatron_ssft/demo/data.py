@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.jsonl import write_objects
 
 Operation = Callable[[int, int], int]
@@ -163,7 +163,7 @@ def write_demo_data(
         for path, rows in zip(paths, (train_rows, held_out_rows)):
             write_objects(path, rows)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot write the data: {error.strerror}") from error
+        raise UserError(f"{error.filename or folder}: cannot write the data: {reason_of(error)}") from error
     return paths
 
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+_PARTS = ("*.tmp", ".*.tmp", ".*.partial", ".*.old")
+"""Names that nothing has but what is not complete yet, or not any more."""
+
 
 def write_durably(path: Path, text: str) -> None:
     """Write a whole text file in place of the old one. Raises OSError."""
@@ -43,13 +46,20 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the files of a folder that a kill kept from getting their names. Raises OSError.
+    """Remove what a kill kept from getting its name in a folder: files and folders. Raises OSError.
 
-    Nobody may be writing files of the folder meanwhile.
+    A folder that made way for another (`.NAME.old`), which then did not get the name, comes back. Nobody may be writing
+    in the folder meanwhile.
     """
-    for pattern in ("*.tmp", ".*.tmp"):
+    for old in folder.glob(".*.old"):
+        place = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not place.exists():
+            os.rename(old, place)
+    for pattern in _PARTS:
         for part in folder.glob(pattern):
-            if part.is_file():
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
                 part.unlink()
 
 
@@ -63,26 +73,28 @@ def publish_file(partial: Path, path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder that takes the place of `path` where the block ends well; else `path` stays. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as parent:
         fresh = Path(parent) / path.name
         fresh.mkdir()
         yield fresh
+        sync_tree(fresh)
         publish_folder(fresh, path)
 
 
 def publish_new_folder(partial: Path, path: Path) -> None:
     """Give a complete folder a name that no other has. Raises OSError where one has, unless that is empty."""
+    sync_tree(partial)
     os.rename(partial, path)
     sync_folder(path.parent)
 
 
-def publish_folder(partial: Path, path: Path, old: Path | None = None) -> None:
-    """Give a complete folder its name. Raises OSError.
+def publish_folder(partial: Path, path: Path) -> None:
+    """Give a complete folder, whose files are on the disk, its name. Raises OSError.
 
-    A folder that has the name already makes way: it becomes `old` (default: `path` with `.old` added) for the moment
-    between two renames, since no file system replaces a full folder at once, and is then deleted.
+    A folder that has the name already makes way: it becomes `.NAME.old` for the moment between two renames, since no
+    file system replaces a full folder at once, and is then deleted.
     """
-    old = path.with_name(f"{path.name}.old") if old is None else old
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
@@ -99,7 +111,18 @@ def sync_file(file: IO[Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder onto the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_path(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder with all that is in it onto the disk. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk, whoever wrote it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import numpy as np
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.jsonl import Count, RowError, convert_row, parse_object, to_line
 from megatron_ssft.formats.rollouts import ScoredRollout
@@ -129,7 +129,7 @@ def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, s
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, "".join(map(to_line, count_rewards(scored, *places))))
     except OSError as error:
-        raise UserError(f"{path}: cannot write the rewards: {error.strerror}; give another --rewards") from error
+        raise UserError(f"{path}: cannot write the rewards: {reason_of(error)}; give another --rewards") from error
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

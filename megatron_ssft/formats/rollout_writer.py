@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.rollouts import FileChecks, Rollout, RolloutKey, Sample, origin_of, to_line
 
 _START = b'{"id": '
@@ -122,4 +122,4 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot write the rollouts: {error.strerror or error}; start again to resume")
+    return UserError(f"{path}: cannot write the rollouts: {reason_of(error)}; start again to resume")

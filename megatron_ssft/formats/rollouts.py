@@ -19,7 +19,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from msgspec import Meta, Struct
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.jsonl import REPAIR, Count, Name, RowError, convert_row, must_be, parse_object, to_object
 
@@ -150,7 +150,7 @@ def write_scored(path: str | Path, rows: Iterable[ScoredRollout]) -> None:
     try:
         write_durably(Path(path), "".join(map(to_line, rows)))
     except OSError as error:
-        raise UserError(f"{path}: cannot write the scores: {error.strerror}; give another --output") from error
+        raise UserError(f"{path}: cannot write the scores: {reason_of(error)}; give another --output") from error
 
 
 def to_line(record: Sample) -> str:

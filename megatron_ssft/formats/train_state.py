@@ -15,10 +15,10 @@ from msgspec import UNSET, Struct, UnsetType
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import Count, RowError, convert_row, to_object
+from megatron_ssft.formats.run_folder import REMOVE_ADVICE
 
 STATE_FORMAT = 1
 """The version that this code writes and reads."""
-_REMOVE = "remove this checkpoint to load an older one"
 
 
 class TagState(Struct, frozen=True, kw_only=True):
@@ -41,6 +41,8 @@ class WeightsState(Struct, frozen=True, kw_only=True):
     vocab_size: int
     forking_tokens: TagState
     bf16: bool
+    has_manifest: bool | UnsetType = UNSET
+    """Whether a manifest stands beside it; UNSET in checkpoints of versions that wrote none."""
 
 
 class QueueState(TypedDict):
@@ -120,15 +122,15 @@ def decode_state(text: str, path: Path) -> WeightsState:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_REMOVE}") from error
+        raise UserError(f"{path}: cannot be read ({error}); {REMOVE_ADVICE}") from error
     if not isinstance(value, dict) or "format" not in value:
-        raise UserError(f"{path}: holds no state of a run; {_REMOVE}")
+        raise UserError(f"{path}: holds no state of a run; {REMOVE_ADVICE}")
     if value["format"] != STATE_FORMAT:
         raise UserError(f"{path}: checkpoint format {value['format']}, this version reads {STATE_FORMAT}")
     try:
         return convert_row(value, _kind_of(value))
     except RowError as error:
-        raise UserError(f"{path}: {error}; {_REMOVE}") from error
+        raise UserError(f"{path}: {error}; {REMOVE_ADVICE}") from error
 
 
 def read_train_state(path: Path) -> WeightsState:
@@ -136,7 +138,7 @@ def read_train_state(path: Path) -> WeightsState:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {_REMOVE}") from error
+        raise UserError(f"{path}: cannot be read ({error}); {REMOVE_ADVICE}") from error
     return decode_state(text, path)
 
 

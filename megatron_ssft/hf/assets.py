@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import new_folder, sync_folder
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, write_forking_tokens
 from megatron_ssft.formats.hf_json import read_json, write_json
@@ -58,7 +58,7 @@ def copy_assets(hf_dir: Path, target: Path, tokenizer_dir: Path | None = None) -
                 copy_matching(tokenizer_dir, fresh, TOKENIZER_FILES)
             ensure_tokenizer_json(fresh, tokenizer_dir or hf_dir)
     except OSError as error:
-        raise UserError(f"{target}: cannot copy the files of {hf_dir}: {error.strerror or error}") from error
+        raise UserError(f"{target}: cannot copy the files of {hf_dir}: {reason_of(error)}") from error
 
 
 def write_assets(
@@ -107,7 +107,7 @@ def write_assets(
                 os.replace(fresh / file, target / file)
         sync_folder(target)
     except OSError as error:
-        raise UserError(f"{target}: cannot write the export: {error.strerror or error}") from error
+        raise UserError(f"{target}: cannot write the export: {reason_of(error)}") from error
 
 
 def find_tokenizer(hf_dir: Path) -> tuple[str, Path]:

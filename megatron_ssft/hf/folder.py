@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.links import refuse_foreign_link
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -17,9 +18,10 @@ def is_hf_folder(folder: Path) -> bool:
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """config.json as a dictionary. Raises UserError."""
     path = folder / "config.json"
+    refuse_foreign_link(path, folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}:1: expected a JSON object")

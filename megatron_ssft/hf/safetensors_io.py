@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.links import refuse_foreign_link
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -44,8 +45,8 @@ class HFWeights:
     Opening reads headers only.
 
     Raises:
-        UserError: no safetensors there, a shard is missing or damaged, the index is wrong, or a tensor's dtype is not
-            one of `DTYPES`.
+        UserError: no safetensors there, a shard is missing, damaged or a link out of the folder, the index is wrong,
+            or a tensor's dtype is not one of `DTYPES`.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -56,6 +57,7 @@ class HFWeights:
         self._files: dict[Path, BinaryIO] = {}
         promised = _weight_files(self.folder)
         for file in dict.fromkeys(promised.values()) or [self.folder / SINGLE]:
+            refuse_foreign_link(file, self.folder)
             self._read_header(file)
         for name, file in promised.items():
             if name not in self._places or self._places[name].file != file:
@@ -178,9 +180,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
                 "convert them to safetensors"
             )
         raise UserError(f"{folder}: holds no weights ({SINGLE} or {INDEX})")
+    refuse_foreign_link(index, folder)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{index}: cannot be read ({error}); download it again") from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:

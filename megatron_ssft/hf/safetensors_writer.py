@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import publish_file, sync_file, write_durably
 from megatron_ssft.hf.safetensors_io import DTYPES, INDEX, SINGLE, bytes_of
 
@@ -89,7 +89,7 @@ class ShardWriter:
         try:
             write_durably(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"{self.folder / INDEX}: cannot be written: {error.strerror}") from error
+            raise UserError(f"{self.folder / INDEX}: cannot be written: {reason_of(error)}") from error
 
     def _name(self, shard: int) -> str:
         count = len(self._shards)
@@ -124,7 +124,7 @@ class ShardWriter:
         publish_file(self._partial(shard), self.folder / self._name(shard))
 
     def _cannot(self, shard: int, error: OSError) -> UserError:
-        return UserError(f"{self.folder / self._name(shard)}: cannot be written: {error.strerror}")
+        return UserError(f"{self.folder / self._name(shard)}: cannot be written: {reason_of(error)}")
 
 
 def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_ssft.errors import UserError, shared_error
+from megatron_ssft.errors import UserError, reason_of, shared_error
 from megatron_ssft.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def on_first_rank(work: Callable[[], T], topology: Topology) -> T:
         except UserError as error:
             outcome = {"error": str(error)}
         except OSError as error:  # a full or read-only disk, mostly
-            outcome = {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
+            outcome = {"error": f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error)}
     outcome = broadcast_json(outcome, topology)
     if "error" in outcome:
         raise shared_error(outcome["error"])

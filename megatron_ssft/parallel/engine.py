@@ -19,10 +19,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ssft.config import RunConfig
-from megatron_ssft.errors import UserError
 from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
-from megatron_ssft.parallel.collectives import collect_logits, sum_over_ranks
+from megatron_ssft.parallel.collectives import collect_logits, raise_together, sum_over_ranks
+from megatron_ssft.parallel.finite import (
+    LOWER_LR,
+    find_damaged_weight,
+    microbatches_of,
+    refuse_bad_gradient,
+    refuse_bad_loss,
+)
 from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.model.trainable import freeze
@@ -142,18 +148,21 @@ class Engine:
         independent of micro-batch size, accumulation and parallel layout.
 
         Raises:
-            UserError: the loss or the gradient is not finite; the weights are left as they were for a bad loss.
+            UserError: loss, gradient or the new weights are not finite; the weights are left as they were for a bad
+                loss.
         """
         device = self.topology.device
         names = list(dict.fromkeys(name for term in terms for name in term.figures))
-        sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)  # no host sync within the step
+        slots = {(i, id(mb)): 2 + len(names) + k for k, (i, mb) in enumerate(microbatches_of(terms))}
+        sums = torch.zeros(2 + len(names) + len(slots), dtype=torch.float64, device=device)  # no host sync in the step
         places = [torch.tensor([2 + names.index(n) for n in t.figures], device=device, dtype=torch.long) for t in terms]
 
-        def loss_of(term: int, inputs: list[Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict]:
+        def loss_of(term: int, slot: int, inputs: list[Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict]:
             loss, figures = terms[term].loss(output, *inputs)
             if self.topology.reports_loss:
                 sums[0] += loss.detach()
                 sums[1] += len(output)
+                sums[slot] += ~loss.detach().isfinite()
                 sums.index_add_(0, places[term], figures)
             # Zero tokens tell Megatron to leave the gradients as they are: they are normalised already.
             return loss, torch.zeros([], dtype=torch.int, device=device), {}
@@ -167,27 +176,26 @@ class Engine:
                 model_input, arrays = term.prepare(microbatch, model_input)
             # Before the forward pass, which copies would wait for.
             inputs = [torch.from_numpy(a).to(device, non_blocking=True) for a in arrays]
-            return self._forward(model, model_input), partial(loss_of, which, inputs)
+            return self._forward(model, model_input), partial(loss_of, which, slots[which, id(microbatch)], inputs)
 
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._schedule(step, [term.planned for term in terms], forward_only=False)
-        loss, tokens, *figures = sum_over_ranks(sums.cpu().numpy(), self.topology)
-        where = terms[0].planned.batch.sets[0].where
-        if not np.isfinite(loss):
-            raise UserError(f"{where}: the loss of the step that starts with this question is {loss}")
+        loss, tokens, *rest = sum_over_ranks(sums.cpu().numpy(), self.topology)
+        refuse_bad_loss(loss, rest[len(names) :], terms)
         set_hyperparameters(self.optimizer, self.config, lr)
         _, grad_norm, _ = self.optimizer.step()
-        if not np.isfinite(grad_norm):
-            raise UserError(f"{where}: the gradient of the step that starts with this question is not finite")
+        refuse_bad_gradient(grad_norm, terms)
+        damaged = find_damaged_weight(self.chunks)
+        raise_together(damaged and f"{damaged}: is not finite after the step; {LOWER_LR}", self.topology)
         return StepMetrics(
             loss=float(loss),
             grad_norm=float(grad_norm),
             trained_sequences=sum(len(term.planned.plan.sequences) for term in terms),
             trained_tokens=int(tokens),
-            figures=dict(zip(names, map(float, figures))),
+            figures=dict(zip(names, map(float, rest))),
         )
 
     # -- verification --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.lease import acquire
 from megatron_ssft.formats.run_folder import checkpoint_folder, latest_checkpoint
@@ -125,7 +125,7 @@ def only_one(folder: Path) -> Iterator[None]:
     try:
         lease = acquire(folder, "--save ")
     except OSError as error:
-        raise UserError(f"--save {folder}: cannot be written: {error.strerror}; give another folder") from error
+        raise UserError(f"--save {folder}: cannot be written: {reason_of(error)}; give another folder") from error
     try:
         yield
     finally:

@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.hf_json import read_json, write_json
+from megatron_ssft.formats.links import refuse_foreign_link
 from megatron_ssft.tokenizers.sentencepiece_conversion import convert_sentencepiece, piece_names
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def load_tokenizer(folder: Path, source: Path, flag: str = "") -> PreTrainedToke
     from huggingface_hub import errors
     from transformers import AutoTokenizer  # here: takes seconds
 
+    for pattern in ("config.json", *TOKENIZER_FILES):
+        for file in folder.glob(pattern):
+            refuse_foreign_link(file, folder)
     # Configurations that contradict themselves raise an error of their own, which older versions do not have.
     strict = getattr(errors, "StrictDataclassError", ValueError)
     with tempfile.TemporaryDirectory() as parent:
@@ -69,11 +73,15 @@ def ensure_tokenizer_json(folder: Path, source: Path) -> None:
 
 
 def copy_matching(folder: Path, target: Path, patterns: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
-    """Copy the files of `folder` that match a pattern, but for code, weights and `leave_out`. Raises OSError."""
+    """Copy the files of `folder` that match a pattern, but for code, weights and `leave_out`.
+
+    Raises OSError, and UserError for a link out of the folder.
+    """
     # Contents only: files of a download cache are links, maybe read-only.
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             if file.is_file() and file.suffix not in _NEVER and file.name not in leave_out:
+                refuse_foreign_link(file, folder)
                 copy = target / file.relative_to(folder)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -96,7 +104,7 @@ def _converted_copy(folder: Path, source: Path, copy: Path) -> Path:
         copy_matching(folder, copy, ("config.json", *TOKENIZER_FILES))
         ensure_tokenizer_json(copy, source)
     except OSError as error:
-        raise UserError(f"{copy}: cannot copy the files of {folder}: {error.strerror or error}") from error
+        raise UserError(f"{copy}: cannot copy the files of {folder}: {reason_of(error)}") from error
     return copy
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +18,21 @@ from megatron_ssft.config import ConversionConfig, RunConfig
 from megatron_ssft.config.flags import build_config, read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.files import write_durably
-from megatron_ssft.formats.run_folder import ASSETS, TRACKER, checkpoint_folder, find_latest
+from megatron_ssft.formats.run_folder import (
+    ASSETS,
+    IMPORTING,
+    begin_import,
+    checkpoint_folder,
+    checkpoints_from_newest,
+    clear_leftovers,
+    end_import,
+    is_imported,
+)
 from megatron_ssft.hf.assets import copy_assets
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.hf.safetensors_io import HFWeights
 from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
+from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import on_first_rank
@@ -40,9 +50,13 @@ from megatron_ssft.training.weights import rows_remark
 
 def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     """A Hugging Face folder to a run folder with a checkpoint 0 of weights only, without tags unless asked for."""
-    verify = not options.pop("no_verify", False)
-    if is_hf_folder(target) or (target.exists() and any(target.glob("iter_*"))):
-        raise UserError(f"{target}: already holds a checkpoint; choose another folder")
+    verify, origin = not options.pop("no_verify", False), _origin(source, options)
+    if is_imported(target, origin):  # a kill may come between the end of the work and that of the program
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{target}: already holds this import of {source}", flush=True)
+        return
+    if not (target / IMPORTING).exists():  # of a killed import nothing counts
+        _refuse_occupied(target)
     with HFWeights(source) as weights:
         bf16 = torch.bfloat16 in weights.dtypes.values()
     config, topology, vocabulary, engine = _start(source, {"bf16": bf16} | options)
@@ -52,20 +66,46 @@ def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     if remark is not None:
         _say(topology, remark)
     with hold_folder(target, topology):
-        on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
-        folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))
-        on_first_rank(lambda: _write_config(target, config.run, source), topology)
-        _say(topology, f"imported {source} to {folder}")
-        if verify:
-            load_folder(engine, folder)  # what is compared is what stands on the disk
-            try:
+        on_first_rank(lambda: _refuse_occupied(target), topology)
+        with _whole_import(target, origin, topology):
+            on_first_rank(lambda: copy_assets(source, target / ASSETS), topology)
+            folder = save_checkpoint(engine, target, 0, weights_state(config.run, vocabulary))
+            on_first_rank(lambda: _write_config(target, config.run, source), topology)
+            if verify:
+                load_folder(engine, folder)  # what is compared is what stands on the disk
                 _verify(config.run, engine, vocabulary, source, folder)
-            except UserError:  # on all ranks alike
-                if topology.is_first_rank:
-                    shutil.rmtree(folder)
-                    (target / TRACKER).unlink()
-                raise
+        _say(topology, f"imported {source} to {folder}")
     destroy_topology()
+
+
+def _origin(source: Path, options: dict[str, Any]) -> str:
+    """What an import is made of, as JSON: the folder, the sizes and times of its files, the tags."""
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # makes the same checkpoint
+    status = {path.name: path.stat() for path in sorted(source.glob("*")) if path.is_file()}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in status.items()}
+    settings = {name: value for name, value in sorted(options.items()) if name not in layout}
+    return json.dumps({"source": str(source.resolve()), "files": files, "settings": settings}, indent=1) + "\n"
+
+
+def _refuse_occupied(target: Path) -> None:
+    if is_hf_folder(target) or (target.exists() and any(target.glob("iter_*"))):
+        raise UserError(f"{target}: already holds a checkpoint; choose another folder")
+
+
+@contextlib.contextmanager
+def _whole_import(target: Path, origin: str, topology: Topology) -> Iterator[None]:
+    """Fill a folder inside the `with` block: whole, or nothing of it is left. Collective.
+
+    A kill leaves a mark, by which the next start knows what to remove.
+    """
+    on_first_rank(lambda: begin_import(target, origin), topology)
+    try:
+        yield
+    except UserError:  # on all ranks alike
+        if topology.is_first_rank:
+            clear_leftovers(target)
+        raise
+    on_first_rank(lambda: end_import(target), topology)
 
 
 def export_run(source: Path, target: Path, options: dict[str, Any]) -> None:
@@ -124,12 +164,18 @@ def _assets_of(run: Path, config: RunConfig, vocabulary: Vocabulary, topology: T
 
 
 def _precision(run: Path) -> dict[str, Any]:
-    """The precision of a run's weights, from its newest checkpoint's state."""
-    return {"bf16": read_state(run, find_latest(run)).bf16}
+    """The precision of a run's weights, the same in all its checkpoints: from the newest state that can be read."""
+    problems = []
+    for iteration in checkpoints_from_newest(run):
+        try:
+            return {"bf16": read_state(run, iteration).bf16}
+        except UserError as error:  # `choose_checkpoint` decides whether it may be passed over
+            problems.append(error)
+    raise problems[0]
 
 
 def _load(engine: Engine, run: Path) -> int:
-    iteration = int(on_first_rank(lambda: find_latest(run), engine.topology))
+    iteration = choose_checkpoint(run, engine.config.checkpoint, engine.topology)
     load_checkpoint(engine, run, iteration, weights_only=True)
     return iteration
 

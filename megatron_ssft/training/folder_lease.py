@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_ssft.formats.lease import Lease, acquire
 from megatron_ssft.formats.run_folder import clear_leftovers
 from megatron_ssft.parallel.collectives import on_first_rank
+from megatron_ssft.parallel.shared_folder import require_shared
 from megatron_ssft.parallel.topology import Topology
 
 
@@ -32,7 +33,7 @@ def hold_folder(folder: str | Path | None, topology: Topology, flag: str = "") -
         flag: by which the folder was given, for messages.
 
     Raises:
-        UserError: another job holds it, or it cannot be written.
+        UserError: another job holds it, it cannot be written, or not all ranks see it.
     """
     held: list[Lease] = []
 
@@ -43,6 +44,8 @@ def hold_folder(folder: str | Path | None, topology: Topology, flag: str = "") -
 
     on_first_rank(take, topology)
     try:
+        if folder is not None:
+            require_shared(Path(folder), topology, flag)
         yield FolderLease(topology, held[0] if held else None)
     finally:
         for lease in held:

@@ -100,11 +100,14 @@ def check_origin(checkpoint: CheckpointConfig) -> None:
         )
 
 
-def origin_line(run: RunConfig, resumed_at: int | None, fingerprint: str | None = None) -> str:
+def origin_line(
+    run: RunConfig, resumed_at: int | None, taken: int | None = None, fingerprint: str | None = None
+) -> str:
     """The first line of the log: where the weights come from.
 
     Args:
         resumed_at: the step of the checkpoint that the run goes on from; None: it begins.
+        taken: the step of the checkpoint that a beginning run takes the weights of; None: the newest of --load.
         fingerprint: of the weights that a beginning run takes, where it is known.
     """
     load = run.checkpoint.load
@@ -116,7 +119,8 @@ def origin_line(run: RunConfig, resumed_at: int | None, fingerprint: str | None 
     mark = "" if fingerprint is None else f" (fingerprint {fingerprint[:12]})"
     if is_hf_folder(folder):
         return f"weights: from the Hugging Face folder {folder}{mark}"
-    return f"weights: from the checkpoint {checkpoint_folder(folder, find_latest(folder))}{mark}"
+    step = find_latest(folder) if taken is None else taken
+    return f"weights: from the checkpoint {checkpoint_folder(folder, step)}{mark}"
 
 
 class OriginOfRun:
@@ -133,11 +137,12 @@ class OriginOfRun:
         if is_hf_folder(Path(checkpoint.load)):
             self._pending = BackgroundFingerprint(Path(checkpoint.load))
 
-    def find(self, resumed_at: int | None) -> Origin:
+    def find(self, resumed_at: int | None, taken: int | None) -> Origin:
         """The origin: that of the run that goes on, or the folder that the weights were taken from. Raises UserError.
 
         Args:
             resumed_at: the step of the checkpoint that the run goes on from; None: it begins.
+            taken: the step of the checkpoint that it takes the weights of; None: --load is no run.
         """
         checkpoint = self._run.checkpoint
         if resumed_at is not None or checkpoint.load is None or starts_at_recorded_origin(checkpoint):
@@ -146,4 +151,5 @@ class OriginOfRun:
             return Origin(checkpoint.load, self._pending.result())
         if checkpoint.save is None:
             return Origin(checkpoint.load, None)
-        return Origin(checkpoint.load, fingerprint_of(Path(checkpoint.load)))
+        assert taken is not None, "--load is a run, whose checkpoint was chosen"
+        return Origin(checkpoint.load, checkpoint_fingerprint(checkpoint_folder(Path(checkpoint.load), taken)))

@@ -105,7 +105,12 @@ def resumable(config: TrainingRun, origin: Origin) -> TrainingRun:
     How this one was started (--load, --finetune) is left out; where its weights came from stands in it.
     """
     checkpoint = dataclasses.replace(
-        config.run.checkpoint, load=None, origin=origin.folder, origin_fingerprint=origin.fingerprint
+        config.run.checkpoint,
+        load=None,
+        verify_checkpoint=True,
+        on_damaged_checkpoint="refuse",
+        origin=origin.folder,
+        origin_fingerprint=origin.fingerprint,
     )
     run = dataclasses.replace(config.run, checkpoint=checkpoint)
     if isinstance(config, SSFTConfig):

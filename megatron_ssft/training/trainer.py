@@ -10,11 +10,12 @@ import msgspec
 
 from megatron_ssft.config import SSFTConfig, TrainingRun, check_schedule
 from megatron_ssft.config.flags import to_yaml
-from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest, store_config
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, store_config
 from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.registry import objective_of
+from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere, save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -76,6 +77,7 @@ class Trainer:
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
         check_schedule(config.run.training, self.train_iters)
+        self._chosen: dict[Path, int] = {}
         self._start_or_resume()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -203,10 +205,12 @@ class Trainer:
     def _keep_config(self, folder: Path | None) -> str:
         """Write the configuration with the origin of the weights; in words, what that is. For the first rank."""
         assert self._origin is not None, "looked at before"
-        origin = self._origin.find(self.resumed_at)
+        load = self.config.run.checkpoint.load
+        taken = None if load is None else self._chosen.get(Path(load))
+        origin = self._origin.find(self.resumed_at, taken)
         if folder is not None:
             store_config(folder, self.iteration, to_yaml(resumable(self.config, origin)))
-        return origin_line(self.config.run, self.resumed_at, origin.fingerprint)
+        return origin_line(self.config.run, self.resumed_at, taken, origin.fingerprint)
 
     def _describe_job(self) -> str:
         """Vocabulary, ranks, parameters and steps."""
@@ -251,8 +255,15 @@ class Trainer:
         self.objective.begin(self.context(), self._load_weights)
 
     def _load_weights(self, source: Path, flag: str) -> None:
-        may_untie = self.objective.may_untie
-        take_weights(self.engine, self.vocabulary, self.config.start, source, flag, may_untie=may_untie)
+        take_weights(
+            self.engine,
+            self.vocabulary,
+            self.config.start,
+            source,
+            flag,
+            may_untie=self.objective.may_untie,
+            newest=self._latest,
+        )
 
     def _goes_on(self, run: Path) -> bool:
         """Whether the run in this folder is continued, rather than its weights taken to start from."""
@@ -294,8 +305,10 @@ class Trainer:
         return self.objective.complete_state(state)
 
     def _latest(self, run: Path) -> int:
-        """The iteration of the newest complete checkpoint. Raises UserError. Collective."""
-        return int(on_first_rank(lambda: find_latest(run), self.topology))
+        """The iteration of the checkpoint to take of a run, looked at once. Raises UserError. Collective."""
+        if run not in self._chosen:
+            self._chosen[run] = choose_checkpoint(run, self.config.run.checkpoint, self.topology)
+        return self._chosen[run]
 
     def _save_is_due(self) -> bool:
         every = self.config.run.checkpoint.save_interval

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import structs
 
 from megatron_ssft.config import StartConfig
-from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
-from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
@@ -22,7 +21,14 @@ _UNTIED = "untie_embeddings_and_output_weights"
 
 
 def take_weights(
-    engine: Engine, vocabulary: Vocabulary, start: StartConfig, source: Path, flag: str, *, may_untie: bool
+    engine: Engine,
+    vocabulary: Vocabulary,
+    start: StartConfig,
+    source: Path,
+    flag: str,
+    *,
+    may_untie: bool,
+    newest: Callable[[Path], int],
 ) -> None:
     """Fill a started engine with the newest weights of a run, or those of a Hugging Face folder. Collective.
 
@@ -31,6 +37,7 @@ def take_weights(
         flag: by which `source` was given, for messages.
         may_untie: an output head of its own starts as a copy of the embedding where the source ties them; without this
             that is refused.
+        newest: the iteration of the checkpoint to take of a run. Collective.
 
     Raises:
         UserError: it is no such folder, or does not fit the engine.
@@ -43,7 +50,7 @@ def take_weights(
         initialize_forking_rows(engine.chunks, vocabulary, start, config.training.seed)
         engine.optimizer.reload_model_params()
         return
-    iteration = int(on_first_rank(lambda: find_latest(source), topology))
+    iteration = newest(source)
     state = read_state_everywhere(source, iteration, topology)
     untie = may_untie and own_head and not state.model.get(_UNTIED, True)
     if untie:

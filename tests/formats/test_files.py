@@ -44,9 +44,9 @@ def test_a_folder_that_others_filled_gets_its_name(tmp_path):
     for content in ("one", "two"):
         (tmp_path / ".d.partial").mkdir()
         (tmp_path / ".d.partial" / content).write_text("")
-        (tmp_path / ".old").mkdir(exist_ok=True)  # left by a crash
-        (tmp_path / ".old" / "rest").write_text("")
-        publish_folder(tmp_path / ".d.partial", tmp_path / "d", old=tmp_path / ".old")
+        (tmp_path / ".d.old").mkdir(exist_ok=True)  # left by a crash
+        (tmp_path / ".d.old" / "rest").write_text("")
+        publish_folder(tmp_path / ".d.partial", tmp_path / "d")
         assert names(tmp_path / "d") == [content]
     assert names(tmp_path) == ["d"]
 

@@ -242,7 +242,10 @@ def test_places_that_cannot_be_written(tmp_path):
     assert "cannot write" in refusal(RolloutWriter, tmp_path / "file" / "r.jsonl")
     assert "cannot write" in refusal(write_scored, tmp_path / "absent" / "s.jsonl", [])
     if os.path.exists("/dev/full"):
-        with pytest.raises(UserError, match="No space"), RolloutWriter("/dev/full") as writer:
+        with (
+            pytest.raises(UserError, match="the disk is full; start again to resume"),
+            RolloutWriter("/dev/full") as writer,
+        ):
             writer.write(some())
 
 

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.manifest import MANIFEST, seal
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.topology import initialize_topology
 from megatron_ssft.training.trainer import Trainer
@@ -103,6 +104,12 @@ def same_state(one, other):
     assert {json.dumps([r["iteration"], r["queue"]]) for r in [*one, *other]} == {
         json.dumps([one[0]["iteration"], one[0]["queue"]])
     }
+
+
+def reseal(folder):
+    """A manifest that vouches for the files as they are now, as somebody would write it who changed them on purpose."""
+    (folder / MANIFEST).unlink()
+    seal(folder, {})
 
 
 def metadata(folder):

@@ -24,7 +24,9 @@ from tests.helpers.hf_folders import (
 
 
 def test_copy_takes_everything_but_weights_and_code(tmp_path):
-    source = checkpoint(tmp_path / "in")
+    repository = tmp_path / "models--org--name"
+    (repository / "snapshots").mkdir(parents=True)
+    source = checkpoint(repository / "snapshots" / "abc123")
     (source / "additional_chat_templates").mkdir()
     kept = {
         "chat_template.jinja": "x",
@@ -36,7 +38,8 @@ def test_copy_takes_everything_but_weights_and_code(tmp_path):
     dropped += ["chat_template.py", "LICENSE.safetensors"]
     for name, text in {**kept, **dict.fromkeys(dropped, "no")}.items():
         (source / name).write_text(text)
-    blob = tmp_path / "blob"
+    blob = repository / "blobs" / "e3b0c442"
+    blob.parent.mkdir()
     (source / "tokenizer.json").rename(blob)
     blob.chmod(0o444)
     (source / "tokenizer.json").symlink_to(blob)  # as in a download cache

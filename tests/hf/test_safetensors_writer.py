@@ -139,5 +139,5 @@ def test_disk_trouble_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refusal(lambda: write(tmp_path, tensors()))
+    assert "the disk is full" in refusal(lambda: write(tmp_path, tensors()))
     assert not list(tmp_path.glob("*.safetensors"))

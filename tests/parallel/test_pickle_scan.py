@@ -20,6 +20,7 @@ from tests.helpers.checkpoints import (
     load,
     metadata,
     refusal,
+    reseal,
     same_state,
     try_to_load,
 )
@@ -128,6 +129,7 @@ def test_planted_command_in_common_pt_is_refused(copy, values, tmp_path):
     path = copy / "iter_0000002" / "common.pt"
     state = torch.load(path)
     torch.save(state | {"extra": Bomb(tmp_path / "ran")}, path)
+    reseal(path.parent)
     error = run_ranks(1, try_to_load, values | {"load": str(copy)})[0]
     assert not (tmp_path / "ran").exists()
     assert error is not None and str(copy / "iter_0000002") in error and "\n" not in error
@@ -148,6 +150,7 @@ def plant_bytes(folder, key, payload):
         file.write(payload)
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(meta, file)
+    reseal(folder)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +181,5 @@ def test_trial_of_the_planting(saved, copy, values):
     meta = metadata(copy / "iter_0000002")
     with open(copy / "iter_0000002" / ".metadata", "wb") as file:
         pickle.dump(meta, file)
+    reseal(copy / "iter_0000002")
     same_state(saved[1], run_ranks(1, load, values | {"load": str(copy)}))

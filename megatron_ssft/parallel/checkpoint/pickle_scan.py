@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.run_folder import REMOVE_ADVICE
 
 _ALLOWED = {
     "torch": {"Size", "device"},
@@ -39,7 +40,6 @@ _ALLOWED = {
 }
 
 
-_ADVICE = "remove this checkpoint to load an older one"
 # What unpickling damaged bytes was seen to raise, and what pickle's documentation says it may.
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -86,7 +86,7 @@ def refuse_unusable(folder: Path) -> None:
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except (OSError, *_DAMAGE) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: damaged or foreign: {reason or type(error).__name__}; {_ADVICE}") from error
+        raise UserError(f"{folder}: damaged or foreign: {reason or type(error).__name__}; {REMOVE_ADVICE}") from error
 
 
 def refuse_foreign_pickles(folder: Path) -> Metadata:
@@ -104,10 +104,10 @@ def refuse_foreign_pickles(folder: Path) -> Metadata:
     except _ForeignGlobal as error:
         raise UserError(f"{path}: refused: it would import {error}, which no checkpoint needs") from error
     except (OSError, *_DAMAGE) as error:
-        raise UserError(f"{path}: damaged or missing ({type(error).__name__}); {_ADVICE}") from error
+        raise UserError(f"{path}: damaged or missing ({type(error).__name__}); {REMOVE_ADVICE}") from error
     entries = getattr(metadata, "state_dict_metadata", None)
     if not isinstance(metadata, Metadata) or not isinstance(entries, dict):
-        raise UserError(f"{path}: damaged: it holds no metadata; {_ADVICE}")
+        raise UserError(f"{path}: damaged: it holds no metadata; {REMOVE_ADVICE}")
     for name, entry in entries.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(f"{path}: refused: {name} is an object, not a tensor, and reading it could run code")
@@ -122,4 +122,4 @@ def _refuse_missing_bytes(folder: Path, metadata: Metadata) -> None:
     for name, size in needed.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size < size:
-            raise UserError(f"{path}: missing or cut short, {size} bytes are needed; {_ADVICE}")
+            raise UserError(f"{path}: missing or cut short, {size} bytes are needed; {REMOVE_ADVICE}")

@@ -7,28 +7,38 @@ JSON; megatron-core's pickles are scanned before they are opened.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
+import msgspec
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from msgspec import structs
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of, shared_error
 from megatron_ssft.formats.files import publish_folder, write_durably
-from megatron_ssft.formats.run_folder import STATE, TRACKER, checkpoint_folder
+from megatron_ssft.formats.jsonl import to_object
+from megatron_ssft.formats.manifest import FileRecord, seal
+from megatron_ssft.formats.run_folder import REMOVE_ADVICE, STATE, TRACKER, checkpoint_folder
 from megatron_ssft.formats.train_state import WeightsState, decode_state, encode_state, read_train_state
 from megatron_ssft.parallel.checkpoint.pickle_scan import refuse_unusable
+from megatron_ssft.parallel.checkpoint.shards import WrittenShards, complete_shards
 from megatron_ssft.parallel.checkpoint.writer import save_strategy
-from megatron_ssft.parallel.collectives import barrier, on_first_rank, raise_together
+from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.model.initialization import find_damaged_weight, fold_forking_rows, take_forking_rows
+from megatron_ssft.parallel.finite import LOWER_LR, find_damaged_state, find_damaged_weight
+from megatron_ssft.parallel.model.initialization import fold_forking_rows, take_forking_rows
 from megatron_ssft.parallel.optimizer import ShardedState, load_optimizer_state, sharded_optimizer_state
 from megatron_ssft.parallel.topology import Topology
 
 _ROWS = "forking_rows.weight"
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+_NEARLY_FULL_BYTES = 1 << 20
 _EXTRA = "_extra_state"  # objects, not tensors (fp8 scales, mostly empty): left out, as reading them may run code
 
 
@@ -44,9 +54,14 @@ def read_state_everywhere(run: Path, iteration: int, topology: Topology) -> Weig
 
 
 def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsState) -> Path:
-    """Write weights, optimizer (where there is one) and `state`. Collective; returns the folder."""
-    folder = checkpoint_folder(run, iteration)
-    topology = engine.topology
+    """Write weights, optimizer (where there is one) and `state`. Collective; returns the folder.
+
+    Raises:
+        UserError: weights or optimizer state are not finite, the disk is full, or not all ranks write into one folder;
+            nothing is published then.
+    """
+    folder, topology = checkpoint_folder(run, iteration), engine.topology
+    refuse_nonfinite(engine, f"{folder}: is not saved")
 
     def prepare() -> str:
         # A name of its own: should two jobs write here in spite of the lease, neither publishes the other's shards.
@@ -55,24 +70,51 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsSta
         made.chmod(0o755)  # mkdtemp keeps others out
         return str(made)
 
-    def publish() -> None:
-        write_durably(partial / STATE, encode_state(state))
-        # The folder is there already where a run resumed from before it.
-        publish_folder(partial, folder, old=run / f".{folder.name}.old")
-        write_durably(run / TRACKER, str(iteration))
-
     partial = Path(on_first_rank(prepare, topology))
+    try:
+        shards = _write_shards(engine, partial)
+
+        def publish() -> None:
+            write_durably(partial / STATE, encode_state(structs.replace(state, has_manifest=True)))
+            seal(partial, complete_shards(partial, shards))
+            # The folder is there already where a run resumed from before it.
+            publish_folder(partial, folder)
+            write_durably(run / TRACKER, str(iteration))
+
+        on_first_rank(publish, topology)
+    except UserError:  # a full disk should not stay full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write_shards(engine: Engine, partial: Path) -> list[WrittenShards]:
+    """Write weights and optimizer; what every rank wrote. Collective."""
     fold_forking_rows(engine.chunks)
     sharded = _sharded_state(engine, is_loading=False, weights_only=not engine.is_started)
+    written: dict[str, FileRecord] = {}
     try:
-        dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy())
-    except CheckpointException as error:
-        if topology.is_first_rank:  # a full disk should not stay full
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{partial}: cannot write the checkpoint: {_first_reason(error)}") from error
-    barrier(topology)
-    on_first_rank(publish, topology)
-    return folder
+        dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy(written))
+    except CheckpointException as error:  # of any rank, told to all
+        raise shared_error(f"{partial}: cannot write the checkpoint: {_write_failure(_first_reason(error))}") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or partial}: cannot write the checkpoint: {reason_of(error)}") from error
+    except RuntimeError as error:  # torch's own writer of common.pt, which does not say why
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        full = shutil.disk_usage(partial).free < _NEARLY_FULL_BYTES
+        reason = os.strerror(errno.ENOSPC) if full else str(error).strip().split("\n")[0]
+        raise UserError(f"{partial}: cannot write the checkpoint: {_write_failure(reason)}") from error
+    own = {"host": socket.gethostname(), "files": {name: to_object(record) for name, record in written.items()}}
+    return [msgspec.convert(told, WrittenShards) for told in gather_json(own, engine.topology)]
+
+
+def refuse_nonfinite(engine: Engine, where: str) -> None:
+    """Raise UserError on every rank where weights or optimizer state hold NaN or infinity. Collective."""
+    weight = find_damaged_weight(engine.chunks)
+    state = find_damaged_state(engine.optimizer) if engine.is_started else None
+    damage = f"weight {weight}" if weight else state and f"optimizer state ({state})"
+    raise_together(damage and f"{where}: {damage} holds NaN or infinity; {LOWER_LR}", engine.topology)
 
 
 def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
@@ -110,23 +152,37 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
         if absent or unexpected:
             raise UserError(f"{folder}: does not fit this model: missing {absent}, unexpected {list(unexpected)}")
     take_forking_rows(engine.chunks)
-    damaged = find_damaged_weight(engine.chunks)
-    raise_together(
-        damaged and f"{folder}: weights are damaged: {damaged} holds NaN or infinity; load another checkpoint",
-        engine.topology,
-    )
-    if not engine.is_started:
-        return
-    if weights_only:
-        engine.optimizer.reload_model_params()
-    else:
+    if engine.is_started:
+        if weights_only:
+            engine.optimizer.reload_model_params()
+        else:
+            _restore_optimizer(engine, folder, state)
+    refuse_nonfinite(engine, f"{folder}: is damaged")
+
+
+def _restore_optimizer(engine: Engine, folder: Path, state: ShardedState) -> None:
+    """Restore the optimizer from what was loaded. Raises UserError where that is not what it needs. Collective."""
+    error = None
+    try:
         load_optimizer_state(engine.optimizer, state["optimizer"])
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as caught:
+        reason = str(caught).strip().split("\n")[0]
+        error = f"{folder}: does not fit this optimizer: {type(caught).__name__}: {reason}; {REMOVE_ADVICE}"
+    raise_together(error, engine.topology)
 
 
 def _first_reason(error: CheckpointException) -> str:
     """Quote in one line the first rank that failed."""
     reasons = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
     return min(reasons).strip().split("\n")[0]
+
+
+def _write_failure(reason: str) -> str:
+    """What a text says of why a file was not written; a full disk in the words used everywhere."""
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(number) in reason:
+            return reason_of(OSError(number, os.strerror(number)))
+    return reason
 
 
 def _chunk_keys(engine: Engine) -> list[str]:

@@ -137,12 +137,3 @@ def fold_forking_rows(chunks: list[SetGPTModel]) -> None:
     for chunk in chunks:
         if chunk.forking_rows is not None:
             chunk.forking_rows.fold(chunk.vocab_tables()[0])
-
-
-def find_damaged_weight(chunks: list[SetGPTModel]) -> str | None:
-    """Name of this rank's first parameter that holds NaN or infinity, if any."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return name
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.evaluation import EvaluationRecord, load_evaluation
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.policy_evaluation import PolicyEvaluationRecord, load_policy_evaluation
@@ -83,7 +83,7 @@ def write_report(
         for path, exhibit in zip(paths[1:], exhibits):
             path.write_bytes(exhibit.picture.png)
     except OSError as error:
-        raise UserError(f"{error.filename or output}: {error.strerror}; give another --output") from error
+        raise UserError(f"{error.filename or output}: {reason_of(error)}; give another --output") from error
     return paths
 
 
