@@ -18,10 +18,21 @@ _PARTS = ("*.tmp", ".*.tmp", ".*.partial", ".*.old")
 """Names that nothing has but what is not complete yet, or not any more."""
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError inside the block say which file it is of: that of a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write a whole text file in place of the old one. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         sync_file(file)
     publish_file(temporary, path)
@@ -36,7 +47,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with naming(path), os.fdopen(handle, "w", encoding="utf-8") as file:
             yield file
             sync_file(file)
         temporary.chmod(0o644)  # mkstemp keeps others out

@@ -20,7 +20,7 @@ import psutil
 from msgspec import Struct
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import sync_file
+from megatron_ssft.formats.files import naming, sync_file
 
 LEASE = ".lease.json"
 BEAT_SECONDS = 10.0
@@ -152,25 +152,29 @@ def _pid_space() -> str:
 def _claim(path: Path, owner: Owner) -> bool:
     """Put the lease there unless there is one: whole, and by one process only."""
     temporary = path.with_name(f"{LEASE}.{owner.token}")
-    with open(temporary, "wb") as file:
-        file.write(msgspec.json.encode(owner))
-        sync_file(file)
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            file.write(msgspec.json.encode(owner))
+            sync_file(file)
+        return _link(temporary, path) or (not path.exists() and _create(path, owner))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Whether the file got the second name, which another may have already."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
     except OSError:
-        if temporary.stat().st_nlink == 2:  # done, and the answer was lost on its way
-            return True
-        return _create(path, owner)  # a file system without hard links
-    finally:
-        temporary.unlink(missing_ok=True)
+        return temporary.stat().st_nlink == 2  # done, and the answer was lost on its way; else there are no hard links
     return True
 
 
 def _create(path: Path, owner: Owner) -> bool:
     try:
-        with open(path, "xb") as file:
+        with naming(path), open(path, "xb") as file:
             file.write(msgspec.json.encode(owner))
             sync_file(file)
     except FileExistsError:

@@ -8,6 +8,7 @@ import socket
 import time
 from pathlib import Path
 
+from megatron_ssft.formats.files import naming
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.topology import Topology
 
@@ -28,7 +29,8 @@ def require_shared(folder: Path, topology: Topology, flag: str, seconds: float =
     probe = folder / name
 
     def write() -> None:
-        probe.write_text(nonce, encoding="ascii")
+        with naming(folder):
+            probe.write_text(nonce, encoding="ascii")
 
     def remove() -> None:
         probe.unlink()

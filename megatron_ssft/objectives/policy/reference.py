@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.files import publish_folder, sync_file, write_durably
+from megatron_ssft.formats.files import naming, publish_folder, sync_file, write_durably
 from megatron_ssft.objectives.policy.completion_scoring import Answers
 from megatron_ssft.parallel.collectives import barrier, gather_json, on_first_rank
 from megatron_ssft.parallel.topology import Topology
@@ -136,7 +136,7 @@ def write_reference(
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
         sync_file(file)
 
