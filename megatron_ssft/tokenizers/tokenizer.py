@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.tokenizers.hf_folder import load_tokenizer
+from megatron_ssft.tokenizers.hf_folder import open_tokenizer
 
 
 class Tokenizer(Protocol):
@@ -21,6 +21,8 @@ class Tokenizer(Protocol):
     """Ends a turn; it is trained at the end of every completion."""
     bos_id: int | None
     """Begins prompts that no chat template renders, where the tokenizer's own convention adds one."""
+    remarks: tuple[str, ...]
+    """What a run says of the tokenizer at its start; nothing in general."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added at the ends."""
@@ -75,6 +77,7 @@ class CharTokenizer:
     def __init__(self) -> None:
         self.eos_id = 256
         self.bos_id: int | None = None
+        self.remarks: tuple[str, ...] = ()
         self.vocab_size = 257
 
     def encode(self, text: str) -> list[int]:
@@ -121,6 +124,7 @@ class SentencePieceTokenizer:
             raise UserError(f"--tokenizer-model {path}: the model has no end-of-sentence piece, which ends every trace")
         bos = self._processor.bos_id()
         self.bos_id = bos if bos >= 0 else None
+        self.remarks: tuple[str, ...] = ()
         self._fingerprint = _digest("SentencePieceTokenizer", model)
 
     def encode(self, text: str) -> list[int]:
@@ -155,7 +159,11 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str) -> None:
         if not Path(path).is_dir():
             raise UserError(f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer folder")
-        self._tokenizer = load_tokenizer(Path(path), Path(path), flag="--tokenizer-model ")
+        opened = open_tokenizer(Path(path), Path(path), flag="--tokenizer-model ")
+        self._tokenizer = opened.tokenizer
+        self.remarks: tuple[str, ...] = ()
+        if opened.overruled is not None:
+            self.remarks = (f"{path}: ids are those of tokenizer.json as it stands; {opened.overruled}",)
         vocabulary = self._tokenizer.get_vocab()
         # Without vocabulary files some tokenizer classes come up with nothing but their special tokens.
         if not set(vocabulary.values()) - set(self._tokenizer.added_tokens_decoder):

@@ -181,7 +181,7 @@ class Trainer:
             write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
         log.say(f"{self.objective.introduction()} | {self._describe_job()}")
         log.say(self._describe_layout())
-        for note in self.objective.notes():
+        for note in (*self.vocabulary.tokenizer.remarks, *self.objective.notes()):
             log.say(note)
 
     def _describe_job(self) -> str:
