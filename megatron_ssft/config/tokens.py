@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, only_where, positive, require
+from megatron_ssft.config.checks import choice, is_date, only_where, positive, require
 from megatron_ssft.config.fields import PathText
 
 
@@ -18,6 +18,10 @@ class TokenizerConfig:
     """SentencePiece model file or Hugging Face folder."""
     seq_length: int = 2048
     """Longest sequence (prompt, tag and completion) in tokens."""
+    template_date: str | None = None
+    """YYYY-MM-DD: today, to a chat template that writes the date; without it such a template is refused."""
+    prompt_control_tokens: str = "refuse"
+    """What a control token is that a verbatim prompt spells: control (itself), text (its characters), or refuse."""
 
     def __post_init__(self) -> None:
         choice(
@@ -33,6 +37,14 @@ class TokenizerConfig:
         )
         own = self.tokenizer_type == "CharTokenizer"
         only_where(self, not own, "with --tokenizer-type CharTokenizer", "tokenizer_model")
+        choice(self.prompt_control_tokens, "prompt-control-tokens", "refuse", "control", "text")
+        hugging_face = self.tokenizer_type == "HuggingFaceTokenizer"
+        here = f"with --tokenizer-type {self.tokenizer_type}"
+        only_where(self, hugging_face, here, "template_date", "prompt_control_tokens")
+        require(
+            self.template_date is None or is_date(self.template_date),
+            f"--template-date {self.template_date}: give a day as YYYY-MM-DD",
+        )
         positive(self, "seq_length")
 
 

@@ -36,7 +36,7 @@ from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _DTYPES: dict[str, np.dtype] = {
     "tokens": np.dtype(np.int32),
     "offsets": np.dtype(np.int64),
@@ -60,6 +60,9 @@ class DataSummary:
     questions_dropped_overlong: int
     total_tokens: int
     longest_sequence: int
+    control_tokens_in_questions: int
+    control_tokens_in_traces: int
+    control_tokens_in_prompts: int
 
 
 @dataclass(frozen=True)

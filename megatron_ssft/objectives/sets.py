@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ssft.config import SSFTConfig
 from megatron_ssft.data.cache import SetDataset, build_dataset
+from megatron_ssft.data.prompt import control_token_notes
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.collectives import on_first_rank, raise_together
@@ -85,6 +86,18 @@ def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
             folders[name] = str(folder)
     check_batch(config, SetDataset.open(Path(folders["train"])))
     return folders
+
+
+def data_notes(config: SSFTConfig, name: str, dataset: SetDataset) -> list[str]:
+    """What the start says of a data set."""
+    counts = dataset.summary
+    return control_token_notes(
+        counts.control_tokens_in_questions,
+        counts.control_tokens_in_traces,
+        counts.control_tokens_in_prompts,
+        config.run.tokenizer.prompt_control_tokens,
+        name,
+    )
 
 
 def check_batch(config: SSFTConfig, dataset: SetDataset) -> None:

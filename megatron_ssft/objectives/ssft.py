@@ -19,7 +19,7 @@ from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.set_matching import Matched, SetMatching, matching_figures
-from megatron_ssft.objectives.sets import TrainingSets
+from megatron_ssft.objectives.sets import TrainingSets, data_notes
 from megatron_ssft.objectives.step_lines import step_line
 from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology
@@ -179,6 +179,11 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
 
     def introduction(self) -> str:
         return f"{len(self.sets.train)} questions, {int(self.sets.train.trace_counts.sum())} traces"
+
+    def notes(self) -> Sequence[str]:
+        held_out = self.sets.held_out
+        notes = data_notes(self.config, "training data", self.sets.train)
+        return notes + ([] if held_out is None else data_notes(self.config, "held-out data", held_out))
 
     def line(self, row: Mapping[str, object]) -> str:
         return step_line(row)
