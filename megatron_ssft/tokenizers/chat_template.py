@@ -102,8 +102,8 @@ class ChatTemplate:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        # -I: neither the folder it is started in nor variables of the shell decide what is imported.
-        command = [sys.executable, "-I", str(Path(template_child.__file__))]
+        # -P: modules of the program's own folder shall not hide others.
+        command = [sys.executable, "-P", str(Path(template_child.__file__))]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         weakref.finalize(self, _end, process)
         assert process.stdin is not None

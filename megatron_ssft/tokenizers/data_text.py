@@ -98,9 +98,10 @@ class Conversations:
             tokens = control if turn["role"] == "assistant" else framing
             spelled |= bool(tokens.find_in(cast(Json, turn)))
             marked.append(cast(Message, tokens.mark(cast(Json, turn))))
-            self._check_role(turn["role"], framing, template.template)
         spelled |= bool(framing.find_in(list(tools or ())))
         text = template.render(marked, cast("list[Json]", framing.mark(list(tools or ()))))
+        for turn in messages:
+            self._check_role(turn["role"], framing, template.template, text)
         parts.check(messages, tools, without_marks(text))
         if not spelled and not self._text.hidden:
             return self._text.encode_as_is(text)
@@ -132,10 +133,13 @@ class Conversations:
             self._templates[text] = template, RenderedParts(template.render), framing
         return self._templates[text]
 
-    def _check_role(self, role: str, framing: ControlTokens, template: str) -> None:
-        """Templates that build a token around the role make any token of a role. Raises UserError."""
+    def _check_role(self, role: str, framing: ControlTokens, template: str, text: str) -> None:
+        """Templates that build a token around the role make any token of a role. Raises UserError.
+
+        `text`: what was rendered.
+        """
         if role in _ROLES:
             return
         for token in framing.tokens:
-            if role in token and role != token and token not in template:
-                raise UserError(f"role {role!r} may become the control token {token!r}; use user, assistant or system")
+            if role in token and role != token and token in text and token not in template:
+                raise UserError(f"role {role!r} becomes the control token {token!r}; use user, assistant or system")

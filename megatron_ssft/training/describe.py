@@ -10,7 +10,7 @@ from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.matching.assignment import Matcher
-from megatron_ssft.objectives.sets import build_queue, make_batch, prepare_data
+from megatron_ssft.objectives.sets import build_queue, data_notes, make_batch, prepare_data
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
@@ -44,6 +44,7 @@ def describe(config: SSFTConfig) -> str:
             config.data.data_cache_path = folder
         dataset = SetDataset.open(Path(prepare_data(config, vocabulary)["train"]))
         lines += _data_lines(dataset)
+        lines += [*vocabulary.tokenizer.remarks, *data_notes(config, "training data", dataset)]
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")

@@ -120,6 +120,25 @@ def test_text_without_control_tokens_is_what_transformers_makes_of_it(exported):
         assert encode_completion(Trace(content), tokenizer, "")[:-1] == reference(content)["input_ids"]
 
 
+def test_transformers_agrees_on_special_tokens_in_a_text_when_it_is_asked_to(exported):
+    """The setting that the documentation names, with the export of the tokenizer."""
+    from transformers import AutoTokenizer
+
+    reference, tokenizer = AutoTokenizer.from_pretrained(exported), tokenizer_of(exported)
+    for text in (text for text in SPELLED if "think" not in text):
+        ids = reference(f"so {text} 4\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert encode_completion(Trace(f"so {text} 4\n"), tokenizer, "")[:-1] == ids
+
+
+def test_a_role_of_which_a_template_builds_a_token_is_refused(tmp_path):
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content }}{% endfor %}"
+    folder = checkpoint(tmp_path / "in")
+    edit(folder / "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    with pytest.raises(UserError, match="role 'endoftext' becomes the control token"):
+        encode_prompt(question(("endoftext", "x"), ("user", "y")), tokenizer_of(folder))
+    assert encode_prompt(question(("text", "x"), ("user", "y")), tokenizer_of(folder))
+
+
 def test_entries_of_the_vocabulary_that_are_not_special_stay_what_they_are(tmp_path):
     """`</think>` is how the model spells its reasoning's end; in a question it does not end the model's reasoning."""
     folder = checkpoint(tmp_path / "in")
