@@ -112,12 +112,9 @@ def control_token_notes(questions: int, traces: int, prompts: int, prompts_as: s
     """
     notes = []
     if questions or traces:
-        notes.append(
-            f"{where}: {questions} control tokens are spelled in questions and {traces} in traces; text there, "
-            "not control tokens"
-        )
+        notes.append(f"{where}: control tokens spelled in questions: {questions}, in traces: {traces}; text there")
     if prompts:
-        notes.append(f"{where}: {prompts} control tokens are spelled in verbatim prompts; taken as {prompts_as}")
+        notes.append(f"{where}: control tokens spelled in verbatim prompts: {prompts}; taken as {prompts_as}")
     return notes
 
 

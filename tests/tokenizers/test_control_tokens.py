@@ -208,8 +208,10 @@ def test_counts_reach_the_start_of_a_run(tmp_path, base):
     config = build_config(values | {"prompt_control_tokens": "control"}, SSFTConfig)
     dataset = SetDataset.open(prepare_data(config, build_vocabulary(config.run))["train"])
     notes = data_notes(config, "training data", dataset)
-    assert notes[0].startswith("training data: 1 control tokens are spelled in questions and 2 in traces")
-    assert notes[1].endswith("1 control tokens are spelled in verbatim prompts; taken as control")
+    assert notes == [
+        "training data: control tokens spelled in questions: 1, in traces: 2; text there",
+        "training data: control tokens spelled in verbatim prompts: 1; taken as control",
+    ]
     path.write_text(json.dumps(rows[0] | {"question": "1+1?", "traces": [{"text": "2"}]}) + "\n")
     clean = SetDataset.open(prepare_data(config, build_vocabulary(config.run))["train"])
     assert data_notes(config, "training data", clean) == []
