@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -27,6 +27,23 @@ class Trace:
     """Final response that follows the reasoning in the completion, where the data keeps it apart."""
 
 
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+"""A value that JSON can spell."""
+
+
+class Message(TypedDict):
+    """A turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: NotRequired[str]
+    """Absent in a turn that only calls tools."""
+    reasoning_content: NotRequired[str]
+    """What an assistant thought before it answered."""
+    tool_calls: NotRequired[list[Json]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class SetExample:
     """One validated JSONL row: a question and its set of traces."""
@@ -38,8 +55,10 @@ class SetExample:
     traces: tuple[Trace, ...]
     prompt: str | None = None
     """Prompt text to be used verbatim, without the chat template."""
-    messages: tuple[dict[str, str], ...] | None = None
-    """Chat turns (`role`, `content`) to be rendered by the chat template; a `question` becomes one user turn."""
+    messages: tuple[Message, ...] | None = None
+    """Chat turns to be rendered by the chat template; a `question` becomes one user turn."""
+    tools: tuple[Json, ...] | None = None
+    """Descriptions of tools, for the chat template."""
     answer: str | None = None
     """Gold answer, for verifiers; never trained on."""
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_ssft.cli.options import parse_options
+from megatron_ssft.config.checks import is_date, require
 from megatron_ssft.config.fields import Flag
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class GenerateFlags:
     """Rollouts, appended."""
     limit: Annotated[int | None, Flag(metavar="Q")] = None
     """The first Q questions only."""
+    template_date: Annotated[str | None, Flag(metavar="YYYY-MM-DD")] = None
+    """Today, to a chat template that writes the date; as in training."""
+    prompt_control_tokens: Literal["refuse", "control", "text"] = "refuse"
+    """What a control token in a verbatim prompt is; as in training."""
 
     tags: Annotated[Literal["each", "fixed", "round-robin", "own", "own-greedy", "none"], Flag(group=TAGS)] = "each"
     """Tag mode; see above."""
@@ -103,7 +108,12 @@ class GenerateFlags:
         from megatron_ssft.generation.model_folder import TagFlags
         from megatron_ssft.generation.requests import Sampling
         from megatron_ssft.generation.run import Options
+        from megatron_ssft.tokenizers.data_text import PromptRules
 
+        require(
+            self.template_date is None or is_date(self.template_date),
+            f"--template-date {self.template_date}: give a day as YYYY-MM-DD",
+        )
         return Options(
             model=self.model,
             data=self.data,
@@ -113,6 +123,7 @@ class GenerateFlags:
             tag=self.tag,
             samples_per_tag=self.samples_per_tag,
             samples=self.samples,
+            prompt_rules=PromptRules(self.template_date, self.prompt_control_tokens),
             tag_flags=TagFlags(self.num_forking_tokens, self.forking_token_format, self.forking_token_template),
             sampling=Sampling(
                 temperature=0.0 if self.greedy else self.temperature,

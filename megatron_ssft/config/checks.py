@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Collection
 from typing import Any
@@ -29,6 +30,14 @@ def finite(section: object, unbounded: Collection[str] = ()) -> None:
 def choice(value: str | None, flag: str, *choices: str) -> None:
     """Raises UserError unless the value of `flag` is one of the choices."""
     require(value in choices, f"--{flag} {value}: choose one of {', '.join(choices)}")
+
+
+def is_date(text: str) -> bool:
+    """Whether this is a day of the calendar, as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def positive(section: object, *names: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssft.config.checks import choice, only_where, positive, require
+from megatron_ssft.config.checks import choice, is_date, only_where, positive, require
 from megatron_ssft.config.fields import PathText
 
 
@@ -24,6 +24,10 @@ class TokenizerConfig:
     max_truncated_share: float = 0.5
     """Refuse data of which more than this share of the traces (of the stored completions, in policy learning) lost its
     end to a limit of length; 1: never."""
+    template_date: str | None = None
+    """YYYY-MM-DD: today, to a chat template that writes the date; without it such a template is refused."""
+    prompt_control_tokens: str = "refuse"
+    """What a control token is that a verbatim prompt spells: control (itself), text (its characters), or refuse."""
 
     def __post_init__(self) -> None:
         choice(
@@ -42,6 +46,14 @@ class TokenizerConfig:
         positive(self, "seq_length", "max_position_embeddings")
         share = self.max_truncated_share
         require(0 <= share <= 1, f"--max-truncated-share {share}: is a share, between 0 and 1")
+        choice(self.prompt_control_tokens, "prompt-control-tokens", "refuse", "control", "text")
+        hugging_face = self.tokenizer_type == "HuggingFaceTokenizer"
+        here = f"with --tokenizer-type {self.tokenizer_type}"
+        only_where(self, hugging_face, here, "template_date", "prompt_control_tokens")
+        require(
+            self.template_date is None or is_date(self.template_date),
+            f"--template-date {self.template_date}: give a day as YYYY-MM-DD",
+        )
 
 
 @dataclass

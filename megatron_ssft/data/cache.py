@@ -65,6 +65,9 @@ class DataSummary:
     answers_joined: int
     questions_without_template: int
     questions_in_thought: int
+    control_tokens_in_questions: int
+    control_tokens_in_traces: int
+    control_tokens_in_prompts: int
 
 
 @dataclass(frozen=True)

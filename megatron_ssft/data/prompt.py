@@ -17,7 +17,7 @@ import numpy as np
 from megatron_ssft.config import DataConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows
-from megatron_ssft.records import ForkingTokens, SetExample, TokenizedSet, Trace
+from megatron_ssft.records import ForkingTokens, Message, SetExample, TokenizedSet, Trace
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
 _THOUGHT = re.compile(r"(<think>|\[THINK\])$", re.IGNORECASE)
@@ -55,34 +55,85 @@ class TokenizationReport:
     """Questions of chat turns that no template renders."""
     questions_in_thought: int
     """Questions whose rendered prompt ends with an opened <think>."""
+    control_tokens_in_questions: int
+    """Control tokens that questions spell; they are text."""
+    control_tokens_in_traces: int
+    """Control tokens that traces and answers spell; they are text."""
+    control_tokens_in_prompts: int
+    """Control tokens that verbatim prompts spell; --prompt-control-tokens says what they are."""
 
 
 def encode_prompt(example: SetExample, tokenizer: Tokenizer) -> list[int]:
     """Ids up to and including the generation prompt; the forking token follows.
 
     A verbatim `prompt` skips the chat template; messages go through it, or through `plain_rendering` where the
-    tokenizer has none. Raises UserError where the template refuses the messages.
+    tokenizer has none. Control tokens that messages spell are text. Raises UserError where the template refuses the
+    messages or leaves a part out, and for a verbatim prompt whose control tokens nothing explains.
     """
     if example.prompt is not None:
-        return _with_bos(tokenizer.encode(example.prompt), tokenizer)
+        return _with_bos(tokenizer.encode_verbatim(example.prompt), tokenizer)
     assert example.messages, f"{example.file}:{example.line} has neither prompt nor messages"
-    rendered = tokenizer.render_chat(list(example.messages))
+    rendered = tokenizer.render_chat(example.messages, example.tools)
     if rendered is not None:
         return rendered
-    return _with_bos(tokenizer.encode(plain_rendering(example.messages)), tokenizer)
+    if example.tools:
+        raise RowError("'tools' need a chat template, and the tokenizer has none; remove them from the row")
+    return _with_bos(tokenizer.encode_text(plain_rendering(example.messages)), tokenizer)
 
 
-def plain_rendering(messages: tuple[dict[str, str], ...]) -> str:
-    """Chat turns as text without a template: a lone turn is its content, several are `role: content` lines."""
+def plain_rendering(messages: tuple[Message, ...]) -> str:
+    """Chat turns as text without a template: a lone turn is its content, several are `role: content` lines.
+
+    Raises RowError for a turn with more than role and content.
+    """
+    for number, turn in enumerate(messages, start=1):
+        others = sorted(turn.keys() - {"role", "content"})
+        if others:
+            raise RowError(
+                f"{others[0]!r} of turn {number} needs a chat template, and the tokenizer has none; remove it"
+            )
     if len(messages) == 1:
-        return messages[0]["content"] + "\n"
-    return "".join(f"{turn['role']}: {turn['content']}\n" for turn in messages)
+        return messages[0].get("content", "") + "\n"
+    return "".join(f"{turn['role']}: {turn.get('content', '')}\n" for turn in messages)
 
 
 def encode_completion(trace: Trace, tokenizer: Tokenizer, answer_separator: str) -> list[int]:
     """Ids that follow the forking token: the reasoning, the answer where the data keeps it apart, end of turn."""
-    text = trace.text + (answer_separator + trace.answer if trace.answer else "")
-    return [*tokenizer.encode(text), tokenizer.eos_id]
+    if not trace.answer:
+        return [*tokenizer.encode_text(trace.text), tokenizer.eos_id]
+    if tokenizer.control_tokens_in(answer_separator):  # a setting, and meant so
+        separator = tokenizer.encode(answer_separator)
+        ids = [*tokenizer.encode_text(trace.text), *separator, *tokenizer.encode_text(trace.answer)]
+        return [*ids, tokenizer.eos_id]
+    return [*tokenizer.encode_text(trace.text + answer_separator + trace.answer), tokenizer.eos_id]
+
+
+def count_control_tokens(example: SetExample, tokenizer: Tokenizer) -> Counter[str]:
+    """How many control tokens the parts of a row spell: `questions`, `traces`, `prompts` (verbatim)."""
+    counts: Counter[str] = Counter()
+    if example.prompt is not None:
+        counts["prompts"] = tokenizer.control_tokens_in(example.prompt)
+    else:
+        counts["questions"] = tokenizer.control_tokens_in_chat(example.messages or (), example.tools)
+    texts = (text for trace in example.traces for text in (trace.text, trace.answer or ""))
+    counts["traces"] = sum(map(tokenizer.control_tokens_in, texts))
+    return counts
+
+
+def control_token_notes(questions: int, traces: int, prompts: int, prompts_as: str, where: str = "data") -> list[str]:
+    """What a start says of control tokens that the data spells; nothing where there are none.
+
+    Args:
+        questions, traces, prompts: their numbers.
+        prompts_as: what they are in verbatim prompts, a value of --prompt-control-tokens.
+        where: which data.
+    """
+    notes = []
+    if questions or traces:
+        notes.append(f"{where}: control tokens spelled in questions: {questions}, in traces: {traces}; text there")
+    if prompts:
+        notes.append(f"{where}: control tokens spelled in verbatim prompts: {prompts}; taken as {prompts_as}")
+    return notes
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -106,12 +157,14 @@ def tokenize_examples(
     """
     wrong = WrongRows()
     counts: Counter[str] = Counter()
+    spelled: Counter[str] = Counter()
     sets: list[TokenizedSet] = []
     lengths: list[int] = []
     longest_tag = max(len(ids) for ids in tags.ids)
     for done, example in enumerate(examples, start=1):
         try:
             tokenized = _tokenize_set(example, tokenizer, longest_tag, data, seq_length, counts, lengths)
+            spelled += count_control_tokens(example, tokenizer)
         except UserError as error:
             wrong.add(example.file, example.line, error)
         else:
@@ -139,6 +192,9 @@ def tokenize_examples(
         answers_joined=counts["answers"],
         questions_without_template=counts["without template"],
         questions_in_thought=counts["in thought"],
+        control_tokens_in_questions=spelled["questions"],
+        control_tokens_in_traces=spelled["traces"],
+        control_tokens_in_prompts=spelled["prompts"],
     )
 
 

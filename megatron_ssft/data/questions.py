@@ -12,7 +12,7 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows, parse_json
 from megatron_ssft.records import SetExample
 
-_FIELDS = ("id", "prompt", "question", "messages")
+_FIELDS = ("id", "prompt", "question", "messages", "system", "tools", "chat_template_kwargs", "system_prompt")
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[SetExample]:

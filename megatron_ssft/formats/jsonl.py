@@ -70,13 +70,25 @@ class WrongRows:
 def parse_json(raw: bytes) -> object:
     """The JSON value of one line. Raises RowError."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise RowError(f"not valid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise RowError(f"not valid JSON at column {error.colno}: {error.msg}") from error
+    except RowError:
+        raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise RowError("not usable JSON: a number is too long or brackets are nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of these pairs. Raises RowError for a key given twice: readers disagree on which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError(f"key {twice!r} is given twice in one object; keep one of them")
+    return found
 
 
 def parse_object(raw: bytes) -> dict[str, object]:

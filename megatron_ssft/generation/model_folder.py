@@ -10,6 +10,7 @@ from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
 from megatron_ssft.formats.hf_json import read_json
 from megatron_ssft.hf.fingerprints import model_fingerprint, tokenizer_fingerprint
 from megatron_ssft.records import ForkingTokens
+from megatron_ssft.tokenizers.data_text import DEFAULT_RULES, PromptRules
 from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
@@ -40,11 +41,13 @@ class ModelFolder:
     tokenizer_fingerprint: str
 
 
-def open_model_folder(path: Path, flags: TagFlags) -> ModelFolder:
+def open_model_folder(path: Path, flags: TagFlags, rules: PromptRules = DEFAULT_RULES) -> ModelFolder:
     """Read the folder. Raises UserError."""
     config = read_json(path / "config.json")
-    tokenizer = HuggingFaceTokenizer(str(path))
+    tokenizer = HuggingFaceTokenizer(str(path), rules)
     tags = _forking_tokens(path, tokenizer, flags)
+    if tags is not None and tags.format == "special":
+        tokenizer.reserve(tags.strings)
     rows = config.get("vocab_size")
     if tags is not None and isinstance(rows, int) and (last := max(map(max, tags.ids))) >= rows:
         raise UserError(

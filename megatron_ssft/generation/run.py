@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
+from megatron_ssft.data.prompt import control_token_notes, count_control_tokens
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rollout_writer import RolloutWriter, resume_rollouts
@@ -32,6 +34,8 @@ from megatron_ssft.generation.requests import (
     token_limit,
 )
 from megatron_ssft.progress import Wording, track
+from megatron_ssft.records import SetExample
+from megatron_ssft.tokenizers.data_text import DEFAULT_RULES, PromptRules
 
 GREEDY_STEPS = 256
 """Mode own-greedy: most steps until a tag is complete, as in the published evaluation."""
@@ -53,6 +57,7 @@ class Options:
     samples: int | None = None
     limit: int | None = None
     tag_flags: TagFlags = field(default_factory=TagFlags)
+    prompt_rules: PromptRules = DEFAULT_RULES
     backend: str = "hf"
     batch_size: int | None = None
     device: str | None = None
@@ -91,14 +96,25 @@ class Summary:
     """Without loading the model."""
 
 
+def _notes(options: Options, model: ModelFolder, examples: Sequence[SetExample]) -> list[str]:
+    """What is unusual about tokenizer and prompts."""
+    spelled: Counter[str] = Counter()
+    for example in examples:
+        spelled += count_control_tokens(example, model.tokenizer)
+    as_what = options.prompt_rules.control_tokens
+    return [*model.tokenizer.remarks, *control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what)]
+
+
 def generate_file(options: Options, console: Console) -> Summary:
     """Generate what the file does not hold yet. Raises UserError."""
-    model = open_model_folder(options.model, options.tag_flags)
+    model = open_model_folder(options.model, options.tag_flags, options.prompt_rules)
     plan = plan_tags(
         options.tags, model.tags, tag=options.tag, samples_per_tag=options.samples_per_tag, samples=options.samples
     )
     examples = read_questions(options.data)
     requests = build_requests(examples[: options.limit], model, plan, options.sampling, options.seed)
+    for note in _notes(options, model, examples[: options.limit]):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     backend = make_backend(options, model, console)
     settings = sampling_record(options, model, plan, backend)
     done = resume_rollouts(

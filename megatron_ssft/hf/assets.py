@@ -21,6 +21,7 @@ from megatron_ssft.tokenizers.hf_folder import (
     copy_matching,
     ensure_tokenizer_json,
     has_vocab_and_merges,
+    pin_tokenizer_json,
 )
 from megatron_ssft.tokenizers.tag_entries import add_forking_tokens
 
@@ -83,8 +84,9 @@ def write_assets(
         end_id: the token that ends every trace in training, at which generation must stop; None: as `source` says.
 
     Raises:
-        UserError: what `copy_assets` raises; the tokenizer cannot give the tags these ids; or, read back, it does not
-            return the tags or treats ordinary text otherwise than before. `target` is unchanged then.
+        UserError: what `copy_assets` raises; transformers does not read tokenizer.json as it is written; the tokenizer
+            cannot give the tags these ids; or, read back, it does not return the tags or treats ordinary text
+            otherwise than before. `target` is unchanged then.
     """
     source, target = Path(source), Path(target)
     if target.is_dir() and target.samefile(source):
@@ -95,6 +97,8 @@ def write_assets(
             fresh = Path(parent) / "assets"
             copy_assets(source, fresh)
             _update_config(fresh / "config.json", vocab_size, torch_dtype, tied)
+            if (fresh / "tokenizer.json").is_file():
+                pin_tokenizer_json(fresh, source)
             if end_id is not None:
                 _stop_at(fresh, end_id)
             if tags is not None:

@@ -6,6 +6,7 @@ written so that transformers gives the ids that the run was trained with.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from megatron_ssft.config import ModelConfig, RunConfig
@@ -14,7 +15,13 @@ from megatron_ssft.formats.files import new_folder
 from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.hf.assets import copy_files
 from megatron_ssft.hf.families import FAMILIES
-from megatron_ssft.tokenizers.hf_folder import ensure_tokenizer_json, load_tokenizer
+from megatron_ssft.tokenizers.hf_folder import (
+    OtherRules,
+    ensure_tokenizer_json,
+    load_tokenizer,
+    open_tokenizer,
+    pin_tokenizer_json,
+)
 from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES, convert_sentencepiece, piece_names
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -130,9 +137,27 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
     The folder may know more entries: the tags.
     """
-    difference = _difference(HuggingFaceTokenizer(str(folder)), tokenizer)
+    difference = open_tokenizer(folder, folder).overruled
+    if difference is None:
+        difference = _difference(HuggingFaceTokenizer(str(folder)), tokenizer)
     if difference is not None:
         raise NotExpressible(_refusal(folder, difference))
+
+
+def check_assets(folder: Path, tokenizer: Tokenizer) -> None:
+    """`check_tokenizer` of what an export will make of the assets in `folder`, which stay as they are.
+
+    Raises NotExpressible, and UserError for files that cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        copy = Path(parent) / "hf"
+        copy.mkdir()
+        copy_files(folder, copy)
+        try:
+            pin_tokenizer_json(copy, folder)
+        except OtherRules as error:
+            raise NotExpressible(_refusal(folder, error.rules)) from error
+        check_tokenizer(copy, tokenizer)
 
 
 def _difference(read: Tokenizer, tokenizer: Tokenizer) -> str | None:
@@ -239,6 +264,7 @@ def _write_hf_tokenizer(folder: Path, source: Path, tokenizer: Tokenizer) -> int
 def _reads_alike(folder: Path, source: Path, tokenizer: Tokenizer) -> bool:
     try:
         ensure_tokenizer_json(folder, source)
+        pin_tokenizer_json(folder, source)
         reader = HuggingFaceTokenizer(str(folder))
     except UserError:  # to a class chosen by another config.json the files may be unusable
         return False

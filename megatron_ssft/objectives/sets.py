@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ssft.config import SSFTConfig
-from megatron_ssft.data.account import refuse_truncated
+from megatron_ssft.data.account import account, refuse_truncated
 from megatron_ssft.data.cache import SetDataset, build_dataset
+from megatron_ssft.data.prompt import control_token_notes
 from megatron_ssft.data.sampler import QuestionQueue
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.collectives import on_first_rank, raise_together
@@ -16,6 +17,8 @@ from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.progress import ProgressLines
 from megatron_ssft.records import QuestionBatch, QuestionVisit
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
+
+TRAINING_DATA, HELD_OUT_DATA = "training data", "held-out data"
 
 
 class TrainingSets:
@@ -89,6 +92,21 @@ def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
             refuse_truncated(SetDataset.open(folder).summary, settings.max_truncated_share, settings.seq_length, files)
     check_batch(config, SetDataset.open(Path(folders["train"])))
     return folders
+
+
+def data_notes(config: SSFTConfig, name: str, dataset: SetDataset) -> list[str]:
+    """What the start says of a data set; `name` leads the lines on another than the training data."""
+    counts = dataset.summary
+    lines = account(counts, config.data, config.run.tokenizer.seq_length)
+    if name != TRAINING_DATA:
+        lines = [f"{name}: {line}" for line in lines]
+    return lines + control_token_notes(
+        counts.control_tokens_in_questions,
+        counts.control_tokens_in_traces,
+        counts.control_tokens_in_prompts,
+        config.run.tokenizer.prompt_control_tokens,
+        name,
+    )
 
 
 def check_batch(config: SSFTConfig, dataset: SetDataset) -> None:

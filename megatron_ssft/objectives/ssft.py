@@ -10,7 +10,6 @@ import numpy as np
 from msgspec import UnsetType, structs
 
 from megatron_ssft.config import SSFTConfig
-from megatron_ssft.data.account import account
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
 from megatron_ssft.formats.metrics import METRICS, SSFTMetrics
@@ -20,7 +19,7 @@ from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.matching.collapse import CollapseWatch
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.set_matching import Matched, SetMatching, matching_figures
-from megatron_ssft.objectives.sets import TrainingSets, build_queue
+from megatron_ssft.objectives.sets import HELD_OUT_DATA, TRAINING_DATA, TrainingSets, build_queue, data_notes
 from megatron_ssft.objectives.step_lines import step_line
 from megatron_ssft.parallel.loss_terms import LossTerm, Prepared, weighted_nll
 from megatron_ssft.parallel.topology import Topology
@@ -192,12 +191,9 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
         return f"{len(self.sets.train)} questions, {int(self.sets.train.trace_counts.sum())} traces"
 
     def notes(self) -> Sequence[str]:
-        data, seq_length = self.config.data, self.config.run.tokenizer.seq_length
-        lines = account(self.sets.train.summary, data, seq_length)
-        if self.sets.held_out is not None:
-            held_out = account(self.sets.held_out.summary, data, seq_length)
-            lines += [f"held-out data: {line}" for line in held_out]
-        return lines
+        held_out = self.sets.held_out
+        notes = data_notes(self.config, TRAINING_DATA, self.sets.train)
+        return notes + ([] if held_out is None else data_notes(self.config, HELD_OUT_DATA, held_out))
 
     def line(self, row: Mapping[str, object]) -> str:
         return step_line(row)

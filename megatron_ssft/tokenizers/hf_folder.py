@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.formats.links import refuse_foreign_link
+from megatron_ssft.tokenizers.as_written import NAMED_TOKENS, PLAIN_CLASS, difference, plain_tokenizer
 from megatron_ssft.tokenizers.sentencepiece_conversion import convert_sentencepiece, piece_names
 
 if TYPE_CHECKING:
@@ -33,9 +35,35 @@ TOKENIZER_FILES = (
 _NEVER = (".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf")
 
 
+@dataclass(frozen=True)
+class OpenedTokenizer:
+    """A folder's tokenizer, and what has to be said about it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    overruled: str | None
+    """What the class that transformers chooses does otherwise than tokenizer.json says; None: nothing."""
+
+
+class OtherRules(UserError):
+    """transformers reads a folder's tokenizer otherwise than tokenizer.json says, and cannot be told not to."""
+
+    def __init__(self, source: Path, rules: str) -> None:
+        super().__init__(
+            f"{source}: transformers reads the tokenizer of this kind of model by rules of its own, {rules}; an export "
+            "would get other ids than in training: give the model another tokenizer, or do not export"
+        )
+        self.rules = rules
+
+
 def load_tokenizer(folder: Path, source: Path, flag: str = "") -> PreTrainedTokenizerBase:
+    """`open_tokenizer` without remarks. Raises UserError."""
+    return open_tokenizer(folder, source, flag).tokenizer
+
+
+def open_tokenizer(folder: Path, source: Path, flag: str = "") -> OpenedTokenizer:
     """Load the tokenizer of `folder` with transformers, without network and without the folder's code.
 
+    Where there is a tokenizer.json, its ids are what the tokenizer gives, whatever class transformers chooses.
     `source` is where the files come from, for messages; `flag` is put in front of it there. Raises UserError.
     """
     from huggingface_hub import errors
@@ -52,10 +80,42 @@ def load_tokenizer(folder: Path, source: Path, flag: str = "") -> PreTrainedToke
             # transformers' own conversion of a SentencePiece model may give other ids; ours is checked against it.
             readable = _converted_copy(folder, source, Path(parent) / "tokenizer")
         try:
-            return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                readable, local_files_only=True, trust_remote_code=False
+            )
+            overruled = difference(tokenizer, readable)
+            if overruled is not None:
+                overruled = f"by {type(tokenizer).__name__}, {overruled} than in tokenizer.json"
+                tokenizer = plain_tokenizer(tokenizer, readable)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
             reason = " ".join(str(error).split()) or "no reason given"
             raise UserError(f"{flag}{source}: no usable tokenizer: {type(error).__name__}: {reason}") from error
+        remaining = None if overruled is None else difference(tokenizer, readable)
+    if remaining is not None:
+        raise UserError(
+            f"{flag}{source}: tokenizer.json and tokenizer_config.json contradict each other: read with both, "
+            f"{remaining} than with tokenizer.json alone; make them agree"
+        )
+    return OpenedTokenizer(tokenizer, overruled)
+
+
+def pin_tokenizer_json(folder: Path, source: Path) -> None:
+    """Have transformers read tokenizer.json of `folder` as it is written; files that do so already stay as they are.
+
+    `source` is where the files come from, for messages. Raises UserError, OtherRules where transformers does not heed
+    tokenizer_config.json.
+    """
+    opened = open_tokenizer(folder, source)
+    if opened.overruled is None:
+        return
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    for name in NAMED_TOKENS:  # a class may have had defaults of its own
+        settings.setdefault(name, getattr(opened.tokenizer, name))
+    write_json(path, settings | {"tokenizer_class": PLAIN_CLASS})
+    still = open_tokenizer(folder, source).overruled
+    if still is not None:
+        raise OtherRules(source, still)
 
 
 def ensure_tokenizer_json(folder: Path, source: Path) -> None:

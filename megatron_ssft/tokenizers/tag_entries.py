@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.hf_json import read_json, write_json
 from megatron_ssft.records import ForkingTokens
-from megatron_ssft.tokenizers.hf_folder import load_tokenizer
+from megatron_ssft.tokenizers.hf_folder import load_tokenizer, open_tokenizer
 from megatron_ssft.tokenizers.sentencepiece_conversion import PROBES
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ def add_forking_tokens(folder: Path, source: Path, tags: ForkingTokens) -> None:
         raise UserError(f"{source}: no tokenizer that the forking tokens could be added to; add its files")
     before = load_tokenizer(folder, source)
     new_ids = _add_tags(folder, source, tags) if tags.format == "special" else []
-    after = load_tokenizer(folder, source)
+    opened = open_tokenizer(folder, source)
+    after = opened.tokenizer
+    if opened.overruled is not None:
+        raise UserError(f"{source}: the exported tokenizer would be wrong: {opened.overruled}")
     for problem in _problems(before, after, tags, new_ids):
         raise UserError(f"{source}: the exported tokenizer would be wrong: {problem}")
 

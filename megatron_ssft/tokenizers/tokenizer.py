@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.tokenizers.hf_folder import load_tokenizer
+from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, parse_forking_tokens
+from megatron_ssft.records import Json, Message
+from megatron_ssft.tokenizers.data_text import DEFAULT_RULES, Conversations, DataText, PromptRules
+from megatron_ssft.tokenizers.hf_folder import open_tokenizer
 
 
 class Tokenizer(Protocol):
@@ -23,9 +26,31 @@ class Tokenizer(Protocol):
     """Begins prompts that no chat template renders, where the tokenizer's own convention adds one."""
     has_template: bool
     """Whether there is a chat template."""
+    remarks: tuple[str, ...]
+    """What a run says of the tokenizer at its start; nothing in general."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added at the ends."""
+        """Ids of `text`, nothing added at the ends; what spells a control token may become one."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text of the data: no text becomes a control token. Raises UserError for unusable characters."""
+        ...
+
+    def encode_verbatim(self, text: str) -> list[int]:
+        """Ids of a verbatim prompt. Raises UserError where it spells control tokens and nothing says what they are."""
+        ...
+
+    def control_tokens_in(self, text: str) -> int:
+        """How many control tokens a text of the data spells."""
+        ...
+
+    def control_tokens_in_chat(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> int:
+        """How many control tokens a conversation spells. Raises UserError as `render_chat`."""
+        ...
+
+    def reserve(self, tags: Iterable[str]) -> None:
+        """Take `tags` for control tokens from now on, where the vocabulary has them as entries."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -36,8 +61,11 @@ class Tokenizer(Protocol):
         """Id of the vocabulary entry spelled `token`, None if there is none."""
         ...
 
-    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
-        """Ids of the chat template with generation prompt; None without a template. Raises UserError on refusal."""
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> list[int] | None:
+        """Ids of the chat template with generation prompt; None without a template.
+
+        Raises UserError where the template refuses, or does not render a part of the conversation.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -45,7 +73,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokenizer:
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None, rules: PromptRules = DEFAULT_RULES) -> Tokenizer:
     """The tokenizer that the flags name. Raises UserError, led by `--tokenizer-model PATH:`, for unusable files."""
     if tokenizer_type == "CharTokenizer":
         return CharTokenizer()
@@ -57,7 +85,7 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None) -> Tokeniz
         raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
     if tokenizer_type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(tokenizer_model)
-    return HuggingFaceTokenizer(tokenizer_model)
+    return HuggingFaceTokenizer(tokenizer_model, rules)
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -69,7 +97,32 @@ def _digest(*parts: str | bytes) -> str:
     return total.hexdigest()
 
 
-class CharTokenizer:
+class _WithoutControlTokens:
+    """What the tokenizers have in common that make no control token of any text, and have no chat template."""
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def encode_verbatim(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def control_tokens_in(self, text: str) -> int:
+        return 0
+
+    def control_tokens_in_chat(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> int:
+        return 0
+
+    def reserve(self, tags: Iterable[str]) -> None:
+        """Nothing: tags are no entries of the vocabulary."""
+
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> list[int] | None:
+        return None
+
+
+class CharTokenizer(_WithoutControlTokens):
     """The bytes of UTF-8 as ids 0..255 (so one token an ASCII character, nothing unknown), then end of text."""
 
     _EOS = "<|endoftext|>"
@@ -78,6 +131,7 @@ class CharTokenizer:
         self.eos_id = 256
         self.bos_id: int | None = None
         self.has_template = False
+        self.remarks: tuple[str, ...] = ()
         self.vocab_size = 257
 
     def encode(self, text: str) -> list[int]:
@@ -92,14 +146,11 @@ class CharTokenizer:
             return self.eos_id
         return ord(token) if len(token) == 1 and token.isascii() else None
 
-    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
-        return None
-
     def fingerprint(self) -> str:
         return _digest("CharTokenizer", self._EOS)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_WithoutControlTokens):
     """A SentencePiece `.model` file."""
 
     def __init__(self, path: str) -> None:
@@ -125,6 +176,7 @@ class SentencePieceTokenizer:
         bos = self._processor.bos_id()
         self.bos_id = bos if bos >= 0 else None
         self.has_template = False
+        self.remarks: tuple[str, ...] = ()
         self._fingerprint = _digest("SentencePieceTokenizer", model)
 
     def encode(self, text: str) -> list[int]:
@@ -146,9 +198,6 @@ class SentencePieceTokenizer:
         piece_id = self._processor.piece_to_id(token)  # the unknown piece for a stranger
         return piece_id if self._processor.id_to_piece(piece_id) == token else None
 
-    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
-        return None
-
     def fingerprint(self) -> str:
         return self._fingerprint
 
@@ -156,10 +205,14 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A local Hugging Face folder, read by transformers without network and without code from the folder."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, rules: PromptRules = DEFAULT_RULES) -> None:
         if not Path(path).is_dir():
             raise UserError(f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer folder")
-        self._tokenizer = load_tokenizer(Path(path), Path(path), flag="--tokenizer-model ")
+        opened = open_tokenizer(Path(path), Path(path), flag="--tokenizer-model ")
+        self._tokenizer = opened.tokenizer
+        self.remarks: tuple[str, ...] = ()
+        if opened.overruled is not None:
+            self.remarks = (f"{path}: ids are those of tokenizer.json as it stands; {opened.overruled}",)
         vocabulary = self._tokenizer.get_vocab()
         # Without vocabulary files some tokenizer classes come up with nothing but their special tokens.
         if not set(vocabulary.values()) - set(self._tokenizer.added_tokens_decoder):
@@ -173,11 +226,44 @@ class HuggingFaceTokenizer:
         adds_bos = bos is not None and self._tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
         self.bos_id: int | None = bos if adds_bos else None
         self.has_template = self._tokenizer.chat_template is not None
-        self._fingerprint = self._compute_fingerprint(Path(path), vocabulary)
+        self._rules = rules
+        own_tags = parse_forking_tokens(Path(path)).strings if (Path(path) / FORKING_TOKENS).is_file() else ()
+        self._text = DataText(self._tokenizer, own_tags)
+        self._conversations = Conversations(self._tokenizer, self._text, rules.template_date)
+        if rules.template_date is not None and not self._conversations.asks_for_the_date:
+            raise UserError(
+                f"--template-date {rules.template_date} has no use: no chat template of {path} writes a date; "
+                "leave it out"
+            )
+        self._vocabulary, self._folder = vocabulary, Path(path)
+
+    def reserve(self, tags: Iterable[str]) -> None:
+        entries = {tag for tag in tags if tag in self._tokenizer.added_tokens_encoder}
+        if entries <= {*self._text.control.tokens}:
+            return
+        self._text = DataText(self._tokenizer, {*self._text.control.tokens, *entries})
+        self._conversations = Conversations(self._tokenizer, self._text, self._rules.template_date)
 
     def encode(self, text: str) -> list[int]:
-        # verbose=False: lengths are checked against --seq-length, not against the folder's own limit.
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._text.encode_as_is(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._text.encode(text)
+
+    def encode_verbatim(self, text: str) -> list[int]:
+        spelled = self._text.control.find(text)
+        if spelled and self._rules.control_tokens == "refuse":
+            raise UserError(
+                f"'prompt' spells the control token {spelled[0]!r}; say what it is there with "
+                "--prompt-control-tokens control or --prompt-control-tokens text"
+            )
+        return self.encode(text) if self._rules.control_tokens == "control" else self.encode_text(text)
+
+    def control_tokens_in(self, text: str) -> int:
+        return len(self._text.control.find(text))
+
+    def control_tokens_in_chat(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> int:
+        return self._conversations.spelled(messages, tools)
 
     def decode(self, ids: Iterable[int]) -> str:
         own = [int(i) for i in ids if i < self.vocab_size]
@@ -191,27 +277,16 @@ class HuggingFaceTokenizer:
         is_unknown = token_id == self._tokenizer.unk_token_id and token != self._tokenizer.unk_token
         return None if is_unknown else token_id
 
-    def render_chat(self, messages: list[dict[str, str]]) -> list[int] | None:
-        if self._tokenizer.chat_template is None:
-            return None
-        from jinja2 import TemplateError
-
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError) as error:  # ValueError: several templates, none of them the default
-            reason = " ".join(str(error).split())
-            raise UserError(f"the tokenizer's chat template refuses the messages: {reason}") from error
-        assert isinstance(text, str), "not tokenized"
-        return self.encode(text)
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Json] | None = None) -> list[int] | None:
+        return self._conversations.render(messages, tools)
 
     def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def _compute_fingerprint(self, folder: Path, vocabulary: dict[str, int]) -> str:
-        tokenizer = self._tokenizer
+        tokenizer, folder = self._tokenizer, self._folder
         settings = {
             "class": type(tokenizer).__name__,
-            "vocabulary": sorted(vocabulary.items()),
+            "vocabulary": sorted(self._vocabulary.items()),
+            "control": self._text.control.tokens,
+            "prompts": [self._rules.template_date, self._rules.control_tokens],
             "added": sorted((i, repr(token)) for i, token in tokenizer.added_tokens_decoder.items()),
             "special": [self.eos_id, self.bos_id, getattr(tokenizer, "split_special_tokens", False)],
             "chat_template": tokenizer.chat_template,

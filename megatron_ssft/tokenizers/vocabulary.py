@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_ssft.config import RunConfig, StartConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens
+from megatron_ssft.tokenizers.data_text import PromptRules
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
 from megatron_ssft.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
@@ -37,10 +38,13 @@ def build_vocabulary(config: RunConfig, start: StartConfig | None = None) -> Voc
     `start`: how the tags' rows begin, which decides `copy_id`.
     """
     forking = config.forking
-    tokenizer = build_tokenizer(config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model)
+    settings = config.tokenizer
+    rules = PromptRules(settings.template_date, settings.prompt_control_tokens)
+    tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model, rules)
     tags = build_forking_tokens(
         tokenizer, forking.num_forking_tokens, forking.forking_token_format, forking.forking_token_template
     )
+    tokenizer.reserve(tags.strings if tags.format == "special" else ())
     copy_id = None
     if start is not None and start.forking_token_init.startswith("copy:"):
         token = start.forking_token_init.removeprefix("copy:")

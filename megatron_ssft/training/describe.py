@@ -8,13 +8,19 @@ from pathlib import Path
 
 from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
-from megatron_ssft.data.account import account
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.formats.run_folder import STATE, checkpoint_folder, find_latest
 from megatron_ssft.formats.train_state import read_train_state
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.matching.assignment import Matcher
-from megatron_ssft.objectives.sets import build_queue, make_batch, prepare_data
+from megatron_ssft.objectives.sets import (
+    HELD_OUT_DATA,
+    TRAINING_DATA,
+    build_queue,
+    data_notes,
+    make_batch,
+    prepare_data,
+)
 from megatron_ssft.parallel.topology import check_world_size, launch_environment
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
@@ -50,10 +56,12 @@ def describe(config: SSFTConfig) -> str:
             config.data.data_cache_path = folder
         folders = prepare_data(config, vocabulary)
         dataset = SetDataset.open(Path(folders["train"]))
-        lines += _data_lines(config, dataset)
+        lines += [*_data_lines(dataset), *data_notes(config, TRAINING_DATA, dataset)]
         if "eval" in folders:
             held_out = SetDataset.open(Path(folders["eval"]))
-            lines += [f"held-out {line}" for line in _data_lines(config, held_out)]
+            lines += [f"held-out {line}" for line in _data_lines(held_out)]
+            lines += data_notes(config, HELD_OUT_DATA, held_out)
+        lines += vocabulary.tokenizer.remarks
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
@@ -70,14 +78,13 @@ def _resumed_at(config: SSFTConfig) -> int | None:
     return iteration if read_train_state(checkpoint_folder(Path(load), iteration) / STATE).has_optimizer else None
 
 
-def _data_lines(config: SSFTConfig, dataset: SetDataset) -> list[str]:
+def _data_lines(dataset: SetDataset) -> list[str]:
     counts = dataset.trace_counts.tolist()
     return [
         f"data: {len(dataset)} questions, {sum(counts)} traces, {min(counts)} to {max(counts)} per question "
         f"(median {statistics.median(counts):g})",
         "data summary: "
         + ", ".join(f"{key} {value}" for key, value in vars(dataset.summary).items() if key != "length_quantiles"),
-        *account(dataset.summary, config.data, config.run.tokenizer.seq_length),
     ]
 
 

@@ -48,8 +48,7 @@ def export_hf(
         tags = vocabulary.tags if vocabulary.tags.num_tags else None
         tied = not config.model.untie_embeddings_and_output_weights
         write_assets(assets, partial, tags, engine.vocab_size, dtype, tied, vocabulary.tokenizer.eos_id)
-        if config.tokenizer.tokenizer_type != "HuggingFaceTokenizer":  # whose files are the run's own
-            check_tokenizer(partial, vocabulary.tokenizer)
+        check_tokenizer(partial, vocabulary.tokenizer)
 
     on_first_rank(prepare, topology)
     report = None

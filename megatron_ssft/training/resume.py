@@ -16,7 +16,7 @@ from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
 from megatron_ssft.hf.assets import copy_assets, extend_positions
 from megatron_ssft.hf.folder import is_hf_folder
-from megatron_ssft.hf.scratch_assets import NotExpressible, check_tokenizer, write_scratch_assets
+from megatron_ssft.hf.scratch_assets import NotExpressible, check_assets, write_scratch_assets
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.origin import Origin
@@ -142,10 +142,9 @@ def keep_assets(config: TrainingRun) -> None:
         if not config.run.checkpoint.continues_in_place or (exporting and not target.is_dir()):
             _place_assets(config, target)
         extend_positions(target, config.run.tokenizer.max_position_embeddings)
-        if exporting and config.run.tokenizer.tokenizer_type != "HuggingFaceTokenizer":
-            # Found out before the training rather than after it.
+        if exporting:  # found out before the training rather than after it
             settings = config.run.tokenizer
-            check_tokenizer(target, build_tokenizer(settings.tokenizer_type, settings.tokenizer_model))
+            check_assets(target, build_tokenizer(settings.tokenizer_type, settings.tokenizer_model))
     except NotExpressible as error:
         if exporting:
             raise UserError(f"--export-hf-at-save: {error}") from error

@@ -20,7 +20,7 @@ from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
 _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
-_TOKENIZER = ("tokenizer_type", "tokenizer_model")
+_TOKENIZER = ("tokenizer_type", "tokenizer_model", "template_date", "prompt_control_tokens")
 _ORIGIN = ("origin", "origin_fingerprint")
 _LAYOUT = (
     *(field.name for field in dataclasses.fields(ParallelConfig)),

@@ -196,7 +196,7 @@ class Trainer:
         load = self.config.run.checkpoint.load
         if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
             log.say(remark)
-        for note in self.objective.notes():
+        for note in (*self.vocabulary.tokenizer.remarks, *self.objective.notes()):
             log.say(note)
 
     def _look_at_origin(self) -> None:

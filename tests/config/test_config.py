@@ -91,6 +91,8 @@ OTHER_VALUES = {
     "tokenizer_model": "007",
     "max_position_embeddings": 4096,
     "max_truncated_share": 0.25,
+    "template_date": None,
+    "prompt_control_tokens": "refuse",
     "overlong_traces": "refuse",
     "trace_filter": "correct=true,source=human|tora",
     "answer_separator": "\n\n\t# ",
@@ -148,7 +150,14 @@ def configs():
         "matching_certainty": 0.5,
         "regret_interval": 5,
     }
-    return [parse(), unusual_config(), parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less)]
+    prompts = {
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": "folder",
+        "template_date": "2024-07-26",
+        "prompt_control_tokens": "text",
+    }
+    third = parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less, **prompts)
+    return [parse(), unusual_config(), third]
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -11,11 +11,17 @@ from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import read_config_file
 from tests.helpers.config_flags import from_file, parse, refusal
 
+HUGGING_FACE = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "x"}
 REFUSED = [
     ({"num_layers": None}, "--num-layers is required"),
     ({"hidden_size": None}, "--hidden-size is required"),
     ({"num_attention_heads": None}, "--num-attention-heads is required"),
     ({"num_layers": 0}, "--num-layers 0"),
+    ({"template_date": "2024-07-26"}, "--template-date 2024-07-26 has no use"),
+    ({"prompt_control_tokens": "text"}, "--prompt-control-tokens text has no use"),
+    ({"prompt_control_tokens": "yes", **HUGGING_FACE}, "--prompt-control-tokens yes"),
+    ({"template_date": "26 Jul 2024", **HUGGING_FACE}, "--template-date 26 Jul 2024"),
+    ({"template_date": "2024-02-30", **HUGGING_FACE}, "--template-date 2024-02-30"),
     ({"hidden_size": -64}, "--hidden-size -64"),
     ({"ffn_hidden_size": 0}, "--ffn-hidden-size 0"),
     ({"norm_epsilon": 0}, "--norm-epsilon"),

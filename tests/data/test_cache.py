@@ -316,7 +316,7 @@ def damages():
     yield "grown tokens.npy", grow
     yield "other version", index(format_version=0)
     yield "index of another size", index(ids=["a"])
-    yield "index without ids", lambda folder: (folder / "index.json").write_text('{"format_version": 1, "sizes": {}}')
+    yield "index without ids", lambda folder: (folder / "index.json").write_text('{"format_version": 2, "sizes": {}}')
     yield "index is a list", lambda folder: (folder / "index.json").write_text("[]")
     yield "empty folder", lambda folder: [file.unlink() for file in folder.iterdir()]
 

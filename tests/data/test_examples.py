@@ -48,7 +48,7 @@ def test_the_three_forms_of_a_prompt_and_all_fields(tmp_path):
     (a, b, c), report = read(path)
     assert (a.id, a.prompt, a.messages, a.traces) == ("7", " as it is ", None, (Trace("a", "s", False, "4"),))
     assert (b.prompt, b.messages, b.answer) == (None, ({"role": "user", "content": "how?"},), "gold")
-    assert c.messages == ({"role": "system", "content": ""}, {"role": "user", "content": "hi"})
+    assert c.messages == ({"role": "system", "content": ""}, {"role": "user", "content": "hi", "name": "x"})
     assert [e.line for e in (a, b, c)] == [1, 2, 3] and a.file == path
     assert (report.questions, report.traces, report.trace_count_histogram) == (3, 3, {1: 3})
 

@@ -31,7 +31,7 @@ from tests.helpers.hf_models import chatml_tokenizer, qwen_tokenizer
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, top_k=0, max_new_tokens=50)
 ROWS = [
     {"id": "a", "question": "What is 2 plus 3?", "answer": 5, "choices": ["1", "2"], "tests": {"type": "stdin"}},
-    {"id": 7, "prompt": "Verbatim <|im_start|>", "traces": []},
+    {"id": 7, "prompt": "Verbatim, |im_start|>", "traces": []},
     {"id": "c", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Apples?"}]},
 ]
 
@@ -60,7 +60,7 @@ def test_questions_need_no_traces_and_no_text_answer(tmp_path):
     assert [q.id for q in questions] == ["a", "7", "c"]
     assert [q.line for q in questions] == [1, 2, 3]
     assert questions[0].messages == ({"role": "user", "content": "What is 2 plus 3?"},)
-    assert questions[1].prompt == "Verbatim <|im_start|>"
+    assert questions[1].prompt == "Verbatim, |im_start|>"
     assert [q.id for q in read_questions(tmp_path / "q.jsonl", limit=2)] == ["a", "7"]
 
 

@@ -49,7 +49,7 @@ def edit(file, change):
 
 
 def checkpoint(folder, **config):
-    chatml_tokenizer(folder)
+    chatml_tokenizer(folder, qwen_rules=config.get("model_type") == "qwen2")
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     (folder / "generation_config.json").write_text(GENERATION)
     return folder

@@ -9,8 +9,12 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import tokenizers
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -76,7 +80,7 @@ def random_model(
     )
     folder = Path(folder)
     model.save_pretrained(folder)
-    chatml_tokenizer(folder, tokenizer_entries)
+    chatml_tokenizer(folder, tokenizer_entries, qwen_rules=architecture == "qwen2")
     return folder
 
 
@@ -94,12 +98,17 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(values)
 
 
-def chatml_tokenizer(folder: Path, entries: int = 290, template: str = CHATML) -> Path:
-    """A byte-level BPE tokenizer of exactly `entries` entries, trained on the spot; ids 0-2 are SPECIALS."""
+def chatml_tokenizer(folder: Path, entries: int = 290, template: str = CHATML, qwen_rules: bool = False) -> Path:
+    """A byte-level BPE tokenizer of exactly `entries` entries, trained on the spot; ids 0-2 are SPECIALS.
+
+    `qwen_rules`: with Qwen2's normalizer and pre-tokenizer, the only ones transformers 5 reads for a qwen2 model.
+    """
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if qwen_rules:
+        _set_qwen_rules(backend)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=entries,
@@ -107,7 +116,8 @@ def chatml_tokenizer(folder: Path, entries: int = 290, template: str = CHATML) -
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=list(SPECIALS),
     )
-    corpus = (f"Question {i}: what is {i} plus {i + 1}? The answer is {2 * i + 1} apples." for i in range(60))
+    corpus = [f"Question {i}: what is {i} plus {i + 1}? The answer is {2 * i + 1} apples." for i in range(60)]
+    corpus += ["Seven oranges, because there were nine."] * qwen_rules  # single digits give fewer pieces
     backend.train_from_iterator(corpus, trainer)
     assert backend.get_vocab_size() == entries, backend.get_vocab_size()
     return _save_tokenizer(folder, backend.to_str(), template, eos="<|im_end|>")
@@ -194,7 +204,7 @@ def qwen_tokenizer(folder: Path) -> Path | None:
     `folder` is filled in 2 s.
     """
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import decoders, models
 
     ranks = _package_file("dashscope", "resources/qwen.tiktoken")
     if ranks is None:
@@ -206,17 +216,25 @@ def qwen_tokenizer(folder: Path) -> Path | None:
     backend = tokenizers.Tokenizer(
         models.BPE(vocab={piece: rank for rank, piece in enumerate(spelled)}, merges=_merges(spelled))
     )
+    _set_qwen_rules(backend)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in SPECIALS])
+    return _save_tokenizer(
+        folder, backend.to_str(), QWEN_CHATML, eos="<|im_end|>", tokenizer_class="Qwen2Tokenizer", unk_token=None
+    )
+
+
+def _set_qwen_rules(backend: tokenizers.Tokenizer) -> None:
+    """Qwen2's normalizer and pre-tokenizer."""
+    import tokenizers
+    from tokenizers import normalizers, pre_tokenizers
+
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in SPECIALS])
-    return _save_tokenizer(
-        folder, backend.to_str(), QWEN_CHATML, eos="<|im_end|>", tokenizer_class="Qwen2Tokenizer", unk_token=None
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from megatron_ssft.data.prompt import encode_completion, encode_prompt
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import SetExample, Trace
+from megatron_ssft.tokenizers.data_text import PromptRules
 from megatron_ssft.tokenizers.tokenizer import CharTokenizer, build_tokenizer
 
 TEXT = "Janet’s ducks lay 16 eggs.\n\n  She sells 9 for $2: 🦆 <<9*2=18>>18\tdone \x00\x7f e\u0301"
@@ -154,6 +155,8 @@ def test_bos_begins_untemplated_prompts_once_where_the_convention_has_one(tmp_pa
     adding = build_tokenizer("HuggingFaceTokenizer", save_hugging_face(tmp_path, bos=True, template=None))
     assert adding.bos_id == adding.token_to_id("<s>")
     assert encode_prompt(example("hi"), adding) == [adding.bos_id, *adding.encode("hi")]
+    folder = save_hugging_face(tmp_path, bos=True, template=None)
+    adding = build_tokenizer("HuggingFaceTokenizer", folder, PromptRules(control_tokens="control"))
     assert encode_prompt(example("<s>hi"), adding) == [adding.bos_id, *adding.encode("hi")]
     assert adding.render_chat([{"role": "user", "content": "hi"}]) is None
 

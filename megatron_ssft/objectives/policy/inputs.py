@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
-from megatron_ssft.data.prompt import encode_prompt
+from megatron_ssft.data.prompt import control_token_notes, count_control_tokens, encode_prompt
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows
@@ -115,8 +116,8 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
     """
     policy, seed = config.policy, config.run.training.seed
     notes: list[str] = []
-    prompts = _read_prompts(Path(policy.data), config, vocabulary)
-    held_out = _read_prompts(Path(policy.eval_data), config, vocabulary) if policy.eval_data is not None else ()
+    prompts = _read_prompts(Path(policy.data), config, vocabulary, notes)
+    held_out = _read_prompts(Path(policy.eval_data), config, vocabulary, notes) if policy.eval_data is not None else ()
     if policy.objective == "grpo":
         lesson = _for_tokens(config, vocabulary, prompts, notes)
     else:
@@ -141,9 +142,10 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
     )
 
 
-def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tuple[TokenizedSet, ...]:
-    """Questions in token ids. Raises one UserError for all wrong rows."""
+def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary, notes: list[str]) -> tuple[TokenizedSet, ...]:
+    """Questions in token ids; what has to be said of them goes to `notes`. Raises one UserError for all wrong rows."""
     errors, sets = WrongRows(), []
+    spelled: Counter[str] = Counter()
     longest = max(map(len, vocabulary.tags.ids), default=0)
     room = config.run.tokenizer.seq_length - longest
     for example in read_questions(path):
@@ -156,10 +158,13 @@ def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary) -> tup
                     f"the prompt is {len(ids)} tokens and a tag up to {longest}, more than --seq-length "
                     f"{config.run.tokenizer.seq_length}; raise it or remove the row"
                 )
+            spelled += count_control_tokens(example, vocabulary.tokenizer)
             sets.append(TokenizedSet(example.id, example.file, example.line, ids, (), ()))
         except UserError as error:
             errors.add(example.file, example.line, error)
     errors.raise_if_any()
+    as_what = config.run.tokenizer.prompt_control_tokens
+    notes += control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what, path.name)
     return tuple(sets)
 
 
