@@ -90,7 +90,7 @@ OTHER_VALUES = {
     "tokenizer_type": "SentencePieceTokenizer",
     "tokenizer_model": "007",
     "max_position_embeddings": 4096,
-    "max_truncated_share": 0.25,
+    "max_truncated_share": 0.5,
     "overlong_traces": "refuse",
     "trace_filter": "correct=true,source=human|tora",
     "answer_separator": "\n\n\t# ",
@@ -147,6 +147,7 @@ def configs():
         "matching_first_tokens": 9,
         "matching_certainty": 0.5,
         "regret_interval": 5,
+        "max_truncated_share": 0.25,
     }
     return [parse(), unusual_config(), parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less)]
 
