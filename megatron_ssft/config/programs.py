@@ -135,6 +135,9 @@ class SSFTConfig:
             self.matching.matching_precision == "model" or not self.run.parallel.bf16,
             "--matching-precision bf16: with --bf16 the cost pass is in bfloat16 already; leave it out",
         )
+        cuts = self.data.overlong_traces == "truncate"
+        here = f"with --overlong-traces {self.data.overlong_traces}, which truncates nothing"
+        only_where(self.run.tokenizer, cuts, here, "max_truncated_share")
         text = self.run.forking.forking_token_format == "text"
         here = "with --forking-token-format text: such tags have no rows of their own"
         only_where(self.start, not text, here, "forking_token_init", "forking_token_noise")

@@ -32,11 +32,18 @@ def account(summary: DataSummary, data: DataConfig, seq_length: int) -> list[str
     ]
     texts = [f"{share_of(count, total, what)} {fate}" for count, total, what, fate in lines if count]
     tokenized = s.questions + s.questions_dropped_overlong
-    if s.questions_without_template:
-        plain = share_of(s.questions_without_template, tokenized, "questions")
+    texts += account_rendering(s.questions_without_template, s.questions_in_thought, tokenized)
+    return texts
+
+
+def account_rendering(without_template: int, in_thought: int, questions: int) -> list[str]:
+    """A line for questions that no template renders, and one for those whose template opens a thought."""
+    texts = []
+    if without_template:
+        plain = share_of(without_template, questions, "questions")
         texts.append(f"no chat template: {plain} are rendered as plain text")
-    if s.questions_in_thought:
-        opened = share_of(s.questions_in_thought, tokenized, "questions")
+    if in_thought:
+        opened = share_of(in_thought, questions, "questions")
         texts.append(f"the chat template opens <think> itself in {opened}; the tag follows it")
     return texts
 

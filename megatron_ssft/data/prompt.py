@@ -20,6 +20,8 @@ from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.records import ForkingTokens, Message, SetExample, TokenizedSet, Trace
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
+WITHOUT_TEMPLATE = "questions without template"
+IN_THOUGHT = "questions in thought"
 _THOUGHT = re.compile(r"(<think>|\[THINK\])$", re.IGNORECASE)
 """Opens a thought, in the words of the families that have one."""
 _TAIL = 32
@@ -190,8 +192,8 @@ def tokenize_examples(
         length_quantiles=_quantiles(lengths),
         traces_repeated=counts["repeated"],
         answers_joined=counts["answers"],
-        questions_without_template=counts["without template"],
-        questions_in_thought=counts["in thought"],
+        questions_without_template=counts[WITHOUT_TEMPLATE],
+        questions_in_thought=counts[IN_THOUGHT],
         control_tokens_in_questions=spelled["questions"],
         control_tokens_in_traces=spelled["traces"],
         control_tokens_in_prompts=spelled["prompts"],
@@ -218,7 +220,7 @@ def _tokenize_set(
     What happens is added to `counts`, the length that each trace needs to `lengths`.
     """
     prompt = encode_prompt(example, tokenizer)
-    _count_rendering(example, prompt, tokenizer, counts)
+    count_rendering(example, prompt, tokenizer, counts)
     room = seq_length - len(prompt) - longest_tag
     if not prompt:
         raise RowError(f"the tokenizer makes no token of the prompt of question {example.id!r}")
@@ -260,11 +262,11 @@ def _tokenize_set(
     )
 
 
-def _count_rendering(example: SetExample, prompt: list[int], tokenizer: Tokenizer, counts: Counter[str]) -> None:
+def count_rendering(example: SetExample, prompt: list[int], tokenizer: Tokenizer, counts: Counter[str]) -> None:
     """Count a question of chat turns that has no template, or one that opens a thought before the tag."""
     if example.messages is None:
         return
     if not tokenizer.has_template:
-        counts["without template"] += 1
+        counts[WITHOUT_TEMPLATE] += 1
     elif _THOUGHT.search(tokenizer.decode(prompt[-_TAIL:]).rstrip()):
-        counts["in thought"] += 1
+        counts[IN_THOUGHT] += 1

@@ -15,6 +15,7 @@ from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import new_folder, sync_folder
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS, write_forking_tokens
 from megatron_ssft.formats.hf_json import read_json, write_json
+from megatron_ssft.hf.families import max_positions
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.hf_folder import (
     TOKENIZER_FILES,
@@ -169,7 +170,7 @@ def extend_positions(folder: Path, positions: int | None) -> None:
     if positions is None or not path.is_file():
         return
     config = read_json(path)
-    if config.get("max_position_embeddings") != positions:
+    if max_positions(config, str(path)) != positions:
         write_json(path, {**config, "max_position_embeddings": positions})
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}

@@ -18,6 +18,8 @@ class Family:
 
     model_type: str
     """Its `model_type`, by which transformers chooses the class."""
+    default_positions: int
+    """`max_position_embeddings` where config.json has none."""
     add_qkv_bias: bool = False
     """Biases on the query, key and value projections, and nowhere else."""
     qk_layernorm: bool = False
@@ -32,18 +34,20 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama", bias_switches=("attention_bias", "mlp_bias")),
+    "LlamaForCausalLM": Family("llama", 2048, bias_switches=("attention_bias", "mlp_bias")),
     "MistralForCausalLM": Family(
         "mistral",
+        131072,
         bias_switches=("attention_bias", "mlp_bias"),
         required=("num_key_value_heads", "sliding_window"),
         sliding_window="always",
     ),
     "Qwen2ForCausalLM": Family(
-        "qwen2", add_qkv_bias=True, required=("num_key_value_heads",), sliding_window="switched"
+        "qwen2", 32768, add_qkv_bias=True, required=("num_key_value_heads",), sliding_window="switched"
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
+        32768,
         qk_layernorm=True,
         bias_switches=("attention_bias",),
         required=("num_key_value_heads", "head_dim"),
@@ -90,6 +94,16 @@ def model_values(hf_config: dict[str, object], where: str) -> dict[str, object]:
         "rotary_percent": 1.0,
         "vocab_size": _integer(hf_config, "vocab_size", where),
     }
+
+
+def max_positions(hf_config: dict[str, object], where: str) -> int:
+    """The longest sequence that a model is for, in tokens. Raises UserError."""
+    stored = hf_config.get("max_position_embeddings")
+    return (
+        _family(hf_config, where).default_positions
+        if stored is None
+        else _whole("max_position_embeddings", stored, where)
+    )
 
 
 def _family(hf_config: dict[str, object], where: str) -> Family:
@@ -214,7 +228,10 @@ def _given(values: dict[str, object], key: str, where: str) -> object:
 
 
 def _integer(values: dict[str, object], key: str, where: str) -> int:
-    value = _given(values, key, where)
+    return _whole(key, _given(values, key, where), where)
+
+
+def _whole(key: str, value: object, where: str) -> int:
     if type(value) is not int or value <= 0:
         raise UserError(f'{where}: "{key}" must be a positive integer, not {value!r}')
     return value

@@ -13,7 +13,7 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
 from megatron_ssft.formats.run_folder import ASSETS
 from megatron_ssft.hf.assets import find_tokenizer
-from megatron_ssft.hf.families import model_values
+from megatron_ssft.hf.families import max_positions, model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
 
@@ -79,7 +79,7 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
                     "the shape comes from there, drop the flag"
                 )
         values = {k: v for k, v in values.items() if v is not None}
-        values = {k: v for k, v in shape.items() if v is not None} | positions_of(hf_config) | values
+        values = {k: v for k, v in shape.items() if v is not None} | positions_of(hf_config, folder) | values
         if "tokenizer_type" not in values and "tokenizer_model" not in values:
             kind, path = find_tokenizer(folder)
             values |= {"tokenizer_type": kind, "tokenizer_model": str(path)}
@@ -98,10 +98,9 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def positions_of(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """The value of --max-position-embeddings that a config.json proposes, if it does."""
-    most = hf_config.get("max_position_embeddings")
-    return {"max_position_embeddings": most} if type(most) is int and most > 0 else {}
+def positions_of(hf_config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The value of --max-position-embeddings that the config.json of a folder proposes. Raises UserError."""
+    return {"max_position_embeddings": max_positions(hf_config, str(folder / "config.json"))}
 
 
 def _positions_of_run(folder: Path, proposed: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _positions_of_run(folder: Path, proposed: dict[str, Any], values: dict[str, 
     if save is not None and Path(str(save)).resolve() == folder.resolve():
         return {}
     if is_hf_folder(folder / ASSETS):
-        return positions_of(read_hf_config(folder / ASSETS))
+        return positions_of(read_hf_config(folder / ASSETS), folder / ASSETS)
     return {"max_position_embeddings": proposed["seq_length"]} if "seq_length" in proposed else {}
 
 

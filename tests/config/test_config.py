@@ -90,7 +90,7 @@ OTHER_VALUES = {
     "tokenizer_type": "SentencePieceTokenizer",
     "tokenizer_model": "007",
     "max_position_embeddings": 4096,
-    "max_truncated_share": 0.25,
+    "max_truncated_share": 0.5,
     "template_date": None,
     "prompt_control_tokens": "refuse",
     "overlong_traces": "refuse",
@@ -149,6 +149,7 @@ def configs():
         "matching_first_tokens": 9,
         "matching_certainty": 0.5,
         "regret_interval": 5,
+        "max_truncated_share": 0.25,
     }
     prompts = {
         "tokenizer_type": "HuggingFaceTokenizer",

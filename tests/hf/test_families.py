@@ -9,6 +9,7 @@ import transformers
 
 from megatron_ssft.config import ModelConfig
 from megatron_ssft.errors import UserError
+from megatron_ssft.hf import families
 from megatron_ssft.hf.families import FAMILIES, model_values
 
 WHERE = "folder/config.json"
@@ -245,3 +246,17 @@ def test_refused_in_one_line_that_names_it(config, names):
     assert text.startswith(f"{WHERE}: ") and "\n" not in text
     for name in names:
         assert name in text
+
+
+@pytest.mark.parametrize("architecture", families.FAMILIES)
+def test_positions_without_a_word_are_those_of_transformers(architecture):
+    from transformers import AutoConfig
+
+    family = families.FAMILIES[architecture]
+    stored = {"architectures": [architecture]} | dict.fromkeys(family.required)
+    default = AutoConfig.for_model(family.model_type).max_position_embeddings
+    assert families.max_positions(stored, "config.json") == default
+    assert families.max_positions(stored | {"max_position_embeddings": 77}, "config.json") == 77
+    for wrong in (0, -1, "512", 2.5, True):
+        with pytest.raises(UserError, match='^config.json: "max_position_embeddings"'):
+            families.max_positions(stored | {"max_position_embeddings": wrong}, "config.json")

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from megatron_ssft.errors import UserError
+from tests.helpers.hf_models import CHATML, chatml_tokenizer
 from tests.helpers.policy_files import read, write_files
 
 
@@ -74,3 +75,20 @@ def test_completions_without_tokens_are_counted_with_their_share(tmp_path):
     for objective in ("gfpo-exact", "grpo"):
         notes = by_objective(write_files(tmp_path / objective, change=empty), objective).notes
         assert any(note.startswith("2 of 36 completions without tokens (5.6%) are left out") for note in notes)
+
+
+OPENED = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+
+
+def test_what_the_template_does_to_the_questions_is_said(tmp_path):
+    """As in SSFT: no template at all, or one that opens a thought before the tag."""
+    files = write_files(tmp_path)
+    assert "no chat template: 6 of 6 questions (100.0%) are rendered as plain text" in read(files).notes
+    for name, template in (("plain", CHATML), ("opened", OPENED)):
+        chatml_tokenizer(tmp_path / name, template=template)
+        kind = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / name), "anchor": "none"}
+        notes = read(files, **kind, rescore_interval=0, eval_data=str(files.data)).notes
+        opened = [note for note in notes if "<think>" in note]
+        assert len(opened) == (2 if name == "opened" else 0) and all("6 of 6 questions" in note for note in opened)
+        assert sum(note.startswith("--eval-data: ") for note in opened) == len(opened) / 2
+        assert not any("no chat template" in note for note in notes)

@@ -59,6 +59,7 @@ def cases(folder):
         "most, long enough": most | {"seq_length": 109},
         "most, one too short": most | {"seq_length": 108, "max_truncated_share": 0},
         "no share": {"max_truncated_share": 1.5},
+        "no use": most | {"max_truncated_share": 0.9, "overlong_traces": "drop"},
         **{f"template {name}": values for name, values in with_template.items()},
     }
 
@@ -160,3 +161,7 @@ def test_the_refusal_names_a_length_that_suffices(results, folder):
 
 def test_the_share_is_one(results):
     assert complaint(results["no share"]).startswith("--max-truncated-share 1.5")
+
+
+def test_the_share_has_no_use_where_nothing_is_truncated(results):
+    assert "--max-truncated-share 0.9 has no use with --overlong-traces drop" in complaint(results["no use"])

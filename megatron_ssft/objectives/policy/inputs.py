@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
-from megatron_ssft.data.prompt import control_token_notes, count_control_tokens, encode_prompt
-from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.policy.completions import Completion, StoredCompletions
 from megatron_ssft.objectives.policy.draws import first_draws
+from megatron_ssft.objectives.policy.prompts import read_prompts
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
@@ -116,8 +113,12 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
     """
     policy, seed = config.policy, config.run.training.seed
     notes: list[str] = []
-    prompts = _read_prompts(Path(policy.data), config, vocabulary, notes)
-    held_out = _read_prompts(Path(policy.eval_data), config, vocabulary, notes) if policy.eval_data is not None else ()
+    prompts = read_prompts(Path(policy.data), config, vocabulary, notes)
+    held_out: tuple[TokenizedSet, ...] = ()
+    if policy.eval_data is not None:
+        remarks: list[str] = []
+        held_out = read_prompts(Path(policy.eval_data), config, vocabulary, remarks)
+        notes += [f"--eval-data: {remark}" for remark in remarks]
     if policy.objective == "grpo":
         lesson = _for_tokens(config, vocabulary, prompts, notes)
     else:
@@ -140,32 +141,6 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
         notes=tuple(notes),
         fingerprint=_fingerprint(lesson, seed),
     )
-
-
-def _read_prompts(path: Path, config: GFPOConfig, vocabulary: Vocabulary, notes: list[str]) -> tuple[TokenizedSet, ...]:
-    """Questions in token ids; what has to be said of them goes to `notes`. Raises one UserError for all wrong rows."""
-    errors, sets = WrongRows(), []
-    spelled: Counter[str] = Counter()
-    longest = max(map(len, vocabulary.tags.ids), default=0)
-    room = config.run.tokenizer.seq_length - longest
-    for example in read_questions(path):
-        try:
-            ids = np.asarray(encode_prompt(example, vocabulary.tokenizer), dtype=np.int32)
-            if not len(ids):
-                raise RowError("the prompt has no tokens, so nothing precedes the tag")
-            if len(ids) > room:
-                raise RowError(
-                    f"the prompt is {len(ids)} tokens and a tag up to {longest}, more than --seq-length "
-                    f"{config.run.tokenizer.seq_length}; raise it or remove the row"
-                )
-            spelled += count_control_tokens(example, vocabulary.tokenizer)
-            sets.append(TokenizedSet(example.id, example.file, example.line, ids, (), ()))
-        except UserError as error:
-            errors.add(example.file, example.line, error)
-    errors.raise_if_any()
-    as_what = config.run.tokenizer.prompt_control_tokens
-    notes += control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what, path.name)
-    return tuple(sets)
 
 
 # -- gfpo: rewards of tags -------------------------------------------------------------------------------------------
