@@ -144,6 +144,8 @@ def decode_state(text: str, path: Path) -> WeightsState:
 
 def read_train_state(path: Path) -> WeightsState:
     """Read train_state.json. Raises UserError."""
+    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+        raise UserError(f"{path}: is no regular file; {REMOVE_ADVICE}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
