@@ -93,8 +93,8 @@ def test_nan_while_training(run, tmp_path, matching, inside):
     result = run_ranks(1, train_poisoned, flags(run, save=tmp_path / "new", matching=matching))[0]
     line = complaint(result)
     place = re.escape(f"{run}/train.jsonl:") + r"[1-6]"
-    # A cost is one question's; a loss is that of a microbatch, whose questions are all named.
-    assert re.match(f"{place}: ", line) if inside == "cost" else re.search(f"{place}, {place}", line)
+    # A cost is one question's and leads the line; a loss is that of a microbatch, whose questions are all named.
+    assert re.match(f"{place}: ", line) or (inside == "loss" and re.search(f"{place}, {place}", line)), line
     assert inside in line and ("finite" in line or "nan" in line)
     assert not list((tmp_path / "new").glob("iter_*"))
     assert (tmp_path / "new" / "metrics.jsonl").read_bytes() == b""
