@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.jsonl import Count, RowError, convert_row, to_object
+from megatron_ssft.formats.jsonl import Count, Name, RowError, convert_row, to_object
 from megatron_ssft.formats.run_folder import REMOVE_ADVICE
 
 STATE_FORMAT = 1
 """The version that this code writes and reads."""
 
 
-class TagState(Struct, frozen=True, kw_only=True):
+Iteration = Annotated[int, Meta(ge=0, lt=10**18, description="a number of steps")]
+
+
+class TagState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The tags; `ids` are empty in a model that was imported without any."""
 
     format: str
@@ -29,16 +32,16 @@ class TagState(Struct, frozen=True, kw_only=True):
     ids: list[list[int]]
 
 
-class WeightsState(Struct, frozen=True, kw_only=True):
+class WeightsState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The state of a checkpoint of weights alone; other states extend it."""
 
     format: int
-    iteration: Count
+    iteration: Iteration
     """Optimizer steps done."""
     has_optimizer: bool = True
-    model: dict[str, object]
+    model: dict[str, bool | int | float | str | None]
     """The model's section of the configuration."""
-    vocab_size: int
+    vocab_size: Annotated[int, Meta(ge=1, description="a number of tokens")]
     forking_tokens: TagState
     bf16: bool
     has_manifest: bool | UnsetType = UNSET
@@ -82,7 +85,7 @@ class CollapseWatchState(TypedDict):
 class RunState(WeightsState, frozen=True, kw_only=True):
     """A run that can go on; what its objective adds stands in the records below."""
 
-    data: str
+    data: Name
     """Fingerprint of what it is trained on."""
     use_distributed_optimizer: bool
 
@@ -95,7 +98,7 @@ class SSFTState(RunState, frozen=True, kw_only=True):
     collapse_watch: CollapseWatchState | UnsetType = UNSET
 
 
-class ObjectiveState(Struct, frozen=True, kw_only=True):
+class ObjectiveState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The objective's own part."""
 
     old_logp: list[list[float]] | None | UnsetType = UNSET
@@ -127,14 +130,22 @@ def decode_state(text: str, path: Path) -> WeightsState:
         raise UserError(f"{path}: holds no state of a run; {REMOVE_ADVICE}")
     if value["format"] != STATE_FORMAT:
         raise UserError(f"{path}: checkpoint format {value['format']}, this version reads {STATE_FORMAT}")
+    kind = _kind_of(value)
     try:
-        return convert_row(value, _kind_of(value))
+        state = convert_row(value, kind)
     except RowError as error:
         raise UserError(f"{path}: {error}; {REMOVE_ADVICE}") from error
+    absent = sorted(set(kind.__struct_fields__) - value.keys()) if state.has_manifest is True else []
+    problem = f"{absent[0]!r} is missing" if absent else _contradiction(state)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}; {REMOVE_ADVICE}")
+    return state
 
 
 def read_train_state(path: Path) -> WeightsState:
     """Read train_state.json. Raises UserError."""
+    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+        raise UserError(f"{path}: is no regular file; {REMOVE_ADVICE}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -149,6 +160,34 @@ def _kind_of(value: Mapping[str, object]) -> type[WeightsState]:
     if "queue" in value:
         return SSFTState
     return RunState if "data" in value else WeightsState
+
+
+def _contradiction(state: WeightsState) -> str | None:
+    """What of a state cannot be, although each value has the right type."""
+    tags = state.forking_tokens
+    ids = [i for sequence in tags.ids for i in sequence]
+    if tags.format not in ("special", "text"):
+        return f"'forking_tokens.format': {tags.format[:40]!r} is neither special nor text"
+    if (tags.ids and len(tags.ids) != len(tags.strings)) or not all(tags.ids):
+        return "'forking_tokens': every tag needs a text and token ids"
+    if any(not 0 <= i < state.vocab_size for i in ids):
+        return f"'forking_tokens': an id is outside the vocabulary of {state.vocab_size}"
+    if len(set(map(tuple, tags.ids))) < len(tags.ids) or len(set(tags.strings)) < len(tags.strings):
+        return "'forking_tokens': two tags are the same"
+    if isinstance(state, RunState) and not state.has_optimizer:
+        return "'has_optimizer': a run that can go on has one"
+    return _wrong_queue(state.queue) if isinstance(state, SSFTState) else None
+
+
+def _wrong_queue(queue: QueueState) -> str | None:
+    if queue["cursor"] > queue["num_questions"]:
+        return f"'queue.cursor': {queue['cursor']} is behind the last of {queue['num_questions']} questions"
+    for visit in queue["waiting"]:
+        if len(visit) != 2 or not (0 <= visit[0] < queue["num_questions"] and 0 <= visit[1] <= queue["epoch"]):
+            return f"'queue.waiting': {visit} is no question and epoch that may wait"
+    if len(set(map(tuple, queue["waiting"]))) < len(queue["waiting"]):
+        return "'queue.waiting': a question waits twice"
+    return None
 
 
 def _plain(value: object) -> object:

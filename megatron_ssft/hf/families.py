@@ -58,6 +58,18 @@ FAMILIES: dict[str, Family] = {
 
 _DEFAULT_THETA = 10000.0  # of every family, where config.json gives none
 _DEFAULT_MAX_WINDOW_LAYERS = 28
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "head_dim": 100_000,
+    "vocab_size": 100_000_000,
+    "max_position_embeddings": 1_000_000_000,
+}
+"""No model comes near these; a file that says more is damaged, and the model would be built before that shows."""
+_SHOWN = 40  # characters of a wrong value
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")  # since transformers 5, and before
 
 
@@ -232,8 +244,9 @@ def _integer(values: dict[str, object], key: str, where: str) -> int:
 
 
 def _whole(key: str, value: object, where: str) -> int:
-    if type(value) is not int or value <= 0:
-        raise UserError(f'{where}: "{key}" must be a positive integer, not {value!r}')
+    if type(value) is not int or not 0 < value <= _LARGEST[key]:
+        shown = str(value)[:_SHOWN] if type(value) is not int or abs(value) < 10**_SHOWN else "a longer one"
+        raise UserError(f'{where}: "{key}" must be an integer from 1 to {_LARGEST[key]}, not {shown!r}')
     return value
 
 

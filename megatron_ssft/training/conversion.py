@@ -45,7 +45,7 @@ from megatron_ssft.training.folder_lease import hold_folder
 from megatron_ssft.training.origin import fingerprint_of
 from megatron_ssft.training.resume import weights_state
 from megatron_ssft.training.startup import complete_values
-from megatron_ssft.training.weights import rows_remark
+from megatron_ssft.training.weights import refuse_other_shape, rows_remark
 
 
 def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
@@ -133,6 +133,7 @@ def _start(folder: Path, options: dict[str, Any]) -> tuple[ConversionConfig, Top
     values = complete_values({"load": str(folder)} | options)
     config = build_config(values, ConversionConfig)
     topology = initialize_topology(config.run)
+    on_first_rank(lambda: refuse_other_shape(str(folder), config.run.model), topology)
     vocabulary = build_vocabulary(config.run, config.start)
     return config, topology, vocabulary, Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)
 

@@ -12,7 +12,7 @@ from msgspec import structs
 from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
 from megatron_ssft.config.flags import with_absolute_paths
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.run_folder import ASSETS
+from megatron_ssft.formats.run_folder import ASSETS, REMOVE_ADVICE
 from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
 from megatron_ssft.hf.assets import copy_assets, extend_positions
 from megatron_ssft.hf.folder import is_hf_folder
@@ -57,8 +57,11 @@ def refuse_other_model(run: Path, stored: WeightsState, ours: WeightsState, flag
         stored, ours: states of the checkpoint and of this run.
         flag: by which `run` was given.
     """
-    for name, value in stored.model.items():
-        if name != "transformer_impl" and ours.model.get(name) != value:
+    for name in {**ours.model, **stored.model}:
+        if name not in stored.model:
+            raise UserError(f"{flag} {run}: the checkpoint does not say its {name}; {REMOVE_ADVICE}")
+        value = stored.model[name]
+        if name != "transformer_impl" and (name not in ours.model or ours.model[name] != value):
             raise UserError(
                 f"{flag} {run}: the checkpoint has {name} {value}, this run {ours.model.get(name)}; "
                 f"--config {run}/config.yaml takes the checkpoint's settings"

@@ -84,6 +84,7 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
             kind, path = find_tokenizer(folder)
             values |= {"tokenizer_type": kind, "tokenizer_model": str(path)}
         return values
+    _refuse_no_model(folder)
     stored = folder / "config.yaml"
     if stored.is_file():
         proposed = read_config_file(str(stored))
@@ -113,6 +114,22 @@ def _positions_of_run(folder: Path, proposed: dict[str, Any], values: dict[str, 
     if is_hf_folder(folder / ASSETS):
         return positions_of(read_hf_config(folder / ASSETS), folder / ASSETS)
     return {"max_position_embeddings": proposed["seq_length"]} if "seq_length" in proposed else {}
+
+
+def _refuse_no_model(folder: Path) -> None:
+    """Raise UserError for a folder that holds neither a Hugging Face model nor a run."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"--load {folder}: is an adapter without its model; merge it into its base model, save that, and give that "
+            "folder"
+        )
+    if not any(folder.iterdir()):
+        raise UserError(f"--load {folder}: is empty; give a run folder (iter_*) or a Hugging Face folder (config.json)")
+    if not (folder / "config.yaml").exists() and not any(folder.glob("iter_*")):
+        raise UserError(
+            f"--load {folder}: neither a run (config.yaml, iter_*) nor a Hugging Face folder (config.json); check the "
+            "path"
+        )
 
 
 def complete_policy_values(values: dict[str, Any]) -> dict[str, Any]:

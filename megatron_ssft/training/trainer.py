@@ -42,7 +42,7 @@ from megatron_ssft.training.resume import (
     run_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
-from megatron_ssft.training.weights import rows_remark, take_weights
+from megatron_ssft.training.weights import refuse_other_shape, rows_remark, take_weights
 
 
 class Trainer:
@@ -62,6 +62,7 @@ class Trainer:
         self.vocabulary = build_vocabulary(config.run, config.start)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
         on_first_rank(lambda: keep_assets(config), topology)
+        on_first_rank(lambda: refuse_other_shape(config.run.checkpoint.load, config.run.model), topology)
         self.engine = Engine(config.run, topology, self.vocabulary.size, self.vocabulary.tags.row_ids)
         cost_tokens = config.cost_tokens_per_microbatch if isinstance(config, SSFTConfig) else None
         self.planner = Planner(config.run, self.vocabulary.size, topology.dp_size, cost_tokens)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import structs
 
-from megatron_ssft.config import StartConfig
+from megatron_ssft.config import ModelConfig, StartConfig
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
-from megatron_ssft.parallel.checkpoint.hf import load_hf_weights
+from megatron_ssft.parallel.checkpoint.hf import check_hf_names, load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
@@ -18,6 +19,17 @@ from megatron_ssft.tokenizers.vocabulary import Vocabulary
 from megatron_ssft.training.resume import refuse_other_model, weights_state
 
 _UNTIED = "untie_embeddings_and_output_weights"
+
+
+def refuse_other_shape(folder: str | None, model: ModelConfig) -> None:
+    """Raise UserError where a Hugging Face folder's weights are not those that its config.json describes.
+
+    Only headers are read. Called before a model of that shape takes memory.
+    """
+    if folder is not None and is_hf_folder(Path(folder)):
+        path = Path(folder) / "config.json"
+        shape = model_values(read_hf_config(Path(folder)), str(path))
+        check_hf_names(Path(folder), dataclasses.replace(model, **shape))  # type: ignore[arg-type]  # by name
 
 
 def take_weights(

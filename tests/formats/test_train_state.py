@@ -28,6 +28,7 @@ WEIGHTS = {
 }
 SSFT = {
     **WEIGHTS,
+    "has_optimizer": True,
     "data": "ab12",
     "use_distributed_optimizer": True,
     "queue": {"num_questions": 9, "seed": 1234, "epoch": 1, "cursor": 3, "waiting": [[7, 0], [2, 1]]},
@@ -44,6 +45,7 @@ SSFT = {
 }
 POLICY = {
     **WEIGHTS,
+    "has_optimizer": True,
     "data": "ab12",
     "use_distributed_optimizer": False,
     "policy": {"objective": "gfpo-sampled", "anchor_top_k": 64},

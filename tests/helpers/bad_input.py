@@ -108,7 +108,7 @@ def save_poisoned(words, folder):
     """Train a step, break a weight, and save it as if nothing had happened."""
     from megatron_ssft.config import SSFTConfig
     from megatron_ssft.config.flags import parse_arguments
-    from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
+    from megatron_ssft.parallel.checkpoint import run_checkpoint
     from megatron_ssft.parallel.topology import initialize_topology
     from megatron_ssft.training.trainer import Trainer
 
@@ -116,7 +116,8 @@ def save_poisoned(words, folder):
     trainer = Trainer(config, initialize_topology(config.run))
     trainer.train_step()
     poison(trainer)
-    save_checkpoint(trainer.engine, Path(folder), trainer.iteration, trainer.state())
+    run_checkpoint.refuse_nonfinite = lambda engine, where: None  # as older versions saved it
+    run_checkpoint.save_checkpoint(trainer.engine, Path(folder), trainer.iteration, trainer.state())
 
 
 def complaint(result):

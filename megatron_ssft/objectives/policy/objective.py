@@ -234,7 +234,7 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
         if not isinstance(state, PolicyState):
             raise UserError(f"--load {run}: is no run of this program; give another --save to start one from it")
         for name, value in state.policy.items():
-            if getattr(self.policy, name) != value:
+            if not hasattr(self.policy, name) or getattr(self.policy, name) != value:
                 flag = name.replace("_", "-")
                 raise UserError(f"--load {run}: was started with --{flag} {value}; resume the same way")
 

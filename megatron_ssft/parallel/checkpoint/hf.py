@@ -45,7 +45,7 @@ def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False
     if untie:
         model = dataclasses.replace(model, untie_embeddings_and_output_weights=False)
     if not only_some_layers:
-        on_first_rank(lambda: _check_names(folder, model), engine.topology)
+        on_first_rank(lambda: check_hf_names(folder, model), engine.topology)
     with torch.no_grad(), HFWeights(folder) as weights:
         for entry, layer in weight_entries(engine):
             if untie and entry.key == "output_layer.weight":
@@ -66,12 +66,13 @@ def compare_hf_weights(engine: Engine, folder: Path, new_rows: tuple[int, ...] =
     with HFWeights(folder) as weights:
         rows = weights.shapes.get("model.embed_tokens.weight", (0,))[0]
         model = dataclasses.replace(engine.config.model, vocab_size=rows)
-        on_first_rank(lambda: _check_names(folder, model), engine.topology)
+        on_first_rank(lambda: check_hf_names(folder, model), engine.topology)
         error = _first_difference(engine, weights, model, new_rows, folder)
     raise_together(error, engine.topology)
 
 
-def _check_names(folder: Path, model: ModelConfig) -> None:
+def check_hf_names(folder: Path, model: ModelConfig) -> None:
+    """Raise UserError unless a folder's tensors are exactly those of this model; reads headers only."""
     with HFWeights(folder) as weights:
         weights.check_names(hf_tensors(model), str(folder))
 

@@ -40,6 +40,14 @@ _ALLOWED = {
 }
 
 
+_READ = (".metadata", "metadata.json", "common.pt")
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What metadata.json of every checkpoint of ours says; another backend would read the files by other rules."""
 # What unpickling damaged bytes was seen to raise, and what pickle's documentation says it may.
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -79,11 +87,18 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def refuse_unusable(folder: Path) -> None:
     """Raise UserError, one line, if a checkpoint folder is damaged or would run code when it is read."""
+    for name in _READ:
+        if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited on for ever
+            raise UserError(f"{folder / name}: is no regular file; {REMOVE_ADVICE}")
     metadata = refuse_foreign_pickles(folder)
     _refuse_missing_bytes(folder, metadata)
     try:
-        json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-        torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        backends = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        if backends != _BACKENDS:
+            raise ValueError(f"metadata.json holds {str(backends)[:80]} and not {_BACKENDS}")
+        if not isinstance(common, dict):
+            raise ValueError("common.pt holds no dictionary")
     except (OSError, *_DAMAGE) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: damaged or foreign: {reason or type(error).__name__}; {REMOVE_ADVICE}") from error
@@ -115,10 +130,18 @@ def refuse_foreign_pickles(folder: Path) -> Metadata:
 
 
 def _refuse_missing_bytes(folder: Path, metadata: Metadata) -> None:
-    """Raise UserError if a shard file is absent or shorter than the metadata says."""
+    """Raise UserError if a shard file is absent or shorter than the metadata says, or no file of the folder."""
     needed: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    try:
+        for place in metadata.storage_data.values():
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+        foreign = [name for name in needed if Path(name).name != name]
+    except _DAMAGE as error:
+        raise UserError(
+            f"{folder / '.metadata'}: damaged ({type(error).__name__}: {error}); {REMOVE_ADVICE}"
+        ) from error
+    if foreign:
+        raise UserError(f"{folder / '.metadata'}: refused: it names {foreign[0]}, which is no file beside it")
     for name, size in needed.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size < size:

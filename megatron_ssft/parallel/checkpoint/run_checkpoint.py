@@ -139,8 +139,8 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
                 head.key, head.replica_id = _EMBEDDING, (1, *head.replica_id[1:])
     try:
         state = dist_checkpointing.load(sharded, folder)
-    except (CheckpointingException, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (CheckpointingException, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
     except CheckpointException as error:  # torch's, of ranks that failed to read their shards
         raise UserError(
