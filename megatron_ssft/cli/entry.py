@@ -1,4 +1,7 @@
-"""Run a command to its exit status: 0 when done, 2 with one clear line when the input is at fault."""
+"""Run a command to its exit status: 0 when done, 2 with one clear line when the input is at fault.
+
+75 means that another rank was lost, and the same command may go well another time.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         _report(error)
-        return 2
+        return error.status
 
 
 def _report(error: UserError) -> None:

@@ -109,7 +109,8 @@ class Engine:
             top_k: also give the k most probable tokens at each scored place.
             low_precision: run a float32 model in bfloat16 autocast.
         """
-        share = self._forward_only(planned, top_k, low_precision)
+        with self.topology.watch.phase("scoring"):
+            share = self._forward_only(planned, top_k, low_precision)
         return Scores(planned, share, self.topology)
 
     def _forward_only(self, planned: PlannedBatch, top_k: int | None, low_precision: bool) -> list[ScoredMicrobatch]:
@@ -122,6 +123,7 @@ class Engine:
 
         def step(data: Iterator[tuple[int, Microbatch]], model: torch.nn.Module) -> tuple[Tensor, object]:
             _, microbatch = next(data)
+            self.topology.watch.moved()
             model_input = self._input(planned, microbatch)
             return self._forward(model, model_input, top_k), partial(keep, microbatch, model_input)
 
@@ -136,6 +138,11 @@ class Engine:
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
+        """One optimizer step on the sum of the terms, see `_train`. Collective."""
+        with self.topology.watch.phase("training"):
+            return self._train(terms, lr)
+
+    def _train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
         """One optimizer step on the sum of the terms. Collective.
 
         Weights in the terms are final: dividing them beforehand, rather than gradients later, makes loss and gradient
@@ -160,6 +167,7 @@ class Engine:
 
         def step(data: Iterator[tuple[int, Microbatch]], model: torch.nn.Module) -> tuple[Tensor, object]:
             which, microbatch = next(data)
+            self.topology.watch.moved()
             term = terms[which]
             model_input = self._input(term.planned, microbatch)
             arrays: tuple[np.ndarray, ...] = ()

@@ -128,7 +128,7 @@ class Trainer:
         folder = self.folder if checkpoint.save and self.topology.is_first_rank else None
         # Before the first step there is nothing to save: the command that started the run starts it anew.
         saved_at = self.iteration if checkpoint.continues_in_place or not self.iteration else -1
-        with self._open_log(folder) as log:
+        with self.topology.watch.phase("between steps"), self._open_log(folder) as log:
             self._greet(log, folder)
             if checkpoint.continues_in_place and self._export_is_missing():
                 self._export(checkpoint_folder(self.folder, self.iteration), log)
@@ -147,10 +147,18 @@ class Trainer:
 
     def _advance(self, log: Log) -> None:
         """A step, and its lines in the log."""
-        self._write(log, self.objective.before_step(self.context()))
-        decision, row = self.train_step()
-        report = self.objective.after_step(self.context(), decision)
-        self._write(log, report, row)
+        watch = self.topology.watch
+        watch.begin_step(self.iteration + 1)
+        with watch.phase("before the step"):
+            report = self.objective.before_step(self.context())
+        with watch.phase("writing the log"):
+            self._write(log, report)
+        with watch.phase("deciding and training"):
+            decision, row = self.train_step()
+        with watch.phase("after the step"):
+            report = self.objective.after_step(self.context(), decision)
+        with watch.phase("writing the log"):
+            self._write(log, report, row)
 
     def _write(self, log: Log, report: Report, row: Figures | None = None) -> None:
         for file, rows in report.rows:
@@ -282,7 +290,8 @@ class Trainer:
         if self.lease is not None:
             self.lease.check()
         log.sync()
-        folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
+        with self.topology.watch.phase("saving a checkpoint", slow=True):
+            folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
         log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
         if self.config.run.checkpoint.export_hf_at_save:
             self._export(folder, log)
@@ -290,13 +299,14 @@ class Trainer:
 
     def _export(self, folder: Path, log: Log) -> None:
         begin = time.perf_counter()
-        report = export_hf(
-            self.engine,
-            self.config.run,
-            self.vocabulary,
-            assets=self.folder / ASSETS,
-            target=folder / ASSETS,
-            verify_with=folder if self.config.run.checkpoint.verify_hf else None,
-        )
+        with self.topology.watch.phase("exporting", slow=True):
+            report = export_hf(
+                self.engine,
+                self.config.run,
+                self.vocabulary,
+                assets=self.folder / ASSETS,
+                target=folder / ASSETS,
+                verify_with=folder if self.config.run.checkpoint.verify_hf else None,
+            )
         verified = f"verified: {report}" if report is not None else "not verified"
         log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")
