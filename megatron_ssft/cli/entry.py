@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -48,7 +49,8 @@ def _report(error: UserError) -> None:
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     if rank == 0:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a full disk may be what the error is about
+            sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
     elif not error.shared:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

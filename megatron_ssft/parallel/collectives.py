@@ -104,12 +104,18 @@ def sum_over_ranks(values: np.ndarray, topology: Topology) -> np.ndarray:
     return tensor.numpy()
 
 
-def any_rank(flag: bool, topology: Topology) -> bool:
-    """Whether the flag is set on at least one rank; the same answer everywhere."""
-    tensor = torch.tensor([int(flag)])
+def any_rank(flag: bool, topology: Topology, error: str | None = None) -> bool:
+    """Whether the flag is set on at least one rank; the same answer everywhere.
+
+    Raises UserError on all ranks where one of them has an `error`: that of the first.
+    """
+    first = 0 if error is None else topology.world_size - topology.rank
+    tensor = torch.tensor([int(flag), first])
     with topology.watch.waiting():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=topology.control_group)
-    return bool(tensor.item())
+    if tensor[1]:
+        raise shared_error(_broadcast_text(error or "", topology.world_size - int(tensor[1]), topology))
+    return bool(tensor[0])
 
 
 def barrier(topology: Topology) -> None:

@@ -34,10 +34,12 @@ from megatron_ssft.training.resume import (
     refuse_occupied_folder,
     refuse_other_model,
     refuse_other_run,
+    refuse_short_logs,
     resumable,
     run_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
+from megatron_ssft.training.trackers import check_trackers
 from megatron_ssft.training.weights import take_weights
 
 
@@ -53,6 +55,7 @@ class Trainer:
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
+        on_first_rank(lambda: check_trackers(config.run.logging, config.run.checkpoint.save), topology)
         self.vocabulary = build_vocabulary(config.run, config.start)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
         on_first_rank(lambda: keep_assets(config), topology)
@@ -134,13 +137,14 @@ class Trainer:
                 self._export(checkpoint_folder(self.folder, self.iteration), log)
             stopped = False
             while self.iteration < self.train_iters and not self.objective.is_over():
-                if stopped := any_rank(stop.received, self.topology):
+                if stopped := any_rank(stop.received, self.topology, log.failure):
                     break
                 self._advance(log)
                 if self._save_is_due():
                     saved_at = self._save(log)
             if checkpoint.save and saved_at != self.iteration:
                 self._save(log)
+            any_rank(False, self.topology, log.failure)
             end = "stopped by SIGTERM" if stopped else "finished"
             log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
@@ -171,22 +175,32 @@ class Trainer:
             log.say(remark)
 
     def _open_log(self, folder: Path | None) -> RunLog | NullLog:
-        """JSONL files, trackers and progress; nothing on ranks other than the first."""
-        if not self.topology.is_first_rank:
-            return NullLog()
-        return RunLog(
-            folder,
-            self.config.run.logging,
-            self.iteration + 1,
-            self.train_iters,
-            files=self.objective.log_files,
-            line=self.objective.line,
-        )
+        """JSONL files, trackers and progress; nothing on ranks other than the first. Collective. Raises UserError."""
+        opened: list[RunLog] = []
+
+        def open_log() -> None:
+            log = RunLog(
+                folder,
+                self.config.run.logging,
+                self.iteration + 1,
+                self.train_iters,
+                files=self.objective.log_files,
+                line=self.objective.line,
+                is_continued=self.config.run.checkpoint.continues_in_place,
+            )
+            opened.append(log)
+
+        on_first_rank(open_log, self.topology)
+        return opened[0] if opened else NullLog()
 
     def _greet(self, log: Log, folder: Path | None) -> None:
         """What is trained, on what, how; and the configuration that a later run goes on with."""
-        if folder is not None:
-            write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
+
+        def keep_config() -> None:
+            if folder is not None:
+                write_durably(folder / "config.yaml", to_yaml(resumable(self.config)))
+
+        on_first_rank(keep_config, self.topology)
         log.say(f"{self.objective.introduction()} | {self._describe_job()}")
         log.say(self._describe_layout())
         for note in self.objective.notes():
@@ -258,6 +272,8 @@ class Trainer:
         if not self.objective.continues_elsewhere:
             otherwise = "start again with another --save"
         refuse_other_run(run, state, self.state(), otherwise)
+        if self.config.run.checkpoint.continues_in_place and iteration:
+            on_first_rank(lambda: refuse_short_logs(run, self.objective.log_files, iteration), self.topology)
         load_checkpoint(self.engine, run, iteration)
         self.objective.load_state(state)
         self.iteration = iteration
@@ -289,7 +305,7 @@ class Trainer:
         begin = time.perf_counter()
         if self.lease is not None:
             self.lease.check()
-        log.sync()
+        on_first_rank(log.sync, self.topology)
         with self.topology.watch.phase("saving a checkpoint", slow=True):
             folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
         log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
