@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror}; give a Hugging Face checkpoint folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({' '.join(str(error).split())}); copy the checkpoint again") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a JSON object; copy the checkpoint again")

@@ -180,7 +180,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder}: holds no weights ({SINGLE} or {INDEX})")
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{index}: cannot be read ({error}); download it again") from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
@@ -202,7 +202,7 @@ def _header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: is no complete safetensors file ({error}); download it again") from error
     header.pop("__metadata__", None)
     for name, entry in header.items():

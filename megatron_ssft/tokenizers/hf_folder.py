@@ -49,7 +49,16 @@ def load_tokenizer(folder: Path, source: Path, flag: str = "") -> PreTrainedToke
             readable = _converted_copy(folder, source, Path(parent) / "tokenizer")
         try:
             return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ImportError,
+            RecursionError,
+            strict,
+        ) as error:
             reason = " ".join(str(error).split()) or "no reason given"
             raise UserError(f"{flag}{source}: no usable tokenizer: {type(error).__name__}: {reason}") from error
 
