@@ -19,7 +19,7 @@ LARGEST: dict[str, float] = {
     "vocab_size": 100_000_000,
     "make_vocab_size_divisible_by": 1_000_000,
     "init_method_std": 100.0,
-    "norm_epsilon": 1.0,
+    "norm_epsilon": 10.0,
     "rotary_base": 1e12,
     # tokens and batches
     "seq_length": 100_000_000,
@@ -37,7 +37,7 @@ LARGEST: dict[str, float] = {
     "forking_token_lr_mult": 1_000_000.0,
     "forking_token_noise": 1000.0,
     "weight_decay": 1000.0,
-    "adam_eps": 1.0,
+    "adam_eps": 10.0,
 }
 """Field -> value. All are far above what anybody trains with."""
 _SIGNED = ("seed",)

@@ -1,7 +1,7 @@
 """Executes planned batches on the model: `score` without gradients, `train` for one optimizer step.
 
 It knows no objective: what is scored and what is trained are its callers' decisions. Every rank holds the same plan
-and cuts its own microbatches from the memory-mapped data, so nothing but activations, gradients and one vector of sums
+and cuts its own microbatches from the data on the disk, so nothing but activations, gradients and one vector of sums
 travels between ranks.
 """
 
