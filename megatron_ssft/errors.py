@@ -15,8 +15,17 @@ class UserError(ValueError):
     Entry points print it without a traceback and exit with status 2.
     """
 
+    status: int = 2
+    """Exit status of a program that ends by it."""
     shared: bool = False
     """Set where every rank of a job raises the same error at the same time; the first rank then speaks for all."""
+
+
+class LostRank(UserError):
+    """Another rank of the job is gone, or held it up for longer than it may. The input is not at fault."""
+
+    status = 75
+    """EX_TEMPFAIL of sysexits.h: the same command may go well another time."""
 
 
 def reason_of(error: OSError) -> str:

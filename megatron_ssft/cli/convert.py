@@ -100,12 +100,14 @@ ACTIONS: dict[str, type[ImportFlags | ExportFlags | VerifyFlags]] = {
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, convert, close. Raises UserError."""
     flags = parse_action(ACTIONS, __doc__, argv, prog)
+    from megatron_ssft.parallel.topology import explaining
     from megatron_ssft.training import conversion
 
-    match flags:
-        case ImportFlags():
-            conversion.import_hf(flags.source, flags.target, flags.options())
-        case ExportFlags():
-            conversion.export_run(flags.source, flags.target, flags.options())
-        case VerifyFlags():
-            conversion.verify(flags.source, flags.target, flags.options())
+    with explaining():
+        match flags:
+            case ImportFlags():
+                conversion.import_hf(flags.source, flags.target, flags.options())
+            case ExportFlags():
+                conversion.export_run(flags.source, flags.target, flags.options())
+            case VerifyFlags():
+                conversion.verify(flags.source, flags.target, flags.options())

@@ -1,7 +1,11 @@
-"""Run a command to its exit status: 0 when done, 2 with one clear line when the input is at fault."""
+"""Run a command to its exit status: 0 when done, 2 with one clear line when the input is at fault.
+
+75 means that another rank was lost, and the same command may go well another time.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -34,7 +38,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         _report(error)
-        return 2
+        return error.status
     except OSError as error:
         if not is_full_disk(error):
             raise
@@ -52,7 +56,8 @@ def _report(error: UserError) -> None:
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     if rank == 0:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a full disk may be what the error is about
+            sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
     elif not error.shared:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

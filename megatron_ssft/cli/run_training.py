@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megatron_ssft.config import TrainingRun
-from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+from megatron_ssft.parallel.topology import destroy_topology, explaining, initialize_topology
 from megatron_ssft.signals import StopSignal
+from megatron_ssft.training.agreement import facts_of
 from megatron_ssft.training.folder_lease import hold_folder
 from megatron_ssft.training.trainer import Trainer
 
@@ -12,7 +13,8 @@ from megatron_ssft.training.trainer import Trainer
 def run_training(config: TrainingRun) -> None:
     """Train as configured, to the end or to a SIGTERM. Raises UserError."""
     stop = StopSignal()
-    topology = initialize_topology(config.run)
-    with hold_folder(config.run.checkpoint.save, topology, "--save ") as lease:
-        Trainer(config, topology).run(stop, lease)
-    destroy_topology()
+    topology = initialize_topology(config.run, facts_of(config))
+    with explaining():
+        with hold_folder(config.run.checkpoint.save, topology, "--save ") as lease:
+            Trainer(config, topology).run(stop, lease)
+        destroy_topology()

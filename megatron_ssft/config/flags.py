@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from megatron_ssft.config import ConversionConfig, GFPOConfig, ProgramConfig, RunConfig, SSFTConfig
+from megatron_ssft.config.bounds import within_bounds
 from megatron_ssft.config.checks import finite
 from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
 from megatron_ssft.config.yaml_file import Setting, read_settings
@@ -141,6 +142,7 @@ def _compose(cls: type[T], sections: Mapping[str, Mapping[str, Any]]) -> T:
         if typing.get_origin(part) is not typing.ClassVar:
             parts[name] = _compose(part, sections) if part is RunConfig else part(**sections[name])
             finite(parts[name])
+            within_bounds(parts[name])
     return cls(**parts)
 
 

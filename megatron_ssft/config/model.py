@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from megatron_ssft.config.checks import choice, derived, only_where, positive, require, required
 
+_YEAR = 365 * 24 * 60
+"""Minutes."""
+
 
 @dataclass
 class ModelConfig:
@@ -126,8 +129,12 @@ class ParallelConfig:
     """With full recompute: uniform (chunks of layers) or block (the first layers of a stage)."""
     recompute_num_layers: int = 1
     """With full recompute: layers per chunk (uniform) or layers recomputed per stage (block)."""
-    distributed_timeout_minutes: int = 30
-    """A collective that takes longer than this ends the job."""
+    distributed_timeout_minutes: float = 30.0
+    """A rank that gives no sign of life for this long ends the job, as does a collective or a step that takes longer,
+    and ranks that do not come to the start."""
+    slow_work_timeout_minutes: float = 720.0
+    """The same for work of one rank that the others wait for: tokenizing, loading, saving, exporting, verifying. A rank
+    that is stopped or dead meanwhile is noticed after --distributed-timeout-minutes all the same."""
 
     def __post_init__(self) -> None:
         if self.num_layers_per_virtual_pipeline_stage == 0:  # overrides a configuration file that has one
@@ -140,6 +147,7 @@ class ParallelConfig:
             "num_layers_per_virtual_pipeline_stage",
             "recompute_num_layers",
             "distributed_timeout_minutes",
+            "slow_work_timeout_minutes",
             "attention_efficiency",
         )
         choice(self.attention_backend, "attention-backend", "auto", "sdpa", "varlen", "flash", "te")
@@ -148,6 +156,13 @@ class ParallelConfig:
         choice(self.recompute_method, "recompute-method", "uniform", "block")
         full = self.recompute_granularity == "full"
         only_where(self, full, "without --recompute-granularity full", "recompute_method", "recompute_num_layers")
+        quick, slow = self.distributed_timeout_minutes, self.slow_work_timeout_minutes
+        require(
+            quick <= slow, f"--slow-work-timeout-minutes {slow:g}: is below --distributed-timeout-minutes {quick:g}"
+        )
+        for name in ("distributed_timeout_minutes", "slow_work_timeout_minutes"):
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            require(0.05 <= value <= _YEAR, f"{flag} {value:g}: must lie between 0.05 and {_YEAR} (a year)")
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "--sequence-parallel needs --tensor-model-parallel-size of at least 2: there is nothing to shard",

@@ -62,7 +62,7 @@ class LoggingConfig:
     tensorboard_dir: PathText | None = None
     """TensorBoard folder; default: tensorboard in the --save folder."""
     wandb_project: str | None = None
-    """Log to this Weights & Biases project too."""
+    """Log to this Weights & Biases project too; WANDB_MODE=offline in the environment does so without a connection."""
     wandb_exp_name: str | None = None
     """Name of the run there."""
 

@@ -1,4 +1,4 @@
-"""Sets tokenized once into a folder of memory-mapped arrays, keyed by content and settings.
+"""Sets tokenized once into a folder of arrays, keyed by content and settings.
 
     <cache_dir>/<key>/tokens.npy      int32 [T]    of every set: prompt, then its completions
                       offsets.npy     int64 [A+1]  array a is tokens[offsets[a]:offsets[a+1]]
@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 
 from megatron_ssft.config import DataConfig
+from megatron_ssft.data.array_file import ArrayFile
 from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import tokenize_examples
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
@@ -93,16 +94,16 @@ class CacheIndex:
     """For each question how many of its traces lost their end."""
 
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, ArrayFile]
 
 
 class SetDataset:
-    """Read access to a folder written by `build_dataset`; item i is a TokenizedSet of read-only views."""
+    """Read access to a folder written by `build_dataset`; item i is a TokenizedSet of read-only arrays."""
 
     def __init__(self, index: CacheIndex, arrays: Arrays) -> None:
         self._index = index
         self._tokens, self._offsets, self._starts = (arrays[name] for name in _DTYPES)
-        self.trace_counts: np.ndarray = (np.diff(self._starts) - 1).astype(np.int32)
+        self.trace_counts: np.ndarray = (np.diff(self._starts.read_all()) - 1).astype(np.int32)
         """int32 [Q]: M of every question."""
         self.fingerprint = index.fingerprint
         """Digest of data content, tokenizer, tags and settings; the same wherever the files lie."""
@@ -111,7 +112,7 @@ class SetDataset:
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> SetDataset:
-        """Maps the folder. Raises UserError if it is not a complete cache."""
+        """Opens the folder. Raises UserError if it is not a complete cache."""
         opened = _open_folder(Path(folder))
         if opened is None:
             raise UserError(f"{folder}: not a complete cache of tokenized data; delete it and start again")
@@ -122,8 +123,10 @@ class SetDataset:
 
     def __getitem__(self, i: int) -> TokenizedSet:
         q = range(len(self))[i]  # negative positions, IndexError
-        bounds = self._offsets[self._starts[q] : self._starts[q + 1] + 1]
-        prompt_ids, *completion_ids = (self._tokens[a:b] for a, b in zip(bounds, bounds[1:]))
+        start, end = self._starts.read(q, q + 2).tolist()
+        bounds = self._offsets.read(start, end + 1)
+        tokens = self._tokens.read(int(bounds[0]), int(bounds[-1]))
+        prompt_ids, *completion_ids = np.split(tokens, (bounds[1:-1] - bounds[0]).tolist())
         index = self._index
         return TokenizedSet(
             id=index.ids[q],
@@ -295,7 +298,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _open_folder(folder: Path) -> tuple[CacheIndex, Arrays] | None:
-    """Index and mapped arrays, or None where the folder is absent, incomplete or damaged."""
+    """Index and arrays, or None where the folder is absent, incomplete or damaged."""
     try:
         # json, not msgspec: a path may hold bytes that are no UTF-8. Not strict: keys of a histogram are texts in JSON.
         index = msgspec.convert(json.loads((folder / _INDEX).read_bytes()), CacheIndex, strict=False)
@@ -304,22 +307,22 @@ def _open_folder(folder: Path) -> tuple[CacheIndex, Arrays] | None:
         arrays: Arrays = {}
         for name, dtype in _DTYPES.items():
             path = folder / f"{name}.npy"
-            if path.stat().st_size != index.sizes[name]:  # before mapping: reading past the end kills the process
+            if path.stat().st_size != index.sizes[name]:
                 return None
-            arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-            if arrays[name].dtype != dtype or arrays[name].ndim != 1:
-                return None
-        return (index, arrays) if _consistent(index, *arrays.values()) else None
-    except (OSError, ValueError, KeyError, EOFError, RecursionError, msgspec.MsgspecError):
+            arrays[name] = ArrayFile(path, dtype)
+        return (index, arrays) if _consistent(index, **arrays) else None
+    except (OSError, ValueError, LookupError, EOFError, RecursionError, msgspec.MsgspecError):
         return None
 
 
-def _consistent(index: CacheIndex, tokens: np.ndarray, offsets: np.ndarray, starts: np.ndarray) -> bool:
+def _consistent(index: CacheIndex, tokens: ArrayFile, offsets: ArrayFile, set_starts: ArrayFile) -> bool:
     """Whether the arrays can belong together; catches blocks of zeros that a crashed file system may leave."""
+    bounds, starts = offsets.read_all(), set_starts.read_all()
     return bool(
         len(starts) == len(index.ids) + 1
-        and starts[-1] == len(offsets) - 1
-        and offsets[-1] == len(tokens)
+        and starts[0] == bounds[0] == 0
+        and starts[-1] == len(bounds) - 1
+        and bounds[-1] == len(tokens)
         and (np.diff(starts) > 1).all()
-        and (np.diff(offsets) > 0).all()
+        and (np.diff(bounds) > 0).all()
     )

@@ -138,7 +138,7 @@ def num_questions(folder: Path) -> int | None:
     for path in sorted(folder.glob("iter_*/train_state.json"), reverse=True):
         try:
             return int(json.loads(path.read_text(encoding="utf-8"))["queue"]["num_questions"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # a damaged checkpoint, or one of weights alone
     return None
 

@@ -38,12 +38,12 @@ def read_document(
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        problem = "a number is infinite or NaN" if _has_nan(value) else None
     except OSError as error:
         what, _, advice = unreadable.partition("; ")
         raise UserError(f"{path}: cannot read {what}: {error.strerror}; {advice}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); make it anew with {program}") from error
-    problem = "a number is infinite or NaN" if _has_nan(value) else None
     try:
         record = msgspec.convert(value, kind)
         problem = problem or check(record)

@@ -193,7 +193,7 @@ def _owner(path: Path) -> Owner | None:
     """None for a lease that is not there, or cannot be read."""
     try:
         return msgspec.json.decode(_content(path) or b"", type=Owner)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
 
 

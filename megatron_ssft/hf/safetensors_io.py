@@ -205,7 +205,7 @@ def _header(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: is no complete safetensors file ({error}); download it again") from error
     header.pop("__metadata__", None)
     for name, entry in header.items():

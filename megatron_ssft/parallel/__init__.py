@@ -7,6 +7,8 @@ topology.py        process groups, and this rank's place in the parallel layout
 collectives.py     small collectives on plain values
 cpu_backend.py     megatron-core without CUDA
 
+watch/                          signs of life: no wait without a bound, and for whom it was
+
 attention/choice.py             which attention kernel is used
 attention/kernels.py            the kernels: torch SDPA, torch varlen, flash-attn, TransformerEngine
 attention/segment_groups.py     segments of similar shape, grouped for one call

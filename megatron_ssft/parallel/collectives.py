@@ -29,11 +29,12 @@ def _broadcast_text(text: str, source: int, topology: Topology) -> str:
     group = topology.control_group
     payload = text.encode() if topology.rank == source else b""
     size = torch.tensor([len(payload)], dtype=torch.int64)
-    dist.broadcast(size, src=source, group=group)
-    buffer = torch.zeros(int(size), dtype=torch.uint8)
-    if payload:
-        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(buffer, src=source, group=group)
+    with topology.watch.waiting():
+        dist.broadcast(size, src=source, group=group)
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if payload:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=source, group=group)
     return buffer.numpy().tobytes().decode()
 
 
@@ -42,12 +43,13 @@ def gather_json(value: T, topology: Topology) -> list[T]:
     group = topology.control_group
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(topology.world_size)]
-    dist.all_gather(sizes, torch.tensor([len(payload)]), group=group)
-    longest = int(max(sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(payload)] = payload
-    gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(gathered, padded, group=group)
+    with topology.watch.waiting():
+        dist.all_gather(sizes, torch.tensor([len(payload)]), group=group)
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(payload)] = payload
+        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(gathered, padded, group=group)
     return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(gathered, sizes)]
 
 
@@ -67,7 +69,8 @@ def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, 
         dist.send(share, dst=0, group=topology.control_group)
     elif topology.is_first_rank:
         share = torch.empty(tokens, vocab_size)
-        dist.recv(share, src=source, group=topology.control_group)
+        with topology.watch.waiting():
+            dist.recv(share, src=source, group=topology.control_group)
         return share
     return None
 
@@ -95,26 +98,37 @@ def on_first_rank(work: Callable[[], T], topology: Topology) -> T:
 def sum_over_ranks(values: np.ndarray, topology: Topology) -> np.ndarray:
     """float64 sum over all ranks, same shape, in one all-reduce. Ranks without a share pass zeros."""
     tensor = torch.as_tensor(values, dtype=torch.float64).to(topology.device)
-    dist.all_reduce(tensor)
-    return tensor.cpu().numpy()
+    with topology.watch.waiting():
+        dist.all_reduce(tensor)
+        tensor = tensor.cpu()
+    return tensor.numpy()
 
 
-def any_rank(flag: bool, topology: Topology) -> bool:
-    """Whether the flag is set on at least one rank; the same answer everywhere."""
-    tensor = torch.tensor([int(flag)])
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=topology.control_group)
-    return bool(tensor.item())
+def any_rank(flag: bool, topology: Topology, error: str | None = None) -> bool:
+    """Whether the flag is set on at least one rank; the same answer everywhere.
+
+    Raises UserError on all ranks where one of them has an `error`: that of the first.
+    """
+    first = 0 if error is None else topology.world_size - topology.rank
+    tensor = torch.tensor([int(flag), first])
+    with topology.watch.waiting():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=topology.control_group)
+    if tensor[1]:
+        raise shared_error(_broadcast_text(error or "", topology.world_size - int(tensor[1]), topology))
+    return bool(tensor[0])
 
 
 def barrier(topology: Topology) -> None:
-    """Wait for all ranks, for as long as it takes."""
-    dist.barrier(group=topology.control_group)
+    """Wait for all ranks, for as long as the phase allows."""
+    with topology.watch.waiting():
+        dist.barrier(group=topology.control_group)
 
 
 def raise_together(error: str | None, topology: Topology) -> None:
     """Raise the same UserError on every rank if any rank found an error; called by all, found or not."""
     first = torch.tensor([topology.world_size if error is None else topology.rank])
-    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=topology.control_group)
+    with topology.watch.waiting():
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=topology.control_group)
     finder = int(first)
     if finder < topology.world_size:
         raise shared_error(_broadcast_text(error or "", finder, topology))

@@ -1,7 +1,7 @@
 """Executes planned batches on the model: `score` without gradients, `train` for one optimizer step.
 
 It knows no objective: what is scored and what is trained are its callers' decisions. Every rank holds the same plan
-and cuts its own microbatches from the memory-mapped data, so nothing but activations, gradients and one vector of sums
+and cuts its own microbatches from the data on the disk, so nothing but activations, gradients and one vector of sums
 travels between ranks.
 """
 
@@ -115,7 +115,8 @@ class Engine:
             top_k: also give the k most probable tokens at each scored place.
             low_precision: run a float32 model in bfloat16 autocast.
         """
-        share = self._forward_only(planned, top_k, low_precision)
+        with self.topology.watch.phase("scoring"):
+            share = self._forward_only(planned, top_k, low_precision)
         return Scores(planned, share, self.topology)
 
     def _forward_only(self, planned: PlannedBatch, top_k: int | None, low_precision: bool) -> list[ScoredMicrobatch]:
@@ -128,6 +129,7 @@ class Engine:
 
         def step(data: Iterator[tuple[int, Microbatch]], model: torch.nn.Module) -> tuple[Tensor, object]:
             _, microbatch = next(data)
+            self.topology.watch.moved()
             model_input = self._input(planned, microbatch)
             return self._forward(model, model_input, top_k), partial(keep, microbatch, model_input)
 
@@ -142,6 +144,11 @@ class Engine:
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
+        """One optimizer step on the sum of the terms, see `_train`. Collective."""
+        with self.topology.watch.phase("training"):
+            return self._train(terms, lr)
+
+    def _train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
         """One optimizer step on the sum of the terms. Collective.
 
         Weights in the terms are final: dividing them beforehand, rather than gradients later, makes loss and gradient
@@ -169,6 +176,7 @@ class Engine:
 
         def step(data: Iterator[tuple[int, Microbatch]], model: torch.nn.Module) -> tuple[Tensor, object]:
             which, microbatch = next(data)
+            self.topology.watch.moved()
             term = terms[which]
             model_input = self._input(term.planned, microbatch)
             arrays: tuple[np.ndarray, ...] = ()

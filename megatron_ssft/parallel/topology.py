@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +15,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.cpu_backend import install_cpu_backend
+from megatron_ssft.parallel.watch.meeting import meet
+from megatron_ssft.parallel.watch.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class Topology:
     """Data-parallel ranks, not counting context parallelism."""
     is_last_stage: bool
     control_group: dist.ProcessGroup
-    """All ranks over gloo with a long timeout: for waiting on one rank's slow work and for stop flags."""
+    """All ranks over gloo, for waiting on one rank's work and for stop flags. Its own time limit is that of slow work;
+    the watch ends shorter waits."""
+    watch: Watch
 
     @property
     def is_first_rank(self) -> bool:
@@ -85,24 +91,31 @@ def _choose_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def initialize_topology(config: RunConfig) -> Topology:
-    """Join the process group and build Megatron's parallel groups: NCCL with CUDA, gloo without."""
+_open: list[tuple[Watch, dist.ProcessGroup]] = []
+"""Watch and control group, for `destroy_topology`: process groups are the process's, too."""
+
+
+def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = None) -> Topology:
+    """Meet the other ranks and build Megatron's parallel groups: NCCL with CUDA, gloo without.
+
+    Args:
+        facts: what has to be the same on every rank, by name.
+
+    Raises:
+        UserError: the ranks cannot be arranged, or disagree on `facts`.
+        LostRank: not all came in time.
+    """
     rank, world_size, local_rank = launch_environment()
     check_world_size(config, world_size)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication overlap with computation
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     device = _choose_device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # A single process started without a launcher has no address to meet at.
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
-    )
+    slow = timedelta(minutes=config.parallel.slow_work_timeout_minutes)
+    store, watch = meet(rank, world_size, timeout, slow, facts or {})
+    with watch.explaining():
+        control_group = _build_groups(config, backend, store, rank, world_size)
+    _open.append((watch, control_group))
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     torch.manual_seed(config.training.seed)
     return Topology(
@@ -116,8 +129,38 @@ def initialize_topology(config: RunConfig) -> Topology:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
-        control_group=dist.new_group(backend="gloo", timeout=timedelta(hours=48)),
+        control_group=control_group,
+        watch=watch,
     )
+
+
+def _build_groups(config: RunConfig, backend: str, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
+    """Build all process groups; returns the control group."""
+    # The watch is faster and names who is missing; this is for the case that it cannot.
+    minutes = 1.1 * config.parallel.distributed_timeout_minutes + 0.2
+    timeout = timedelta(minutes=minutes)
+    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        context_parallel_size=config.parallel.context_parallel_size,
+        distributed_timeout_minutes=minutes,
+    )
+    slow = timedelta(minutes=1.1 * config.parallel.slow_work_timeout_minutes + 0.2)
+    return dist.new_group(backend="gloo", timeout=slow)
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Turn the error of a broken collective inside the `with` block into a LostRank that names who is missing."""
+    try:
+        yield
+    except (RuntimeError, UserError):
+        if not _open:
+            raise
+        with _open[-1][0].explaining():
+            raise
 
 
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H20": 148, "A100": 312, "L40S": 362}
@@ -134,6 +177,10 @@ def job_peak_flops(config: RunConfig, topology: Topology) -> float | None:
 
 
 def destroy_topology() -> None:
-    """Leave all groups; called once at a regular end."""
+    """Leave all groups; called once at a regular end, by all ranks."""
+    while _open:
+        watch, control_group = _open.pop()
+        dist.barrier(group=control_group)  # the store of the signs of life goes with the first rank
+        watch.stop()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

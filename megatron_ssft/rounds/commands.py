@@ -221,7 +221,7 @@ def _model_parallel_size(config: Path) -> int:
     """Ranks of one copy of the model, from a run's configuration. Raises UserError."""
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{config}: cannot be read; give --nproc, or the folder of a run") from error
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     size = 1

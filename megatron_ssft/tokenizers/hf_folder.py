@@ -87,7 +87,16 @@ def open_tokenizer(folder: Path, source: Path, flag: str = "") -> OpenedTokenize
             if overruled is not None:
                 overruled = f"by {type(tokenizer).__name__}, {overruled} than in tokenizer.json"
                 tokenizer = plain_tokenizer(tokenizer, readable)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, strict) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ImportError,
+            RecursionError,
+            strict,
+        ) as error:
             reason = " ".join(str(error).split()) or "no reason given"
             raise UserError(f"{flag}{source}: no usable tokenizer: {type(error).__name__}: {reason}") from error
         remaining = None if overruled is None else difference(tokenizer, readable)

@@ -40,6 +40,7 @@ from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
+from megatron_ssft.training.agreement import facts_of
 from megatron_ssft.training.export import export_hf, verify_folder
 from megatron_ssft.training.folder_lease import hold_folder
 from megatron_ssft.training.origin import fingerprint_of
@@ -132,7 +133,7 @@ def verify(source: Path, target: Path, options: dict[str, Any]) -> None:
 def _start(folder: Path, options: dict[str, Any]) -> tuple[ConversionConfig, Topology, Vocabulary, Engine]:
     values = complete_values({"load": str(folder)} | options)
     config = build_config(values, ConversionConfig)
-    topology = initialize_topology(config.run)
+    topology = initialize_topology(config.run, facts_of(config))
     on_first_rank(lambda: refuse_other_shape(str(folder), config.run.model), topology)
     vocabulary = build_vocabulary(config.run, config.start)
     return config, topology, vocabulary, Engine(config.run, topology, vocabulary.size, vocabulary.tags.row_ids)

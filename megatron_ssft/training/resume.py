@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import structs
@@ -12,6 +13,9 @@ from msgspec import structs
 from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
 from megatron_ssft.config.flags import with_absolute_paths
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.assignments import ASSIGNMENTS
+from megatron_ssft.formats.log_cut import refuse_short_log
+from megatron_ssft.formats.metrics import METRICS
 from megatron_ssft.formats.run_folder import ASSETS, REMOVE_ADVICE
 from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, WeightsState
 from megatron_ssft.hf.assets import copy_assets, extend_positions
@@ -90,6 +94,13 @@ def refuse_other_run(run: Path, stored: RunState, ours: RunState, otherwise: str
             f"--load {run}: data, tokenizer or data settings differ from the checkpoint's, so its place in the "
             f"data means nothing; resume with the same, or {otherwise}"
         )
+
+
+def refuse_short_logs(run: Path, files: Sequence[str], iteration: int) -> None:
+    """Raise UserError where one of a run's logs ends before the checkpoint that it goes on from. Raises OSError."""
+    for name in files:
+        if name in (METRICS, ASSIGNMENTS):  # the others have no lines at most steps
+            refuse_short_log(run / name, iteration)
 
 
 def refuse_past_end(config: RunConfig, run: Path, iteration: int) -> None:

@@ -38,10 +38,12 @@ from megatron_ssft.training.resume import (
     refuse_other_model,
     refuse_other_run,
     refuse_past_end,
+    refuse_short_logs,
     resumable,
     run_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
+from megatron_ssft.training.trackers import check_trackers
 from megatron_ssft.training.weights import refuse_other_shape, rows_remark, take_weights
 
 
@@ -57,6 +59,7 @@ class Trainer:
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
+        on_first_rank(lambda: check_trackers(config.run.logging, config.run.checkpoint.save), topology)
         self._origin: OriginOfRun | None = None
         on_first_rank(self._look_at_origin, topology)
         self.vocabulary = build_vocabulary(config.run, config.start)
@@ -140,29 +143,38 @@ class Trainer:
         folder = self.folder if checkpoint.save and self.topology.is_first_rank else None
         # Before the first step there is nothing to save: the command that started the run starts it anew.
         saved_at = self.iteration if checkpoint.continues_in_place or not self.iteration else -1
-        with self._open_log(folder) as log:
+        with self.topology.watch.phase("between steps"), self._open_log(folder) as log:
             self._greet(log, folder)
             if checkpoint.continues_in_place and self._export_is_missing():
                 self._export(checkpoint_folder(self.folder, self.iteration), log)
             stopped = False
             while self.iteration < self.train_iters and not self.objective.is_over():
-                if stopped := any_rank(stop.received, self.topology):
+                if stopped := any_rank(stop.received, self.topology, log.failure):
                     break
                 self._advance(log)
                 if self._save_is_due():
                     saved_at = self._save(log)
             if checkpoint.save and saved_at != self.iteration:
                 self._save(log)
+            any_rank(False, self.topology, log.failure)
             end = "stopped by SIGTERM" if stopped else "finished"
             log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
 
     def _advance(self, log: Log) -> None:
         """A step, and its lines in the log."""
-        self._write(log, self.objective.before_step(self.context()))
-        decision, row = self.train_step()
-        report = self.objective.after_step(self.context(), decision)
-        self._write(log, report, row)
+        watch = self.topology.watch
+        watch.begin_step(self.iteration + 1)
+        with watch.phase("before the step"):
+            report = self.objective.before_step(self.context())
+        with watch.phase("writing the log"):
+            self._write(log, report)
+        with watch.phase("deciding and training"):
+            decision, row = self.train_step()
+        with watch.phase("after the step"):
+            report = self.objective.after_step(self.context(), decision)
+        with watch.phase("writing the log"):
+            self._write(log, report, row)
 
     def _write(self, log: Log, report: Report, row: Figures | None = None) -> None:
         for file, rows in report.rows:
@@ -175,17 +187,23 @@ class Trainer:
             log.say(remark)
 
     def _open_log(self, folder: Path | None) -> RunLog | NullLog:
-        """JSONL files, trackers and progress; nothing on ranks other than the first."""
-        if not self.topology.is_first_rank:
-            return NullLog()
-        return RunLog(
-            folder,
-            self.config.run.logging,
-            self.iteration + 1,
-            self.train_iters,
-            files=self.objective.log_files,
-            line=self.objective.line,
-        )
+        """JSONL files, trackers and progress; nothing on ranks other than the first. Collective. Raises UserError."""
+        opened: list[RunLog] = []
+
+        def open_log() -> None:
+            log = RunLog(
+                folder,
+                self.config.run.logging,
+                self.iteration + 1,
+                self.train_iters,
+                files=self.objective.log_files,
+                line=self.objective.line,
+                is_continued=self.config.run.checkpoint.continues_in_place,
+            )
+            opened.append(log)
+
+        on_first_rank(open_log, self.topology)
+        return opened[0] if opened else NullLog()
 
     def _greet(self, log: Log, folder: Path | None) -> None:
         """What is trained, on what, how; and the configuration that a later run goes on with."""
@@ -287,6 +305,8 @@ class Trainer:
             otherwise = "start again with another --save"
         refuse_other_run(run, state, self.state(), otherwise)
         refuse_past_end(self.config.run, run, iteration)
+        if self.config.run.checkpoint.continues_in_place and iteration:
+            on_first_rank(lambda: refuse_short_logs(run, self.objective.log_files, iteration), self.topology)
         load_checkpoint(self.engine, run, iteration)
         self.objective.load_state(state)
         self.iteration = self.resumed_at = iteration
@@ -326,8 +346,9 @@ class Trainer:
         begin = time.perf_counter()
         if self.lease is not None:
             self.lease.check()
-        log.sync()
-        folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
+        on_first_rank(log.sync, self.topology)
+        with self.topology.watch.phase("saving a checkpoint", slow=True):
+            folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
         log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
         if self.config.run.checkpoint.export_hf_at_save:
             self._export(folder, log)
@@ -335,13 +356,14 @@ class Trainer:
 
     def _export(self, folder: Path, log: Log) -> None:
         begin = time.perf_counter()
-        report = export_hf(
-            self.engine,
-            self.config.run,
-            self.vocabulary,
-            assets=self.folder / ASSETS,
-            target=folder / ASSETS,
-            verify_with=folder if self.config.run.checkpoint.verify_hf else None,
-        )
+        with self.topology.watch.phase("exporting", slow=True):
+            report = export_hf(
+                self.engine,
+                self.config.run,
+                self.vocabulary,
+                assets=self.folder / ASSETS,
+                target=folder / ASSETS,
+                verify_with=folder if self.config.run.checkpoint.verify_hf else None,
+            )
         verified = f"verified: {report}" if report is not None else "not verified"
         log.say(f"exported {folder / ASSETS} ({time.perf_counter() - begin:.1f} s), {verified}")

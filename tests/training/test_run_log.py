@@ -3,81 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 
 from megatron_ssft.config import LoggingConfig
+from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
 from megatron_ssft.formats.jsonl import to_object
 from megatron_ssft.formats.metrics import GRPOMetrics, SSFTMetrics
 from megatron_ssft.objectives.step_lines import policy_line, step_line
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
-from megatron_ssft.training.run_log import NullLog, RunLog, truncate_from
+from megatron_ssft.training.run_log import NullLog, RunLog
 
 FILES = ("metrics.jsonl", ASSIGNMENTS)
-
-
-def line(iteration, **more):
-    return json.dumps({"iteration": iteration} | more).encode() + b"\n"
-
-
-@pytest.fixture
-def cut(tmp_path):
-    """cut(content, iteration) -> what truncate_from leaves of a file."""
-
-    def call(content, iteration):
-        path = tmp_path / "metrics.jsonl"
-        path.write_bytes(content)
-        truncate_from(path, iteration)
-        return path.read_bytes()
-
-    return call
-
-
-LINES = b"".join(line(i, loss=1 / i) for i in range(1, 6))
-
-
-@pytest.mark.parametrize("first", range(1, 8))
-def test_lines_from_a_step_on_are_cut(cut, first):
-    assert cut(LINES, first) == b"".join(line(i, loss=1 / i) for i in range(1, 6) if i < first)
-
-
-def test_all_lines_of_a_step_go_together(cut):
-    """assignments.jsonl holds a line a question."""
-    content = line(1, id="a") + line(1, id="b") + line(2, id="c") + line(2, id="d") + line(3, id="e")
-    assert cut(content, 2) == line(1, id="a") + line(1, id="b")
-    assert cut(content, 3) == content[: -len(line(3, id="e"))]
-
-
-@pytest.mark.parametrize("length", range(1, len(line(6, loss=0.5))))
-def test_torn_last_line_is_cut(cut, length):
-    assert cut(LINES + line(6, loss=0.5)[:length], 99) == LINES
-
-
-@pytest.mark.parametrize(
-    "garbage", [b"\n", b"\0\0\0\0\0\0\n", b"{}\n", b"[]\n", b"3\n", b'{"iteration": "1"}\n', b"\xff\xfe\n", b"null\n"]
-)
-def test_everything_from_a_damaged_line_on_is_cut(cut, garbage):
-    assert cut(LINES + garbage + line(6), 99) == LINES
-    assert cut(garbage + LINES, 99) == b""
-
-
-def test_empty_file_stays_empty(cut):
-    assert cut(b"", 5) == b""
-
-
-def test_absent_file_stays_absent(tmp_path):
-    truncate_from(tmp_path / "metrics.jsonl", 5)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_intact_file_is_not_rewritten(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(LINES)
-    inode = path.stat().st_ino
-    truncate_from(path, 6)
-    assert (path.read_bytes(), path.stat().st_ino) == (LINES, inode)
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -297,3 +238,42 @@ def test_all_ranks_but_the_first_log_into_nothing(tmp_path, monkeypatch, capsys)
         log.rows("policy.jsonl", rows())
         log.sync()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+# -- what cannot be written ------------------------------------------------------------------------------------------
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+
+
+@FULL
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_is_remembered_and_nothing_is_written_after_it(tmp_path, name, capsys):
+    other = next(file for file in FILES if file != name)
+    with RunLog(tmp_path, LoggingConfig(), 1, 6, FILES, step_line) as log:
+        log._files[name] = open("/dev/full", "a")  # noqa: SIM115 - the log closes it
+        log.rows(name, [{"iteration": 1}])
+        assert "No space left on device" in log.failure and "/dev/full: " in log.failure
+        log.rows(other, [{"iteration": 1}])
+        with pytest.raises(UserError, match="No space left"):
+            log.sync()
+    assert (tmp_path / other).read_text() == ""
+
+
+def test_standard_output_that_cannot_be_written_is_a_failure_too(tmp_path, monkeypatch):
+    with RunLog(tmp_path, LoggingConfig(), 1, 6, FILES, step_line) as log:
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", buffering=1))
+        log.say("hello")
+        monkeypatch.undo()
+        assert log.failure.startswith("standard output: cannot write the log: Broken pipe")
+
+
+def test_what_was_found_in_the_files_is_said(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n\0\0\n{"iteration": 2}\n')
+    with RunLog(tmp_path, LoggingConfig(), 3, 6, FILES, step_line, is_continued=True):
+        pass
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path}/metrics.jsonl: line 2 cannot be read; kept in metrics.jsonl.unreadable")
+    assert second == f"{tmp_path}/assignments.jsonl: is not there; it begins at step 3"

@@ -59,7 +59,7 @@ def stored_index(save: Path) -> ReferenceIndex:
     path = save / FOLDER / _INDEX
     try:
         return msgspec.convert(json.loads(path.read_bytes()), ReferenceIndex)
-    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise UserError(
             f"{path}: cannot be read ({error}), and the weights have moved since: start again with another --save"
         ) from error

@@ -155,7 +155,7 @@ def _settings(folder: Path) -> dict[str, object]:
         return {}
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as YAML ({reason}); repair or remove the file") from error
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
