@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "lap>=0.5.12",
     "transformers>=5.0",
     "tokenizers>=0.22",
+    "jinja2>=3.1.6",
     "safetensors>=0.4.3",
     "sentencepiece>=0.2.0",
     "PyYAML>=6.0",

@@ -122,7 +122,11 @@ def file_cases(folder):
         "save is a file": ({"save": folder / "no model"}, f"--save {folder}/no model", ""),
         "load is absent": ({"load": folder / "absent"}, f"--load {folder}/absent: ", "no such folder"),
         "load is a file": ({"load": folder / "no model"}, f"--load {folder}/no model: ", ""),
-        "load without checkpoint": ({"load": folder / "a folder"}, f"--load {folder}/a folder: ", "no checkpoint"),
+        "load without checkpoint": (
+            {"load": folder / "a folder"},
+            f"--load {folder}/a folder: ",
+            "is empty; give a run folder",
+        ),
         "TransformerEngine without CUDA": ({"transformer_impl": "transformer_engine"}, "--transformer-impl", "local"),
         "odd number of ranks": ({"tensor_model_parallel_size": 2}, "1 processes", "multiple of 2"),
         "unknown setting": ({"matching": "greedy"}, "--matching greedy", "optimal"),

@@ -139,7 +139,7 @@ def bad_cases(world):
         "questions not given": ({"data": NONE}, "--data is required", ""),
         "rewards not given": ({"rewards": NONE}, "--objective gfpo-exact needs --rewards", ""),
         "absent run": ({"load": bad / "none"}, f"--load {bad}/none: ", "no such folder"),
-        "no run": ({"load": bad / "a folder"}, f"--load {bad}/a folder: ", "neither a run"),
+        "no run": ({"load": bad / "a folder"}, f"--load {bad}/a folder: ", "is empty; give a run folder"),
         "run not given": ({"load": NONE}, "--load is required", ""),
         "run to start from is to be written": ({"save": run}, f"--save {run}: ", "another folder"),
         "occupied": ({"save": world / "occupied"}, f"--save {world}/occupied: ", "iter_0000003"),

@@ -112,6 +112,7 @@ OTHER_VALUES = {
     "adam_beta2": 0.5,
     "save": "on",
     "load": "1e5",
+    "on_damaged_checkpoint": "older",
     "wandb_project": "null",
 }
 """Legal together. Fields that are not named get their default + 1, and booleans their opposite."""

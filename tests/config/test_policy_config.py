@@ -254,8 +254,8 @@ def test_what_is_required(run):
 def test_load_that_is_no_run(run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert refusal(lambda: start(tmp_path / "none")).endswith("no such folder")
-    assert "neither a run" in refusal(lambda: start(tmp_path / "empty"))
-    assert "neither a run" in refusal(lambda: start(run / "iter_0000007"))
+    assert "is empty; give a run folder" in refusal(lambda: start(tmp_path / "empty"))
+    assert "is empty; give a run folder" in refusal(lambda: start(run / "iter_0000007"))
     (run / "iter_0000007").rmdir()
     assert "holds no checkpoint" in refusal(lambda: start(run))
 

@@ -11,6 +11,7 @@ from megatron_ssft.config import CheckpointConfig
 from megatron_ssft.config.flags import build_config, read_config_file, to_yaml
 from megatron_ssft.config.programs import SSFTConfig
 from megatron_ssft.errors import UserError
+from megatron_ssft.training.origin import Origin
 from megatron_ssft.training.resume import resumable
 from tests.helpers.checkpoints import load, same_state, train_and_save, try_to_load
 from tests.helpers.distributed import run_ranks
@@ -132,7 +133,7 @@ def test_how_it_was_loaded_is_not_kept_for_the_next_start(values, tmp_path):
     config = build_config(
         values | {"load": str(tmp_path), "verify_checkpoint": False, "on_damaged_checkpoint": "older"}, SSFTConfig
     )
-    (tmp_path / "config.yaml").write_text(to_yaml(resumable(config)))
+    (tmp_path / "config.yaml").write_text(to_yaml(resumable(config, Origin(None, None))))
     again = build_config(read_config_file(str(tmp_path / "config.yaml")), SSFTConfig)
     assert again.run.checkpoint == CheckpointConfig()
 

@@ -96,15 +96,16 @@ def _write_shards(engine: Engine, partial: Path) -> list[WrittenShards]:
     try:
         dist_checkpointing.save(sharded, str(partial), sharded_strategy=save_strategy(written))
     except CheckpointException as error:  # of any rank, told to all
-        raise shared_error(f"{partial}: cannot write the checkpoint: {_write_failure(_first_reason(error))}") from error
+        raise shared_error(
+            f"{partial}: cannot write the checkpoint: {_write_failure(_first_reason(error), partial)}"
+        ) from error
     except OSError as error:
         raise UserError(f"{error.filename or partial}: cannot write the checkpoint: {reason_of(error)}") from error
-    except RuntimeError as error:  # torch's own writer of common.pt, which does not say why
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+    except RuntimeError as error:
+        if not _is_of_torch_writer(str(error)):
             raise
-        full = shutil.disk_usage(partial).free < _NEARLY_FULL_BYTES
-        reason = os.strerror(errno.ENOSPC) if full else str(error).strip().split("\n")[0]
-        raise UserError(f"{partial}: cannot write the checkpoint: {_write_failure(reason)}") from error
+        reason = _write_failure(str(error).strip().split("\n")[0], partial)
+        raise UserError(f"{partial}: cannot write the checkpoint: {reason}") from error
     own = {"host": socket.gethostname(), "files": {name: to_object(record) for name, record in written.items()}}
     return [msgspec.convert(told, WrittenShards) for told in gather_json(own, engine.topology)]
 
@@ -177,12 +178,19 @@ def _first_reason(error: CheckpointException) -> str:
     return min(reasons).strip().split("\n")[0]
 
 
-def _write_failure(reason: str) -> str:
-    """What a text says of why a file was not written; a full disk in the words used everywhere."""
+def _write_failure(reason: str, folder: Path) -> str:
+    """What a text says of why a file in `folder` was not written; a full disk in the words used everywhere."""
     for number in (errno.ENOSPC, errno.EDQUOT):
         if os.strerror(number) in reason:
             return reason_of(OSError(number, os.strerror(number)))
+    if _is_of_torch_writer(reason) and shutil.disk_usage(folder).free < _NEARLY_FULL_BYTES:
+        return reason_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     return reason
+
+
+def _is_of_torch_writer(reason: str) -> bool:
+    """Whether a text is from torch's own writer of archives, which does not say why it failed."""
+    return "PytorchStreamWriter" in reason or "inline_container" in reason
 
 
 def _chunk_keys(engine: Engine) -> list[str]:
