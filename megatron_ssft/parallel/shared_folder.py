@@ -29,11 +29,15 @@ def require_shared(folder: Path, topology: Topology, flag: str, seconds: float =
     probe = folder / name
 
     def write() -> None:
-        with naming(folder):
-            probe.write_text(nonce, encoding="ascii")
+        try:
+            with naming(folder):
+                probe.write_text(nonce, encoding="ascii")
+        except OSError:  # a full disk, which has room for the name only
+            remove()
+            raise
 
     def remove() -> None:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
     on_first_rank(write, topology)
     seen = [socket.gethostname(), _reads(probe, nonce, seconds)]

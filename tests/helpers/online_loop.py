@@ -285,7 +285,8 @@ class Place:
 
 
 CONFIG = """num_layers: 4\nhidden_size: 32\nffn_hidden_size: 64\nnum_attention_heads: 8\ntokenizer_type: CharTokenizer
-num_forking_tokens: 6\nmicro_batch_size: 1\nglobal_batch_size: 8\nseq_length: 64\nmax_position_embeddings: 40960\nbf16: true
+num_forking_tokens: 6\nmicro_batch_size: 1\nglobal_batch_size: 8\nseq_length: 64\nbf16: true
+max_position_embeddings: 40960
 tensor_model_parallel_size: 2\n"""
 
 
