@@ -151,7 +151,7 @@ def _pid_space() -> str:
 
 def _claim(path: Path, owner: Owner) -> bool:
     """Put the lease there unless there is one: whole, and by one process only."""
-    temporary = path.with_name(f"{LEASE}.{owner.token}")
+    temporary = path.with_name(f"{LEASE}.{owner.token}.tmp")  # by this ending the next start removes it
     try:
         with naming(path), open(temporary, "wb") as file:
             file.write(msgspec.json.encode(owner))
@@ -168,6 +168,8 @@ def _link(temporary: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:
+        if not temporary.exists():  # whoever holds the folder has cleared it up
+            return False
         return temporary.stat().st_nlink == 2  # done, and the answer was lost on its way; else there are no hard links
     return True
 

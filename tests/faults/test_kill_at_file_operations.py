@@ -27,11 +27,11 @@ RUN = BASE | {"train_iters": 4, "save_interval": 2, "global_batch_size": 8, "exp
 
 
 def digests(run):
-    """Every file of an export, and of the rest the names; but not those that carry a time or a process."""
+    """Every file of an export, and of the rest the names; but not those that count starts or carry a time."""
     return {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() if "hf" in path.parts else ""
         for path in run.rglob("*")
-        if path.is_file() and "tensorboard" not in path.parts
+        if path.is_file() and not {"tensorboard", "configs"} & set(path.parts)
     }
 
 
