@@ -1,4 +1,4 @@
-"""The cost of a call, in terms of a fixed piece of work on the same machine at the same time."""
+"""The cost of a call: in functions called, and in terms of fixed work on the same machine at the same time."""
 
 from __future__ import annotations
 
