@@ -27,13 +27,16 @@ def stream_size(
     batch: QuestionBatch, sequences: Sequence[SequenceSpec], tags: ForkingTokens, share_prompt: bool = True
 ) -> Size:
     """Size of the sequences as one stream; PAD sequences are a token each."""
+    if len(sequences) == 1:  # most streams of long traces
+        return _alone(sequences[0])
     tokens = pairs = scored = 0
     nodes: set[tuple[int, int]] = set()
     for spec in sequences:
-        scored += spec.num_scored
+        alone = _alone(spec)
+        tokens += alone.tokens
+        pairs += alone.pairs
+        scored += alone.scored
         if spec.is_pad or not share_prompt:
-            tokens += spec.num_tokens
-            pairs += spec.num_tokens * (spec.num_tokens + 1) // 2
             continue
         prompt = len(batch.sets[spec.question].prompt_ids)
         shared = 0  # leading tokens that stand in the stream already
@@ -41,10 +44,15 @@ def stream_size(
             shared = prompt + len(tags.ids[spec.tag])
         elif (spec.question, -1) in nodes:
             shared = prompt
-        nodes |= {(spec.question, -1), (spec.question, spec.tag)}
-        tokens += spec.num_tokens - shared
-        pairs += (spec.num_tokens * (spec.num_tokens + 1) - shared * (shared + 1)) // 2
+        nodes.add((spec.question, -1))
+        nodes.add((spec.question, spec.tag))
+        tokens -= shared
+        pairs -= shared * (shared + 1) // 2
     return Size(tokens, pairs, scored)
+
+
+def _alone(spec: SequenceSpec) -> Size:
+    return Size(spec.num_tokens, spec.num_tokens * (spec.num_tokens + 1) // 2, spec.num_scored)
 
 
 def stream_microbatch(

@@ -28,7 +28,10 @@ class _Stream:
     def add(self, part: Part) -> None:
         self.tokens += self.added_tokens(part)
         self.items += part.items
-        self.tags.setdefault(part.question, set()).update(part.tags)
+        if part.question in self.tags:
+            self.tags[part.question].update(part.tags)
+        else:
+            self.tags[part.question] = set(part.tags)
 
 
 def pack(parts: Iterable[Part], max_tokens: int, one_question: bool) -> list[list[int]]:

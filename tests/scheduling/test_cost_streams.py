@@ -14,7 +14,7 @@ from megatron_ssft.records import QuestionBatch, QuestionVisit, TokenizedSet
 from megatron_ssft.scheduling import (
     distinct_traces,
 )
-from tests.helpers.timing import yardsticks
+from tests.helpers.timing import calls_of, yardsticks
 from tests.helpers.token_streams import (
     LARGE,
     SPECIAL,
@@ -141,7 +141,9 @@ def test_many_pairs_are_planned_quickly():
     rng = np.random.default_rng(13)
     batch = make_batch([heavy_tailed(rng, 4, median=1000) for _ in range(250)], [200] * 250, rng)
     for ranks, budget, v in ((8, 32768, 1), (64, 8192, 2)):
-        plan, cost = yardsticks(functools.partial(cost_plan, batch, SPECIAL, 512, ranks, budget, v, 4), limit=10)
+        plan_it = functools.partial(cost_plan, batch, SPECIAL, 512, ranks, budget, v, 4)
+        assert calls_of(plan_it) < 21 * 8000  # at most 19 for each pair when it was written
+        plan, cost = yardsticks(plan_it, limit=10)
         assert len(plan.sequences) == 8000 and cost < 10  # 4.7 when it was written: 28 ms
 
 

@@ -15,7 +15,7 @@ from megatron_ssft.matching import Matcher
 from megatron_ssft.records import PAD, ForkingTokens, QuestionBatch, QuestionVisit, Size, TokenizedSet
 from megatron_ssft.scheduling import RowLimits, WorkModel, plan_cost_rows, plan_train_rows
 from megatron_ssft.scheduling.balance import balance, makespan_lower_bound
-from tests.helpers.timing import yardsticks
+from tests.helpers.timing import calls_of, yardsticks
 
 WORK = WorkModel(token=1.0, pair=4e-5, scored=0.0)
 SPECIAL = ForkingTokens(tuple(f"<think{i}>" for i in range(1, 9)), tuple((900 + i,) for i in range(8)), "special")
@@ -149,7 +149,9 @@ def test_large_batches_are_planned_quickly():
     batch = make_batch([heavy_tailed(rng, 4, mean=5000) for _ in range(1024)])
     assignments = assign(batch)
     for ranks in (8, 64):
-        plan, cost = yardsticks(functools.partial(train_plan, batch, assignments, ranks=ranks), limit=8)
+        plan_it = functools.partial(train_plan, batch, assignments, ranks=ranks)
+        assert calls_of(plan_it) < 30 * 4096  # 26.3 for each trace when it was written
+        plan, cost = yardsticks(plan_it, limit=8)
         assert cost < 8  # 3.7 when it was written: 22 ms
         assert plan.makespan <= 1.002 * plan.makespan_lower_bound
 
