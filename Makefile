@@ -35,7 +35,7 @@ TORCH_STAMP := $(VENV)/.stamp-$(PYTHON_VERSION)-$(TORCH_NAME)
 TEST_STAMP := $(TORCH_STAMP)-test
 DEV_STAMP := $(TORCH_STAMP)-dev
 
-.PHONY: help demo test lint lock clean distclean
+.PHONY: help demo test faults lint lock clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -46,6 +46,9 @@ demo: $(TEST_STAMP) ## train on a synthetic set with optimal, random and single 
 
 test: $(TEST_STAMP) ## run all tests (PYTEST_FLAGS='-m "not slow"' for the fast ones)
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+
+faults: $(TEST_STAMP) ## run all campaigns of tests/faults whole: kills, damages, hostile files; about an hour
+	SSFT_FAULTS=100 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile tests/faults $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP) ## check style, types and imports of the Python files; Dockerfile and shell scripts
 	$(VENV)/bin/ruff check .

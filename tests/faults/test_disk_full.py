@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 
+from tests.helpers.campaigns import cases, tell
 from tests.helpers.distributed import run_ranks
 from tests.helpers.fault_points import run_with_fault
 from tests.helpers.small_disk import is_possible, run_on_small_disks
@@ -14,7 +14,7 @@ from tests.helpers.training_runs import BASE, flags, logs, make_rows, write_rows
 
 pytestmark = pytest.mark.slow
 
-SIZES = max(4, int(os.environ.get("SSFT_FAULTS", 5)) // 3)
+SIZES = cases(whole=33, part=4)
 RUN = BASE | {"train_iters": 4, "save_interval": 2, "global_batch_size": 8, "export_hf_at_save": True}
 
 
@@ -47,3 +47,4 @@ def test_full_at_any_byte(tmp_path):
         for name, text in texts.items():
             (outside / name).write_text(text)
         assert logs(outside) == logs(whole), size
+    tell("full disks", SIZES, "one line each, and the run went on with more room")

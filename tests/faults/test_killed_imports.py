@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import find_latest
+from tests.helpers.campaigns import cases, tell
 from tests.helpers.conversions import import_hf
 from tests.helpers.distributed import run_ranks
 from tests.helpers.hf_models import random_model
@@ -69,8 +70,8 @@ def told(last):
     return int(os.pread(last, 8, 0))
 
 
-def killed_imports(source, root, share, of):
-    """(number of operations, what went wrong) over a share of all the places to be killed at; a body for one rank."""
+def killed_imports(source, root):
+    """(kills, number of operations, what went wrong); a body for one rank."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         del os.environ[name]  # as the command starts alone
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -78,8 +79,8 @@ def killed_imports(source, root, share, of):
     whole = Path(root) / "whole"
     assert import_in_a_child(source, whole, -1, last) == 0
     operations, expected, problems = told(last), files(whole), []
-    order = random.Random(5).sample(range(operations), operations)
-    for operation in order[share::of]:
+    tried = random.Random(5).sample(range(operations), cases(whole=operations, part=5))
+    for operation in tried:
         target = Path(root) / str(operation)
         if import_in_a_child(source, target, operation, last) != -signal.SIGKILL:
             problems.append((operation, "was not killed"))
@@ -92,7 +93,7 @@ def killed_imports(source, root, share, of):
         wrong = [name for name in wrong if name != ".lease.json"]  # of a dead owner: free for the next
         if wrong or not found.keys() >= OWN:
             problems.append((operation, f"differs in {wrong}"))
-    return operations, problems
+    return len(tried), operations, problems
 
 
 def loads(target):
@@ -102,16 +103,8 @@ def loads(target):
         return False
 
 
-def test_imports_killed_at_some_operations(source, tmp_path):
-    ((operations, problems),) = run_ranks(1, killed_imports, str(source), str(tmp_path), 0, 10)
-    assert operations > 30 and problems == []
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("share", range(1, 10, 3))
-def test_imports_killed_at_the_others(source, tmp_path, share):
-    """A third of the rest each."""
-    for part in range(share, share + 3):
-        (tmp_path / str(part)).mkdir()
-        ((_, problems),) = run_ranks(1, killed_imports, str(source), str(tmp_path / str(part)), part, 10)
-        assert problems == []
+def test_a_killed_import_is_repeated_by_the_same_command(source, tmp_path):
+    ((tried, operations, problems),) = run_ranks(1, killed_imports, str(source), str(tmp_path), timeout=1200)
+    assert tried and operations > 30 and problems == []
+    tell("kills of an import", tried, f"of {operations} file operations; all ended as if never killed")

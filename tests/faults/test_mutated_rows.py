@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
 import re
 
 import pytest
 
 from tests.helpers.bad_input import flags, row, start_each, write_rows
+from tests.helpers.campaigns import cases, tell
 from tests.helpers.distributed import run_ranks
 
-CASES = 10 * int(os.environ.get("SSFT_FAULTS", 10))
-"""SSFT_FAULTS=100 is the whole campaign: 1,000 rows."""
+CASES = cases(whole=1000, part=60)
 RICH = {
     "id": "q2",
     "messages": [
@@ -91,3 +90,4 @@ def test_every_row_trains_or_is_refused_by_its_line(tmp_path):
             (metrics,) = (tmp_path / f"run {path.stem}" / "metrics.jsonl").read_text().splitlines()
             assert math.isfinite(json.loads(metrics)["loss"]), text
     assert 0.2 * CASES < refused < 0.95 * CASES
+    tell("rows", CASES, f"{refused} refused by their line, the others trained")

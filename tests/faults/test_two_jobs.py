@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from tests.helpers.campaigns import cases, tell
 from tests.helpers.processes import finish, start_program, wait_for_steps
 from tests.helpers.training_runs import BASE, flags, logs, make_rows, write_rows
 
@@ -19,8 +20,7 @@ pytestmark = pytest.mark.slow
 
 start = functools.partial(start_program, "pretrain_ssft.py")
 VALUES = BASE | {"train_iters": 12, "save_interval": 3}
-PAIRS = int(os.environ.get("SSFT_FAULTS", 16)) // 8
-"""SSFT_FAULTS=100: 12 pairs."""
+PAIRS = cases(whole=12, part=1)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def test_two_starts(data, alone, tmp_path, number):
     assert contents(run) == contents(alone)
     steps = [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 13)]
+    tell("pairs of jobs", 1, "one refused, the other as if alone")
 
 
 def test_two_resumes_and_a_start_while_one_lives(data, alone, tmp_path):
