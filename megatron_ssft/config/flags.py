@@ -146,6 +146,12 @@ def _compose(cls: type[T], sections: Mapping[str, Mapping[str, Any]]) -> T:
     return cls(**parts)
 
 
+_RIVALS = (
+    frozenset({"train_iters", "train_epochs"}),
+    frozenset({"load", "origin", "origin_fingerprint"}),
+)
+"""Flags that answer one question: one of them on the command line replaces all of them in the file."""
+
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
 """Adds values to those given by flags and file, such as the shape of the model that is loaded. Raises UserError."""
 
@@ -169,8 +175,9 @@ def parse_arguments(
     dry_run = bool(given.pop("dry_run", False))
     config_file = given.pop("config", None)
     values = read_config_file(config_file, config) if config_file is not None else {}
-    if {"train_iters", "train_epochs"} & given.keys():  # a flag for one replaces the file's other
-        values = {k: v for k, v in values.items() if k not in ("train_iters", "train_epochs")}
+    for rivals in _RIVALS:
+        if rivals & given.keys():
+            values = {name: value for name, value in values.items() if name not in rivals}
     return build_config(complete(values | given), config), dry_run
 
 

@@ -44,7 +44,7 @@ from megatron_ssft.training.resume import (
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
 from megatron_ssft.training.trackers import check_trackers
-from megatron_ssft.training.weights import refuse_other_shape, rows_remark, take_weights
+from megatron_ssft.training.weights import refuse_other_shape, refuse_start_of_known_tags, rows_remark, take_weights
 
 
 class Trainer:
@@ -63,6 +63,7 @@ class Trainer:
         self._origin: OriginOfRun | None = None
         on_first_rank(self._look_at_origin, topology)
         self.vocabulary = build_vocabulary(config.run, config.start)
+        refuse_start_of_known_tags(config, self.vocabulary)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
         on_first_rank(lambda: keep_assets(config), topology)
         on_first_rank(lambda: refuse_other_shape(config.run.checkpoint.load, config.run.model), topology)

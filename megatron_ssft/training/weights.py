@@ -8,7 +8,8 @@ from pathlib import Path
 
 from msgspec import structs
 
-from megatron_ssft.config import ModelConfig, StartConfig
+from megatron_ssft.config import ModelConfig, StartConfig, TrainingRun
+from megatron_ssft.config.checks import only_where
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.parallel.checkpoint.hf import check_hf_names, load_hf_weights
@@ -30,6 +31,16 @@ def refuse_other_shape(folder: str | None, model: ModelConfig) -> None:
         path = Path(folder) / "config.json"
         shape = model_values(read_hf_config(Path(folder)), str(path))
         check_hf_names(Path(folder), dataclasses.replace(model, **shape))  # type: ignore[arg-type]  # by name
+
+
+def refuse_start_of_known_tags(config: TrainingRun, vocabulary: Vocabulary) -> None:
+    """Raise UserError where tags are to begin in some way, and the Hugging Face folder has the rows of all of them."""
+    load = config.run.checkpoint.load
+    if load is None or not is_hf_folder(Path(load)):
+        return
+    new = not vocabulary.tags.row_ids or max(vocabulary.tags.row_ids) >= vocabulary.known_rows
+    here = f"with --load {load}, which holds the rows of the tags"
+    only_where(config.start, new, here, "forking_token_init", "forking_token_noise")
 
 
 def take_weights(
