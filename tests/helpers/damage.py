@@ -92,9 +92,9 @@ def try_damages(values, run, iteration, numbers):
 
 def outcome_of_resume(trainer, run):
     """`loaded`, `refused: ...`, or the name of what is no line for a user."""
-    trainer._chosen = {}
+    trainer.beginning._chosen = {}
     try:
-        trainer._resume(run)
+        trainer.beginning.resume(run)
     except UserError as error:
         return f"refused: {error}"
     except Exception as error:  # noqa: BLE001 - a traceback is what the test looks for

@@ -142,7 +142,7 @@ def load_ruined(values, run):
     run_checkpoint.refuse_nonfinite, real = lambda engine, where: None, run_checkpoint.refuse_nonfinite
     save_checkpoint(trainer.engine, Path(run), 1, trainer.state())
     run_checkpoint.refuse_nonfinite = real
-    return error_of(lambda: trainer._resume(Path(run)))
+    return error_of(lambda: trainer.beginning.resume(Path(run)))
 
 
 def test_nan_in_the_optimizer_state_is_not_trained_on(values, tmp_path):
