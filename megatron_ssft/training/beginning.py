@@ -6,10 +6,11 @@ import functools
 from pathlib import Path
 
 from megatron_ssft.config import TrainingRun
+from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder
 from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Objective
-from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
+from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -23,23 +24,42 @@ from megatron_ssft.training.resume import (
     refuse_short_logs,
     whole_state,
 )
-from megatron_ssft.training.weights import take_weights
+from megatron_ssft.training.weights import take_checkpoint, take_weights
+
+
+def look_at_source(config: TrainingRun, objective: Objective, choice: CheckpointChoice) -> None:
+    """Choose and check what --load names, before there is a model. Collective. Raises UserError."""
+    checkpoint = config.run.checkpoint
+    if checkpoint.load is None:
+        return
+    source = Path(checkpoint.load)
+    export = source if is_hf_folder(source) else checkpoint_folder(source, choice.of(source)) / ASSETS
+    if not checkpoint.continues_in_place:
+        objective.check_source(export)
 
 
 class Beginning:
     """The start of one run on one rank. Collective throughout."""
 
-    def __init__(self, config: TrainingRun, vocabulary: Vocabulary, objective: Objective, engine: Engine) -> None:
+    def __init__(
+        self,
+        config: TrainingRun,
+        vocabulary: Vocabulary,
+        objective: Objective,
+        engine: Engine,
+        choice: CheckpointChoice,
+    ) -> None:
+        """`choice`: which checkpoint is taken of a run."""
         self.config = config
         self.vocabulary = vocabulary
         self.objective = objective
         self.engine = engine
         self.topology = engine.topology
+        self.choice = choice
         self.resumed_at: int | None = None
         """The step of the checkpoint that the run goes on from; None: it begins."""
         self.changes: list[str] = []
         """What is different from when that checkpoint was trained, in words."""
-        self._chosen: dict[Path, int] = {}
 
     def start_or_resume(self) -> int | None:
         """Put weights into the model: new ones, loaded ones, or those of a run that goes on, with all its state.
@@ -48,15 +68,25 @@ class Beginning:
         """
         load = self.config.run.checkpoint.load
         if load is None:
-            run = self.config.run
-            initialize_weights(self.engine.chunks, run)
-            initialize_forking_rows(self.engine.chunks, self.vocabulary, self.config.start, run.training.seed)
+            initialize_weights(self.engine.chunks, self.config.run)
+            seed = self.config.run.training.seed
+            initialize_forking_rows(self.engine.chunks, self.vocabulary, self.config.start, seed)
             self.engine.start(self.objective.last_layers)
             return None
         self.engine.start(self.objective.last_layers)
-        if self._goes_on(Path(load)):
-            return self.resume(Path(load))
-        self.load_weights(Path(load), "--load")
+        run = Path(load)
+        if is_hf_folder(run):
+            self.load_weights(run, "--load")
+            return None
+        return self.choice.load(run, lambda iteration: self._take(run, iteration))
+
+    def _take(self, run: Path, iteration: int) -> int | None:
+        """Go on from this checkpoint, or begin with its weights. Raises DamagedCheckpoint and other UserErrors."""
+        if self._goes_on(run, iteration):
+            return self.resume(run, iteration)
+        self.objective.check_source(checkpoint_folder(run, iteration) / ASSETS)
+        may_untie = self.objective.may_untie
+        take_checkpoint(self.engine, self.vocabulary, run, iteration, "--load", may_untie=may_untie)
         return None
 
     def load_weights(self, source: Path, flag: str) -> None:
@@ -68,31 +98,20 @@ class Beginning:
             source,
             flag,
             may_untie=self.objective.may_untie,
-            newest=self.latest,
+            choice=self.choice,
         )
 
-    def latest(self, run: Path) -> int:
-        """The iteration of the checkpoint to take of a run, looked at once. Raises UserError."""
-        if run not in self._chosen:
-            self._chosen[run] = choose_checkpoint(run, self.config.run.checkpoint, self.topology)
-        return self._chosen[run]
-
-    def taken_of(self, run: Path) -> int | None:
-        """The iteration of the checkpoint that was taken of a run; None: none was looked at."""
-        return self._chosen.get(run)
-
-    def _goes_on(self, run: Path) -> bool:
-        """Whether the run in this folder is continued, rather than its weights taken to start from."""
+    def _goes_on(self, run: Path, iteration: int) -> bool:
+        """Whether the run in this folder is continued at a checkpoint, rather than its weights taken to start from."""
         checkpoint = self.config.run.checkpoint
-        if is_hf_folder(run) or self.config.start.finetune:
+        if self.config.start.finetune:
             return False
         if not self.objective.continues_elsewhere:
             return checkpoint.continues_in_place
-        return read_state_everywhere(run, self.latest(run), self.topology).has_optimizer
+        return read_state_everywhere(run, iteration, self.topology).has_optimizer
 
-    def resume(self, run: Path) -> int:
-        """Go on where the newest checkpoint was taken. Raises UserError where it and this run contradict each other."""
-        iteration = self.latest(run)
+    def resume(self, run: Path, iteration: int) -> int:
+        """Go on where this checkpoint was taken. Raises UserError where it and this run contradict each other."""
         state = read_state_everywhere(run, iteration, self.topology)
         self.objective.check_state(run, state)
         assert isinstance(state, RunState)

@@ -14,6 +14,7 @@ from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.registry import objective_of
+from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
@@ -23,9 +24,10 @@ from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.beginning import Beginning
+from megatron_ssft.training.beginning import Beginning, look_at_source
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.folder_lease import FolderLease
+from megatron_ssft.training.greeting import describe_job, describe_sequences
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.origin import OriginOfRun, origin_line
 from megatron_ssft.training.resume import (
@@ -58,6 +60,8 @@ class Trainer:
         self.vocabulary = build_vocabulary(config.run, config.start)
         refuse_start_of_known_tags(config, self.vocabulary)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
+        self.choice = CheckpointChoice(config.run.checkpoint, topology)
+        look_at_source(config, self.objective, self.choice)
         on_first_rank(lambda: keep_assets(config), topology)
         on_first_rank(lambda: refuse_other_shape(config.run.checkpoint.load, config.run.model), topology)
         self.engine = Engine(config.run, topology, self.vocabulary.size, self.vocabulary.tags.row_ids)
@@ -71,7 +75,7 @@ class Trainer:
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
         check_schedule(config.run.training, self.train_iters)
-        self.beginning = Beginning(config, self.vocabulary, self.objective, self.engine)
+        self.beginning = Beginning(config, self.vocabulary, self.objective, self.engine, self.choice)
         self._begin_or_go_on()
 
     def _begin_or_go_on(self) -> None:
@@ -209,8 +213,9 @@ class Trainer:
         log.say(on_first_rank(lambda: self._keep_config(folder), self.topology))
         for change in self.beginning.changes:
             log.say(change)
-        log.say(f"{self.objective.introduction()} | {self._describe_job()}")
-        log.say(self._describe_layout())
+        job = describe_job(self.engine, self.vocabulary, self.iteration, self.train_iters)
+        log.say(f"{self.objective.introduction()} | {job}")
+        log.say(describe_sequences(self.engine))
         load = self.config.run.checkpoint.load
         if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
             log.say(remark)
@@ -224,30 +229,12 @@ class Trainer:
         """Write the configuration with the origin of the weights; in words, what that is. For the first rank."""
         assert self._origin is not None, "looked at before"
         load = self.config.run.checkpoint.load
-        taken = None if load is None else self.beginning.taken_of(Path(load))
+        taken = None if load is None else self.choice.taken_of(Path(load))
         resumed_at = self.beginning.resumed_at
         origin = self._origin.find(resumed_at, taken)
         if folder is not None:
             store_config(folder, self.iteration, to_yaml(resumable(self.config, origin)))
         return origin_line(self.config.run, resumed_at, taken, origin.fingerprint)
-
-    def _describe_job(self) -> str:
-        """Vocabulary, ranks, parameters and steps."""
-        t, p = self.topology, self.config.run.parallel
-        steps = f"steps {self.iteration + 1} to {self.train_iters}"
-        return (
-            f"{self.vocabulary.size} vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | "
-            f"{t.world_size} ranks: tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
-            f"x context {p.context_parallel_size} x data {t.dp_size} on {t.device.type} | "
-            f"{self.engine.num_parameters} parameters on the first rank | "
-            f"{steps if self.iteration < self.train_iters else 'no step left'}"
-        )
-
-    def _describe_layout(self) -> str:
-        """How sequences are laid out, and the attention's kernel."""
-        layout, attention = self.config.run.training.sequence_layout, self.engine.attention
-        kernel = "" if layout == "padded" else f" | attention of streams through {attention.name} ({attention.why})"
-        return f"{layout} sequences{kernel}"
 
     @property
     def folder(self) -> Path:
