@@ -9,6 +9,8 @@ import inspect
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import yaml
@@ -17,6 +19,7 @@ from megatron_ssft.config import ConversionConfig, GFPOConfig, ProgramConfig, Ru
 from megatron_ssft.config.bounds import within_bounds
 from megatron_ssft.config.checks import finite
 from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
+from megatron_ssft.config.named_files import refuse_special_file, refuse_special_files
 from megatron_ssft.config.yaml_file import Setting, read_settings
 from megatron_ssft.errors import UserError
 
@@ -174,11 +177,18 @@ def parse_arguments(
     given = vars(build_parser(description, config, prog).parse_args(argv))
     dry_run = bool(given.pop("dry_run", False))
     config_file = given.pop("config", None)
+    if config_file is not None:
+        refuse_special_file("--config", Path(config_file))
     values = read_config_file(config_file, config) if config_file is not None else {}
     for rivals in _RIVALS:
         if rivals & given.keys():
             values = {name: value for name, value in values.items() if name not in rivals}
-    return build_config(complete(values | given), config), dry_run
+    values |= given
+    # Before anything reads them, and once more what was proposed for them.
+    refuse_special_files((field for _, field in fields_of(config).values()), SimpleNamespace(**values))
+    values = complete(values)
+    refuse_special_files((field for _, field in fields_of(config).values()), SimpleNamespace(**values))
+    return build_config(values, config), dry_run
 
 
 def flat(config: ProgramConfig) -> dict[str, dict[str, Any]]:
