@@ -146,18 +146,15 @@ FOLDERS = [
     ["score", "FOLDER", "--data", "FOLDER", "--verifier", "exact", "--output", "out.jsonl"],
     ["generate", "--model", "FOLDER", "--data", "FOLDER", "--output", "out.jsonl"],
     ["evaluate", "FOLDER", "--output", "evaluated"],
-    ["select-tag", "FOLDER"],
-    ["prepare-data", "gsm8k", "FOLDER", "--output", "out.jsonl"],
-    ["convert", "import", "FOLDER", "run"],
-    ["convert", "export", "FOLDER", "hf"],
     ["report", "FOLDER", "--output", "r.html"],
-    ["evaluate-policy", "--before", "FOLDER", "--after", "FOLDER", "--output", "o"],
+    ["evaluate-policy", *(f"--{name}=FOLDER" for name in ("before", "after", "own", "own-greedy", "rewards"))]
+    + ["--output", "o"],
     ["train", "--config", "FOLDER"],
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", FOLDERS, ids=lambda words: " ".join(words[:2]))
+@pytest.mark.parametrize("words", FOLDERS, ids=lambda words: words[0])
 def test_an_empty_folder_where_a_file_is_meant_is_one_line(words, tmp_path):
     signal.alarm(120)
     (tmp_path / "empty").mkdir()
