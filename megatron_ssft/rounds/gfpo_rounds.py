@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
@@ -71,7 +73,7 @@ class Loop:
         for number in range(self.done(), self.options.rounds):
             round_ = commands.round(number)
             before = commands.run_before(round_)
-            checkpoint = self._sound_checkpoint(before)
+            checkpoint = self._sound_checkpoint(before, sys.stderr)  # the output is command lines alone
             model = (checkpoint or before / "iter_*") / "hf"
             if checkpoint is not None and not model.is_dir():
                 model = round_.folder / "hf"
@@ -155,10 +157,11 @@ class Loop:
                 self._run("export", round_, stages, self.commands.export_command(run, model))
         return model
 
-    def _sound_checkpoint(self, run: Path) -> Path | None:
+    def _sound_checkpoint(self, run: Path, remarks: TextIO | None = None) -> Path | None:
         """The folder of the checkpoint that the training takes of a run, verified; None without any.
 
-        Raises UserError where it is damaged and no older one is to be taken.
+        `remarks`: where to say what was passed over; default: standard output. Raises UserError where it is damaged and
+        no older one is to be taken.
         """
         if newest_checkpoint(run) is None:
             return None
@@ -167,7 +170,7 @@ class Loop:
             run,
             by_content=choice.by_content,
             may_pass_over=choice.may_pass_over,
-            say=lambda text: print(text, flush=True),
+            say=lambda text: print(text, file=remarks, flush=True),
         )
         return checkpoint_folder(run, iteration)
 
