@@ -28,6 +28,12 @@ class LostRank(UserError):
     """EX_TEMPFAIL of sysexits.h: the same command may go well another time."""
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose damage shows only while it is loaded. Every rank raises it together."""
+
+    shared = True
+
+
 def reason_of(error: OSError) -> str:
     """Why the operating system refused, the same words for a full disk everywhere."""
     return {errno.ENOSPC: _NO_SPACE, errno.EDQUOT: _NO_QUOTA}.get(error.errno or 0) or error.strerror or str(error)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_ssft.cli.options import parse_action
+from megatron_ssft.config.checks import only_where
 from megatron_ssft.config.fields import Flag
 
 
@@ -66,6 +67,15 @@ class ImportFlags(LayoutFlags):
     """Size of their noise, as for `train`."""
     seed: int | None = None
     """Decides that noise."""
+
+    def __post_init__(self) -> None:
+        tags = ("forking_token_format", "forking_token_template", "forking_token_init", "forking_token_noise")
+        only_where(self, bool(self.num_forking_tokens), "without --num-forking-tokens", *tags)
+        text = self.forking_token_format == "text"
+        here = "with --forking-token-format text: such tags have no rows of their own"
+        only_where(self, not text, here, "forking_token_init", "forking_token_noise")
+        mean = self.forking_token_init == "mean"
+        only_where(self, not mean, "with --forking-token-init mean", "forking_token_noise")
 
 
 @dataclass(frozen=True, kw_only=True)

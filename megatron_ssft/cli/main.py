@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_ssft import __version__
 from megatron_ssft.cli.entry import run_command
+from megatron_ssft.cli.memory import enough_memory
 from megatron_ssft.errors import UserError
 
 ABOUT = "Set Supervised Fine-Tuning (arXiv 2510.05132) on megatron-core."
@@ -68,7 +69,8 @@ def dispatch(words: Sequence[str], program: str) -> int | None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{program} {name}: no such command; {hint}{program} --help lists them")
-    return COMMANDS[name].load()(arguments, f"{program} {name}")
+    with enough_memory(name):
+        return COMMANDS[name].load()(arguments, f"{program} {name}")
 
 
 def overview(program: str) -> str:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from megatron_ssft.config.checks import finite
 from megatron_ssft.config.fields import add_flag, flag_fields
+from megatron_ssft.config.named_files import refuse_special_files
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ def _add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def _build(cls: type[T], arguments: argparse.Namespace) -> T:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
+    refuse_special_files(flag_fields(cls), arguments)
     options = cls(**values)
     finite(options, unbounded={field.name for field in flag_fields(cls) if field.flag.infinite})
     return options

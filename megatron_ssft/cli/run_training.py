@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_ssft.config import TrainingRun
+from megatron_ssft.cli.memory import enough_memory
+from megatron_ssft.config import GFPOConfig, TrainingRun
 from megatron_ssft.parallel.topology import destroy_topology, explaining, initialize_topology
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.training.agreement import facts_of
@@ -14,7 +15,8 @@ def run_training(config: TrainingRun) -> None:
     """Train as configured, to the end or to a SIGTERM. Raises UserError."""
     stop = StopSignal()
     topology = initialize_topology(config.run, facts_of(config))
-    with explaining():
+    command = "gfpo" if isinstance(config, GFPOConfig) else "train"
+    with explaining(), enough_memory(command):  # an error of this rank's own, not of a lost one
         with hold_folder(config.run.checkpoint.save, topology, "--save ") as lease:
             Trainer(config, topology).run(stop, lease)
         destroy_topology()

@@ -9,6 +9,8 @@ import inspect
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import yaml
@@ -17,6 +19,7 @@ from megatron_ssft.config import ConversionConfig, GFPOConfig, ProgramConfig, Ru
 from megatron_ssft.config.bounds import within_bounds
 from megatron_ssft.config.checks import finite
 from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
+from megatron_ssft.config.named_files import refuse_special_file, refuse_special_files
 from megatron_ssft.config.yaml_file import Setting, read_settings
 from megatron_ssft.errors import UserError
 
@@ -146,6 +149,12 @@ def _compose(cls: type[T], sections: Mapping[str, Mapping[str, Any]]) -> T:
     return cls(**parts)
 
 
+_RIVALS = (
+    frozenset({"train_iters", "train_epochs"}),
+    frozenset({"load", "origin", "origin_fingerprint"}),
+)
+"""Flags that answer one question: one of them on the command line replaces all of them in the file."""
+
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
 """Adds values to those given by flags and file, such as the shape of the model that is loaded. Raises UserError."""
 
@@ -168,10 +177,18 @@ def parse_arguments(
     given = vars(build_parser(description, config, prog).parse_args(argv))
     dry_run = bool(given.pop("dry_run", False))
     config_file = given.pop("config", None)
+    if config_file is not None:
+        refuse_special_file("--config", Path(config_file))
     values = read_config_file(config_file, config) if config_file is not None else {}
-    if {"train_iters", "train_epochs"} & given.keys():  # a flag for one replaces the file's other
-        values = {k: v for k, v in values.items() if k not in ("train_iters", "train_epochs")}
-    return build_config(complete(values | given), config), dry_run
+    for rivals in _RIVALS:
+        if rivals & given.keys():
+            values = {name: value for name, value in values.items() if name not in rivals}
+    values |= given
+    # Before anything reads them, and once more what was proposed for them.
+    refuse_special_files((field for _, field in fields_of(config).values()), SimpleNamespace(**values))
+    values = complete(values)
+    refuse_special_files((field for _, field in fields_of(config).values()), SimpleNamespace(**values))
+    return build_config(values, config), dry_run
 
 
 def flat(config: ProgramConfig) -> dict[str, dict[str, Any]]:

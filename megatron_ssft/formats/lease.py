@@ -85,7 +85,7 @@ class Lease:
         owner = _owner(self._path)
         if owner is not None and owner.token == self._owner.token:
             self._path.unlink(missing_ok=True)
-        _remove_empty(self._created)
+            _remove_empty(self._created)  # of a folder that was moved, another may have the name
 
     def _touch(self, beat_seconds: float) -> None:
         while not self._ended.wait(beat_seconds):

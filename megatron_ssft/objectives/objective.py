@@ -120,6 +120,15 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
     def decide(self, step: StepContext) -> DecisionT:
         """What this step trains."""
 
+    def check_source(self, export: Path) -> None:
+        """Raise UserError where a run cannot begin with these weights. Called before there is a model.
+
+        Called again where it turns out to begin with others, as a checkpoint was damaged.
+
+        Args:
+            export: the Hugging Face folder that --load names, or that the checkpoint to begin with may have.
+        """
+
     # -- a run's length and end ----------------------------------------------------------------------------------
 
     def train_iters(self, iteration: int) -> int:

@@ -44,6 +44,16 @@ class Tools:
         )
 
 
+@dataclass(frozen=True)
+class ChoiceOfCheckpoint:
+    """How the training chooses the checkpoint to begin with."""
+
+    by_content: bool
+    """Every file is hashed."""
+    may_pass_over: bool
+    """An older one is taken where the newest is damaged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the loop is to do; names are those of the flags of `megatron-ssft gfpo-rounds`."""
@@ -94,6 +104,14 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')}: is empty; give a command")
         for stage in _OWN_FLAGS:
             self.further(stage)
+
+    @property
+    def checkpoint_choice(self) -> ChoiceOfCheckpoint:
+        """What --train-args says of it."""
+        words = " ".join(self.further("train")).replace("=", " ").split()
+        settings = [following for word, following in zip(words, words[1:]) if word == "--on-damaged-checkpoint"]
+        hurried = [word for word in words if word in ("--verify-checkpoint", "--no-verify-checkpoint")]
+        return ChoiceOfCheckpoint(hurried[-1:] != ["--no-verify-checkpoint"], settings[-1:] == ["older"])
 
     def further(self, stage: str) -> list[str]:
         """The words of --<stage>-args. Raises UserError where one is the loop's own to give."""
@@ -154,10 +172,18 @@ class Commands:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
     def export_command(self, run: Path, target: Path) -> list[str]:
-        """The export of a run: with --export-args on all ranks, otherwise in one process."""
+        """The export of a run: with --export-args on all ranks, otherwise in one process.
+
+        It takes the checkpoint that the training takes.
+        """
         further = self.options.further("export")
         start = self.launcher() if further else [sys.executable]
-        return [*start, *self.tools.export, str(run), str(target), *further]
+        choice = self.options.checkpoint_choice
+        own = (
+            *(() if choice.by_content else ("--no-verify-checkpoint",)),
+            *(("--on-damaged-checkpoint", "older") if choice.may_pass_over else ()),
+        )
+        return [*start, *self.tools.export, str(run), str(target), *own, *further]
 
     def seed(self, round_: Round) -> int:
         """Seed of a round: its samples and steps are independent of those of other rounds."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.checkpoint_damage import sound_checkpoint
 from megatron_ssft.formats.files import remove_parts, write_durably
+from megatron_ssft.formats.run_folder import checkpoint_folder
 from megatron_ssft.rounds.commands import Commands, Round
 from megatron_ssft.rounds.processes import (
     Ask,
@@ -69,7 +73,7 @@ class Loop:
         for number in range(self.done(), self.options.rounds):
             round_ = commands.round(number)
             before = commands.run_before(round_)
-            checkpoint = newest_checkpoint(before)
+            checkpoint = self._sound_checkpoint(before, sys.stderr)  # the output is command lines alone
             model = (checkpoint or before / "iter_*") / "hf"
             if checkpoint is not None and not model.is_dir():
                 model = round_.folder / "hf"
@@ -142,7 +146,7 @@ class Loop:
     def _export(self, round_: Round, stages: StageFile) -> Path:
         """The Hugging Face folder of the weights that the round starts from."""
         run = self.commands.run_before(round_)
-        checkpoint = newest_checkpoint(run)
+        checkpoint = self._sound_checkpoint(run)
         if checkpoint is None:
             raise UserError(f"{run}: holds no checkpoint (iter_*); remove {run.parent} to begin its round again")
         model = checkpoint / "hf" if (checkpoint / "hf").is_dir() else round_.folder / "hf"
@@ -152,6 +156,23 @@ class Loop:
             else:
                 self._run("export", round_, stages, self.commands.export_command(run, model))
         return model
+
+    def _sound_checkpoint(self, run: Path, remarks: TextIO | None = None) -> Path | None:
+        """The folder of the checkpoint that the training takes of a run, verified; None without any.
+
+        `remarks`: where to say what was passed over; default: standard output. Raises UserError where it is damaged and
+        no older one is to be taken.
+        """
+        if newest_checkpoint(run) is None:
+            return None
+        choice = self.options.checkpoint_choice
+        iteration = sound_checkpoint(
+            run,
+            by_content=choice.by_content,
+            may_pass_over=choice.may_pass_over,
+            say=lambda text: print(text, file=remarks, flush=True),
+        )
+        return checkpoint_folder(run, iteration)
 
     def _generate(self, round_: Round, stages: StageFile, model: Path) -> None:
         command, options = self.commands.generate_command(round_, model), self.options
@@ -210,7 +231,7 @@ class Loop:
         rows = self._write_rows()
         following = self.commands.round(len(rows))
         run = self.commands.run_before(following)
-        model = (newest_checkpoint(run) or run) / "hf"
+        model = (self._sound_checkpoint(run) or run) / "hf"
         if not model.is_dir():  # with --no-export-hf-at-save; the next round, if there is to be one, needs it too
             following.folder.mkdir(exist_ok=True)
             model = self._export(following, StageFile(following.folder / "stages.json", self.work))

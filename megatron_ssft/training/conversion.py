@@ -32,7 +32,7 @@ from megatron_ssft.hf.assets import copy_assets
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.hf.safetensors_io import HFWeights
 from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
-from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
+from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
 from megatron_ssft.parallel.collectives import on_first_rank
@@ -171,15 +171,16 @@ def _precision(run: Path) -> dict[str, Any]:
     for iteration in checkpoints_from_newest(run):
         try:
             return {"bf16": read_state(run, iteration).bf16}
-        except UserError as error:  # `choose_checkpoint` decides whether it may be passed over
+        except UserError as error:  # `CheckpointChoice` decides whether it may be passed over
             problems.append(error)
     raise problems[0]
 
 
 def _load(engine: Engine, run: Path) -> int:
-    iteration = choose_checkpoint(run, engine.config.checkpoint, engine.topology)
-    load_checkpoint(engine, run, iteration, weights_only=True)
-    return iteration
+    """The iteration of the checkpoint whose weights were loaded. Raises UserError."""
+    choice = CheckpointChoice(engine.config.checkpoint, engine.topology)
+    choice.load(run, lambda iteration: load_checkpoint(engine, run, iteration, weights_only=True))
+    return choice.of(run)
 
 
 def _verify(config: RunConfig, engine: Engine, vocabulary: Vocabulary, hf: Path, checkpoint: Path) -> None:

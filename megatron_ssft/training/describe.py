@@ -6,10 +6,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from megatron_ssft.config import RunConfig, SSFTConfig
+from megatron_ssft.config import CheckpointConfig, RunConfig, SSFTConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
-from megatron_ssft.formats.run_folder import STATE, checkpoint_folder, find_latest
+from megatron_ssft.formats.checkpoint_damage import sound_checkpoint
+from megatron_ssft.formats.run_folder import STATE, checkpoint_folder
 from megatron_ssft.formats.train_state import read_train_state
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.matching.assignment import Matcher
@@ -49,8 +50,10 @@ def describe(config: SSFTConfig) -> str:
     """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
     world_size = described_world_size(config.run)
     check_origin(config.run.checkpoint)
+    taken = checkpoint_to_take(config.run.checkpoint)
     vocabulary = build_vocabulary(config.run, config.start)
-    lines = [to_yaml(config), "# what follows from it", origin_line(config.run, _resumed_at(config))]
+    first = origin_line(config.run, taken if _goes_on(config, taken) else None, taken)
+    lines = [to_yaml(config), "# what follows from it", first]
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
@@ -69,13 +72,24 @@ def describe(config: SSFTConfig) -> str:
     return "\n".join(lines)
 
 
-def _resumed_at(config: SSFTConfig) -> int | None:
-    """The step of the checkpoint that the run would go on from; None: it would begin. Raises UserError."""
-    load = config.run.checkpoint.load
-    if load is None or is_hf_folder(Path(load)) or config.start.finetune:
+def checkpoint_to_take(checkpoint: CheckpointConfig) -> int | None:
+    """Iteration of the checkpoint that a start takes of --load, verified; None: that is no run. Raises UserError."""
+    if checkpoint.load is None or is_hf_folder(Path(checkpoint.load)):
         return None
-    iteration = find_latest(Path(load))
-    return iteration if read_train_state(checkpoint_folder(Path(load), iteration) / STATE).has_optimizer else None
+    return sound_checkpoint(
+        Path(checkpoint.load),
+        by_content=checkpoint.verify_checkpoint,
+        may_pass_over=checkpoint.on_damaged_checkpoint == "older",
+        say=print_description,
+    )
+
+
+def _goes_on(config: SSFTConfig, taken: int | None) -> bool:
+    """Whether the run would go on from this checkpoint of --load, rather than begin. Raises UserError."""
+    load = config.run.checkpoint.load
+    if load is None or taken is None or config.start.finetune:
+        return False
+    return read_train_state(checkpoint_folder(Path(load), taken) / STATE).has_optimizer
 
 
 def _data_lines(dataset: SetDataset) -> list[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import to_yaml
-from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.objectives.policy.inputs import PolicyInputs, read_inputs
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.describe import count_parameters, described_world_size
+from megatron_ssft.training.describe import checkpoint_to_take, count_parameters, described_world_size
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.origin import check_origin, origin_line
 
@@ -19,7 +16,8 @@ def describe(config: GFPOConfig) -> str:
     world_size = described_world_size(config.run)
     checkpoint = config.run.checkpoint
     check_origin(checkpoint)
-    resumed_at = find_latest(Path(str(checkpoint.load))) if checkpoint.continues_in_place else None
+    taken = checkpoint_to_take(checkpoint)
+    resumed_at = taken if checkpoint.continues_in_place else None
     vocabulary = build_vocabulary(config.run)
     inputs = read_inputs(config, vocabulary, config.train_iters)
     tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
@@ -27,7 +25,7 @@ def describe(config: GFPOConfig) -> str:
     lines = [
         to_yaml(config),
         "# what follows from it",
-        origin_line(config.run, resumed_at),
+        origin_line(config.run, resumed_at, taken),
         f"questions: {len(inputs.questions)} with rewards, {len(inputs.held_out)} held out",
         f"stored completions in use: {len(inputs.completions)}",
         f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags),

@@ -21,6 +21,7 @@ from megatron_ssft.formats.train_state import STATE_FORMAT, RunState, TagState, 
 from megatron_ssft.hf.assets import copy_assets, extend_positions
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.hf.scratch_assets import NotExpressible, check_assets, write_scratch_assets
+from megatron_ssft.objectives.objective import Objective
 from megatron_ssft.tokenizers.tokenizer import build_tokenizer
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.origin import Origin
@@ -34,6 +35,11 @@ def run_state(config: RunConfig, vocabulary: Vocabulary, iteration: int, data: s
     """
     weights = structs.asdict(weights_state(config, vocabulary)) | {"iteration": iteration, "has_optimizer": True}
     return RunState(**weights, data=data, use_distributed_optimizer=config.parallel.use_distributed_optimizer)
+
+
+def whole_state(config: TrainingRun, vocabulary: Vocabulary, objective: Objective, iteration: int) -> RunState:
+    """What a checkpoint stores besides weights and optimizer: the run's state with that of the objective."""
+    return objective.complete_state(run_state(config.run, vocabulary, iteration, objective.fingerprint))
 
 
 def weights_state(config: RunConfig, vocabulary: Vocabulary) -> WeightsState:

@@ -158,6 +158,9 @@ class RunLog:
                     f"{file.name if file else name}: cannot write the log: {error.strerror or error}; make room or "
                     "repair it, then go on with --load from the newest checkpoint"
                 )
+                if isinstance(error, FileNotFoundError):
+                    gone = error.filename or name
+                    self.failure = f"{gone}: is gone; was the folder moved or deleted? Nothing more is written"
 
 
 class NullLog:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ssft.config import GFPOConfig, ModelConfig, ParallelConfig
+from megatron_ssft.config import GFPOConfig, ModelConfig, ParallelConfig, StartConfig
 from megatron_ssft.config.flags import read_config_file
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.forking_tokens import FORKING_TOKENS
@@ -21,6 +21,7 @@ _IMPLEMENTATION = "transformer_impl"
 """The one setting of the model that a later run may change."""
 _TAGS = ("num_forking_tokens", "forking_token_format", "forking_token_template")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "template_date", "prompt_control_tokens")
+_BEGINNINGS = ("forking_token_init", "forking_token_noise")
 _ORIGIN = ("origin", "origin_fingerprint")
 _LAYOUT = (
     *(field.name for field in dataclasses.fields(ParallelConfig)),
@@ -44,13 +45,19 @@ def complete_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_origin(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with the recorded origin as `load`, unless another is given, which then is the origin.
+    """The values with the recorded origin as `load`, where there is no other.
 
-    Raises UserError where the origin is gone.
+    Raises UserError where there are both, or the origin is gone.
     """
-    origin = values.get("origin")
-    if values.get("load") is not None:
-        return {name: value for name, value in values.items() if name not in _ORIGIN}
+    origin, load = values.get("origin"), values.get("load")
+    if load is not None:
+        for name in _ORIGIN:
+            if values.get(name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {values[name]}: has no use beside --load {load}, which says where the "
+                    "weights come from; leave one of them out"
+                )
+        return values
     if origin is None:
         return values
     if not Path(str(origin)).is_dir():
@@ -86,8 +93,9 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
         return values
     _refuse_no_model(folder)
     stored = folder / "config.yaml"
-    if stored.is_file():
-        proposed = read_config_file(str(stored))
+    proposed = read_config_file(str(stored)) if stored.is_file() else {}
+    _refuse_rows_begun(values, proposed, folder)
+    if proposed:
         of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {_IMPLEMENTATION}
         shape = {k: v for k, v in proposed.items() if k in of_model or k in _TAGS or k in _TOKENIZER}
         if not values.get("finetune"):  # it may go on, and then began where the run did
@@ -114,6 +122,21 @@ def _positions_of_run(folder: Path, proposed: dict[str, Any], values: dict[str, 
     if is_hf_folder(folder / ASSETS):
         return positions_of(read_hf_config(folder / ASSETS), folder / ASSETS)
     return {"max_position_embeddings": proposed["seq_length"]} if "seq_length" in proposed else {}
+
+
+def _refuse_rows_begun(values: dict[str, Any], proposed: dict[str, Any], folder: Path) -> None:
+    """Raise UserError where the tags of a run are to begin otherwise than they did: their rows are in its checkpoint.
+
+    Args:
+        proposed: the run's own configuration, whose values may be given again.
+    """
+    for name in _BEGINNINGS:
+        default = getattr(StartConfig, name)
+        if values.get(name) not in (None, default, proposed.get(name)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {values[name]} has no use with --load {folder}, whose checkpoint holds "
+                "the rows of the tags; leave it out"
+            )
 
 
 def _refuse_no_model(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import secrets
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +17,7 @@ from megatron_ssft.formats.files import write_durably
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_TENSORBOARD_HOOK = "but_for_tensorboard"
 WANDB_ID = "wandb_run_id.txt"
 """In a run's folder: by what W&B knows the run."""
 
@@ -57,7 +59,23 @@ def open_tensorboard(folder: Path | None, logging: LoggingConfig, first_iteratio
         return None
     from torch.utils.tensorboard import SummaryWriter
 
+    _quiet_writer_threads()
     return SummaryWriter(target, purge_step=first_iteration)
+
+
+def _quiet_writer_threads() -> None:
+    """No traceback where TensorBoard's thread cannot write: it keeps the error, and raises it at the next value."""
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == _TENSORBOARD_HOOK:
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        is_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    hook.__name__ = _TENSORBOARD_HOOK
+    threading.excepthook = hook
 
 
 def open_wandb(folder: Path | None, logging: LoggingConfig, first_iteration: int) -> WandbRun | None:

@@ -1,8 +1,7 @@
-"""The trainer: one loop for every objective. It starts or resumes, steps, stops on SIGTERM, saves, exports and logs."""
+"""The trainer: one loop for every objective. It steps, stops on SIGTERM, saves, exports and logs."""
 
 from __future__ import annotations
 
-import functools
 import time
 from pathlib import Path
 
@@ -15,36 +14,32 @@ from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.registry import objective_of
-from megatron_ssft.parallel.checkpoint.choice import choose_checkpoint
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere, save_checkpoint
+from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
+from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import StepMetrics
 from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.changes import resume_remarks
+from megatron_ssft.training.beginning import Beginning, look_at_source
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.folder_lease import FolderLease
+from megatron_ssft.training.greeting import describe_job, describe_sequences
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.origin import OriginOfRun, origin_line
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,
     refuse_occupied_folder,
-    refuse_other_model,
-    refuse_other_run,
-    refuse_past_end,
-    refuse_short_logs,
     resumable,
-    run_state,
+    whole_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
 from megatron_ssft.training.trackers import check_trackers
-from megatron_ssft.training.weights import refuse_other_shape, rows_remark, take_weights
+from megatron_ssft.training.weights import refuse_other_shape, refuse_start_of_known_tags, rows_remark
 
 
 class Trainer:
@@ -63,7 +58,10 @@ class Trainer:
         self._origin: OriginOfRun | None = None
         on_first_rank(self._look_at_origin, topology)
         self.vocabulary = build_vocabulary(config.run, config.start)
+        refuse_start_of_known_tags(config, self.vocabulary)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
+        self.choice = CheckpointChoice(config.run.checkpoint, topology)
+        look_at_source(config, self.objective, self.choice)
         on_first_rank(lambda: keep_assets(config), topology)
         on_first_rank(lambda: refuse_other_shape(config.run.checkpoint.load, config.run.model), topology)
         self.engine = Engine(config.run, topology, self.vocabulary.size, self.vocabulary.tags.row_ids)
@@ -74,15 +72,20 @@ class Trainer:
         self.lease: FolderLease | None = None
         self.iteration = 0
         """Optimizer steps done."""
-        self.resumed_at: int | None = None
-        """The step of the checkpoint that the run goes on from; None: it begins."""
-        self._changes: list[str] = []
-        """What is different from when that checkpoint was trained, in words."""
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
         check_schedule(config.run.training, self.train_iters)
-        self._chosen: dict[Path, int] = {}
-        self._start_or_resume()
+        self.beginning = Beginning(config, self.vocabulary, self.objective, self.engine, self.choice)
+        self._begin_or_go_on()
+
+    def _begin_or_go_on(self) -> None:
+        """Put weights into the model, and go on where they come from a run that is continued."""
+        resumed_at = self.beginning.start_or_resume()
+        if resumed_at is None:
+            self.objective.begin(self.context(), self.beginning.load_weights)
+        else:
+            self.iteration = resumed_at
+            self.train_iters = self.objective.train_iters(resumed_at)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -208,10 +211,11 @@ class Trainer:
     def _greet(self, log: Log, folder: Path | None) -> None:
         """What is trained, on what, how; and the configuration that a later run goes on with."""
         log.say(on_first_rank(lambda: self._keep_config(folder), self.topology))
-        for change in self._changes:
+        for change in self.beginning.changes:
             log.say(change)
-        log.say(f"{self.objective.introduction()} | {self._describe_job()}")
-        log.say(self._describe_layout())
+        job = describe_job(self.engine, self.vocabulary, self.iteration, self.train_iters)
+        log.say(f"{self.objective.introduction()} | {job}")
+        log.say(describe_sequences(self.engine))
         load = self.config.run.checkpoint.load
         if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
             log.say(remark)
@@ -225,29 +229,12 @@ class Trainer:
         """Write the configuration with the origin of the weights; in words, what that is. For the first rank."""
         assert self._origin is not None, "looked at before"
         load = self.config.run.checkpoint.load
-        taken = None if load is None else self._chosen.get(Path(load))
-        origin = self._origin.find(self.resumed_at, taken)
+        taken = None if load is None else self.choice.taken_of(Path(load))
+        resumed_at = self.beginning.resumed_at
+        origin = self._origin.find(resumed_at, taken)
         if folder is not None:
             store_config(folder, self.iteration, to_yaml(resumable(self.config, origin)))
-        return origin_line(self.config.run, self.resumed_at, taken, origin.fingerprint)
-
-    def _describe_job(self) -> str:
-        """Vocabulary, ranks, parameters and steps."""
-        t, p = self.topology, self.config.run.parallel
-        steps = f"steps {self.iteration + 1} to {self.train_iters}"
-        return (
-            f"{self.vocabulary.size} vocabulary entries, {self.vocabulary.tags.num_tags} of them tags | "
-            f"{t.world_size} ranks: tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
-            f"x context {p.context_parallel_size} x data {t.dp_size} on {t.device.type} | "
-            f"{self.engine.num_parameters} parameters on the first rank | "
-            f"{steps if self.iteration < self.train_iters else 'no step left'}"
-        )
-
-    def _describe_layout(self) -> str:
-        """How sequences are laid out, and the attention's kernel."""
-        layout, attention = self.config.run.training.sequence_layout, self.engine.attention
-        kernel = "" if layout == "padded" else f" | attention of streams through {attention.name} ({attention.why})"
-        return f"{layout} sequences{kernel}"
+        return origin_line(self.config.run, resumed_at, taken, origin.fingerprint)
 
     @property
     def folder(self) -> Path:
@@ -255,81 +242,11 @@ class Trainer:
         assert self.config.run.checkpoint.save is not None
         return Path(self.config.run.checkpoint.save)
 
-    # -- start and resume ----------------------------------------------------------------------------------------
-
-    def _start_or_resume(self) -> None:
-        """Put weights into the model: new ones, loaded ones, or those of a run that goes on, with all its state."""
-        load = self.config.run.checkpoint.load
-        if load is None:
-            run = self.config.run
-            initialize_weights(self.engine.chunks, run)
-            initialize_forking_rows(self.engine.chunks, self.vocabulary, self.config.start, run.training.seed)
-            self.engine.start(self.objective.last_layers)
-        else:
-            self.engine.start(self.objective.last_layers)
-            if self._goes_on(Path(load)):
-                self._resume(Path(load))
-                return
-            self._load_weights(Path(load), "--load")
-        self.objective.begin(self.context(), self._load_weights)
-
-    def _load_weights(self, source: Path, flag: str) -> None:
-        take_weights(
-            self.engine,
-            self.vocabulary,
-            self.config.start,
-            source,
-            flag,
-            may_untie=self.objective.may_untie,
-            newest=self._latest,
-        )
-
-    def _goes_on(self, run: Path) -> bool:
-        """Whether the run in this folder is continued, rather than its weights taken to start from."""
-        checkpoint = self.config.run.checkpoint
-        if is_hf_folder(run) or self.config.start.finetune:
-            return False
-        if not self.objective.continues_elsewhere:
-            return checkpoint.continues_in_place
-        return read_state_everywhere(run, self._latest(run), self.topology).has_optimizer
-
-    def _resume(self, run: Path) -> None:
-        """Go on where the newest checkpoint was taken. Raises UserError where it and this run contradict each other."""
-        iteration = self._latest(run)
-        state = read_state_everywhere(run, iteration, self.topology)
-        self.objective.check_state(run, state)
-        assert isinstance(state, RunState)
-        refuse_other_model(run, state, self.state())
-        otherwise = "start from the weights alone with --finetune"
-        if not self.objective.continues_elsewhere:
-            otherwise = "start again with another --save"
-        refuse_other_run(run, state, self.state(), otherwise)
-        refuse_past_end(self.config.run, run, iteration)
-        if self.config.run.checkpoint.continues_in_place and iteration:
-            on_first_rank(lambda: refuse_short_logs(run, self.objective.log_files, iteration), self.topology)
-        load_checkpoint(self.engine, run, iteration)
-        self.objective.load_state(state)
-        self.iteration = self.resumed_at = iteration
-        self.train_iters = self.objective.train_iters(iteration)
-
-        def changes() -> list[str]:
-            planned = functools.partial(self.objective.train_iters_under, state=state)
-            return resume_remarks(run, iteration, self.config, self.train_iters, planned)
-
-        self._changes = on_first_rank(changes, self.topology)
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state(self) -> RunState:
         """What a checkpoint stores besides weights and optimizer."""
-        state = run_state(self.config.run, self.vocabulary, self.iteration, self.objective.fingerprint)
-        return self.objective.complete_state(state)
-
-    def _latest(self, run: Path) -> int:
-        """The iteration of the checkpoint to take of a run, looked at once. Raises UserError. Collective."""
-        if run not in self._chosen:
-            self._chosen[run] = choose_checkpoint(run, self.config.run.checkpoint, self.topology)
-        return self._chosen[run]
+        return whole_state(self.config, self.vocabulary, self.objective, self.iteration)
 
     def _save_is_due(self) -> bool:
         every = self.config.run.checkpoint.save_interval

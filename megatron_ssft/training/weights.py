@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import structs
 
-from megatron_ssft.config import ModelConfig, StartConfig
+from megatron_ssft.config import ModelConfig, StartConfig, TrainingRun
+from megatron_ssft.config.checks import only_where
 from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
+from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.hf import check_hf_names, load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
 from megatron_ssft.parallel.engine import Engine
@@ -32,6 +33,16 @@ def refuse_other_shape(folder: str | None, model: ModelConfig) -> None:
         check_hf_names(Path(folder), dataclasses.replace(model, **shape))  # type: ignore[arg-type]  # by name
 
 
+def refuse_start_of_known_tags(config: TrainingRun, vocabulary: Vocabulary) -> None:
+    """Raise UserError where tags are to begin in some way, and the Hugging Face folder has the rows of all of them."""
+    load = config.run.checkpoint.load
+    if load is None or not is_hf_folder(Path(load)):
+        return
+    new = not vocabulary.tags.row_ids or max(vocabulary.tags.row_ids) >= vocabulary.known_rows
+    here = f"with --load {load}, which holds the rows of the tags"
+    only_where(config.start, new, here, "forking_token_init", "forking_token_noise")
+
+
 def take_weights(
     engine: Engine,
     vocabulary: Vocabulary,
@@ -40,7 +51,7 @@ def take_weights(
     flag: str,
     *,
     may_untie: bool,
-    newest: Callable[[Path], int],
+    choice: CheckpointChoice,
 ) -> None:
     """Fill a started engine with the newest weights of a run, or those of a Hugging Face folder. Collective.
 
@@ -49,26 +60,34 @@ def take_weights(
         flag: by which `source` was given, for messages.
         may_untie: an output head of its own starts as a copy of the embedding where the source ties them; without this
             that is refused.
-        newest: the iteration of the checkpoint to take of a run. Collective.
+        choice: which checkpoint is taken of a run.
 
     Raises:
         UserError: it is no such folder, or does not fit the engine.
     """
-    config, topology = engine.config, engine.topology
-    own_head = config.model.untie_embeddings_and_output_weights
+    config = engine.config
     if is_hf_folder(source):
+        own_head = config.model.untie_embeddings_and_output_weights
         stored_own = model_values(read_hf_config(source), str(source / "config.json"))[_UNTIED]
         load_hf_weights(engine, source, untie=may_untie and own_head and not stored_own)
         initialize_forking_rows(engine.chunks, vocabulary, start, config.training.seed)
         engine.optimizer.reload_model_params()
         return
-    iteration = newest(source)
-    state = read_state_everywhere(source, iteration, topology)
+    choice.load(source, lambda i: take_checkpoint(engine, vocabulary, source, i, flag, may_untie=may_untie))
+
+
+def take_checkpoint(
+    engine: Engine, vocabulary: Vocabulary, run: Path, iteration: int, flag: str, *, may_untie: bool
+) -> None:
+    """Fill a started engine with the weights of one checkpoint of a run; otherwise as `take_weights`. Collective."""
+    config = engine.config
+    state = read_state_everywhere(run, iteration, engine.topology)
+    own_head = config.model.untie_embeddings_and_output_weights
     untie = may_untie and own_head and not state.model.get(_UNTIED, True)
     if untie:
         state = structs.replace(state, model=state.model | {_UNTIED: True})
-    refuse_other_model(source, state, weights_state(config, vocabulary), flag)
-    load_checkpoint(engine, source, iteration, weights_only=True, untie=untie)
+    refuse_other_model(run, state, weights_state(config, vocabulary), flag)
+    load_checkpoint(engine, run, iteration, weights_only=True, untie=untie)
 
 
 def rows_remark(vocabulary: Vocabulary, source: Path) -> str | None:

@@ -34,8 +34,12 @@ CASES = [
     ("between steps", 2, DEAD, 2, 3, "step 1, between steps"),
 ]
 """Place, rank, what happens to it at its n-th call there, n, number of ranks, what is said of it."""
-CHOSEN = CASES if os.environ.get("FAULTS") == "all" else random.Random(16).sample(CASES, 3)
-"""FAULTS=all tries them all: five minutes on two cores."""
+SHARE = min(100, int(os.environ.get("SSFT_FAULTS", 25)))
+CHOSEN = random.Random(16).sample(CASES, max(1, len(CASES) * SHARE // 100))
+"""SSFT_FAULTS=100 tries them all: five minutes on two cores."""
+OF_TORCH = re.compile(r"(\[rank\d+\]:)?\s*\[?[WEIF]\d{4} \d\d:\d\d:\d\d")
+"""How a line of torch's own log begins. Where the rank that hosts its store is lost, it warns of that on its own, and
+the level that would silence it hides its other warnings too; so such lines stay, beside the one that is ours."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,8 @@ def test_a_lost_rank_takes_the_job_down_in_time_and_by_name(words, tmp_path, pla
     outputs = [each.output for each in ended.values()]
     if blow == STUCK:
         outputs.append((tmp_path / f"rank{rank}.txt").read_text())  # its own threads see it, too
-    said = [line for output in outputs for line in output.splitlines() if f"rank {rank} " in line]
+    lines = [line for output in outputs for line in output.splitlines() if not OF_TORCH.match(line)]
+    said = [line for line in lines if f"rank {rank} " in line]
     assert len(said) == 1, ended
     if last_seen is None:
         assert f"rank {rank} of {world} did not answer" in said[0]

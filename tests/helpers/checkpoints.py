@@ -43,6 +43,14 @@ def build(values):
     return Trainer(config, initialize_topology(config.run))
 
 
+def resume(trainer, run):
+    """Go on from the newest checkpoint of a run as a start would, in a trainer that is there."""
+    from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
+
+    trainer.beginning.choice = CheckpointChoice(trainer.config.run.checkpoint, trainer.topology)
+    trainer.beginning.choice.load(run, lambda iteration: trainer.beginning.resume(run, iteration))
+
+
 def train_and_save(values, run, *iterations):
     """Save at each of `iterations`, training up to it; the state at the last."""
     trainer = build(values)

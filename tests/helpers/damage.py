@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
-from tests.helpers.checkpoints import build
+from tests.helpers.checkpoints import build, resume
 
 BLOCK = 512
 """Bytes that a disk loses at once."""
@@ -92,9 +92,8 @@ def try_damages(values, run, iteration, numbers):
 
 def outcome_of_resume(trainer, run):
     """`loaded`, `refused: ...`, or the name of what is no line for a user."""
-    trainer._chosen = {}
     try:
-        trainer._resume(run)
+        resume(trainer, run)
     except UserError as error:
         return f"refused: {error}"
     except Exception as error:  # noqa: BLE001 - a traceback is what the test looks for

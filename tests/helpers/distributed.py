@@ -7,7 +7,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import signal
 import socket
+import subprocess
 import time
 import traceback
 
@@ -38,13 +40,40 @@ def run_ranks(world_size, body, *args, timeout=120.0):
         sender.close()
         pipes.append(receiver)
         processes.append(process)
-    try:
+    with no_survivors(processes):
         return _collect(pipes, processes, time.monotonic() + timeout, timeout)
+
+
+@contextlib.contextmanager
+def no_survivors(processes):
+    """Kill what is left of started processes and of their children after the `with` block.
+
+    Each must call `lead_group` first. So do they end where the test's own process is killed in the block: a shell waits
+    for its end, as a rank that is stopped can do nothing itself.
+    """
+    groups = " ".join(f"-{process.pid} {process.pid}" for process in processes)
+    guard = subprocess.Popen(
+        ["sh", "-c", f"cat >/dev/null; for each in {groups}; do kill -s KILL -- $each 2>/dev/null; done"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        yield
     finally:
+        guard.kill()
+        guard.wait()
+        guard.stdin.close()
         for process in processes:
-            if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.is_alive():  # not yet the leader of its group
                 process.kill()
             process.join()
+
+
+def lead_group():
+    """Begin a process group of which everything that this process starts is part."""
+    os.setpgid(0, 0)
 
 
 def _collect(pipes, processes, deadline, timeout):
@@ -69,6 +98,7 @@ def _collect(pipes, processes, deadline, timeout):
 
 
 def _run(sender, rank, world_size, port, body, args):
+    lead_group()
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -23,7 +23,19 @@ STAGES = ["generate", "score", "train"]
 
 # All four programs. What they make follows from what they are given, as in the real ones, and is gone on with after a
 # kill. STUB_HOLD=stage:round stops one half-way, for ever and deaf to SIGTERM, until it is killed.
-STUB = r"""
+STATE = {
+    "format": 1,
+    "iteration": 0,
+    "has_optimizer": False,
+    "model": {},
+    "vocab_size": 9,
+    "forking_tokens": {"format": "special", "strings": [], "ids": []},
+    "bf16": False,
+}
+"""train_state.json of a checkpoint of weights, which the loop looks at."""
+STUB = (
+    f"STATE = {STATE!r}"
+    + r"""
 import hashlib, json, os, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
@@ -118,7 +130,7 @@ else:
     rewards, steps = Path(flags["rewards"]).read_text(), int(flags["train-iters"])
     start = max(load.glob("iter_*"))
     weights = (start / "weights").read_text()
-    step = int((start / "train_state.json").read_text()) if load == save else 0
+    step = json.loads((start / "train_state.json").read_text())["iteration"] if load == save else 0
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
     save.mkdir(exist_ok=True)
@@ -132,7 +144,7 @@ else:
         else:
             (iteration / "hf" / "weights").write_text(weights)
         (iteration / "weights").write_text(weights)
-        (iteration / "train_state.json").write_text(str(step))
+        (iteration / "train_state.json").write_text(json.dumps(STATE | {"iteration": step}))
         if step == 1:
             hold()
         note("step")
@@ -149,6 +161,7 @@ else:
     (save / "finished.json").write_text(json.dumps({"iteration": steps, "reason": "done"}))
 note("end")
 """
+)
 
 SERVER = r"""
 import json, os, signal, subprocess, sys, time
@@ -213,7 +226,7 @@ class Place:
         (checkpoint / "hf").mkdir(parents=True)
         for path in (checkpoint / "weights", checkpoint / "hf" / "weights"):
             path.write_text("the beginning")
-        (checkpoint / "train_state.json").write_text("5")
+        (checkpoint / "train_state.json").write_text(json.dumps(STATE | {"iteration": 5}))
         self.data = folder / "questions.jsonl"
         rows = [{"id": f"q{i}", "question": f"{i} plus {i}?", "answer": str(2 * i)} for i in range(questions)]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))

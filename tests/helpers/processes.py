@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,7 +34,11 @@ def finish(process, timeout=180):
         output, _ = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
+            ranks = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
             os.killpg(process.pid, signal.SIGKILL)
+            for each in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
     return process.returncode, output
 
 

@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from tests.helpers.distributed import _context, free_port
+from tests.helpers.distributed import _context, free_port, lead_group, no_survivors
 
 PLACES = {
     "meeting": ("megatron_ssft.parallel.watch.board", "Board.join"),
@@ -53,7 +53,7 @@ def run_struck(folder, world_size, words, place, rank, number, nth=1, deadline=6
         arguments = (each, world_size, port, str(folder / f"rank{each}.txt"), words, strike)
         processes.append(_context.Process(target=_run, args=arguments))
         processes[-1].start()
-    try:
+    with no_survivors(processes):
         _wait_until(lambda: struck.exists() or not any(p.is_alive() for p in processes), 120.0)
         began = time.monotonic()
         ended = {}
@@ -65,11 +65,6 @@ def run_struck(folder, world_size, words, place, rank, number, nth=1, deadline=6
             return len(ended) == world_size - 1
 
         _wait_until(all_ended, deadline)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
     assert struck.exists(), (folder / f"rank{rank}.txt").read_text()
     return {
         each: Ended(
@@ -89,6 +84,7 @@ def _wait_until(condition, seconds):
 
 
 def _run(rank, world_size, port, output, words, strike):
+    lead_group()
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +13,14 @@ from megatron_ssft.config import CheckpointConfig
 from megatron_ssft.config.flags import build_config, read_config_file, to_yaml
 from megatron_ssft.config.programs import SSFTConfig
 from megatron_ssft.errors import UserError
+from megatron_ssft.objectives.ssft import SSFT
+from megatron_ssft.parallel.topology import initialize_topology
+from megatron_ssft.training.describe import checkpoint_to_take
 from megatron_ssft.training.origin import Origin
 from megatron_ssft.training.resume import resumable
-from tests.helpers.checkpoints import load, same_state, train_and_save, try_to_load
+from megatron_ssft.training.trainer import Trainer
+from tests.helpers.bad_input import poison
+from tests.helpers.checkpoints import build, load, same_state, train_and_save, try_to_load
 from tests.helpers.distributed import run_ranks
 
 STATE = "train_state.json"
@@ -74,6 +81,80 @@ def test_the_newest_sound_checkpoint_is_taken_and_said(two, saved, values, damag
     assert f"{two}/iter_0000001" in second
     shutil.rmtree(folder)
     same_state([state], run_ranks(1, load, values | {"load": str(two)}))
+
+
+def save_ruined(values, run, where):
+    """Checkpoints 1 and 2 of which the second holds NaN under right checksums, as older versions saved it."""
+    from megatron_ssft.parallel.checkpoint import run_checkpoint
+
+    trainer = build(values)
+    trainer.train_step()
+    run_checkpoint.save_checkpoint(trainer.engine, Path(run), 1, trainer.state())
+    trainer.train_step()
+    if where == "weight":
+        poison(trainer)
+    else:
+        state = next(iter(trainer.engine.optimizer.chained_optimizers[0].optimizer.state.values()))
+        state["exp_avg"].view(-1)[1] = math.nan
+    run_checkpoint.refuse_nonfinite = lambda engine, where: None
+    run_checkpoint.save_checkpoint(trainer.engine, Path(run), 2, trainer.state())
+
+
+@pytest.mark.parametrize("where", ["weight", "state"])
+def test_nan_under_right_checksums_is_damage_too(values, tmp_path, where):
+    run_ranks(1, save_ruined, values, str(tmp_path), where)
+    (error,) = run_ranks(1, try_to_load, values | {"load": str(tmp_path)})
+    assert error.startswith(f"{tmp_path}/iter_0000002: is damaged: ") and "NaN" in error and "\n" not in error
+    assert "--on-damaged-checkpoint older" in error
+    older = values | {"load": str(tmp_path), "on_damaged_checkpoint": "older"}
+    ((printed, state),) = run_ranks(1, load_and_print, older)
+    assert state["iteration"] == 1
+    first, second = printed.splitlines()[-2:]
+    assert first.startswith(f"{tmp_path}/iter_0000002: is damaged: ") and "passed over" in first
+    assert f"{tmp_path}/iter_0000001" in second
+    shutil.rmtree(tmp_path / "iter_0000002")
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    same_state([state], run_ranks(1, load, values | {"load": str(tmp_path)}))
+
+
+def sources_looked_at(values):
+    """The folders that an objective is asked about while a run begins."""
+    asked = []
+
+    class Asked(SSFT):
+        def check_source(self, export):
+            asked.append(str(export))
+
+    config = build_config(values, SSFTConfig)
+    Trainer(config, initialize_topology(config.run), objective=Asked)
+    return asked
+
+
+def test_the_objective_is_asked_about_the_checkpoint_that_is_taken(two, values):
+    """Not about the newest one, whose weights do not begin the run."""
+    start = values | {"load": str(two), "finetune": True, "on_damaged_checkpoint": "older"}
+    assert set(run_ranks(1, sources_looked_at, start)[0]) == {f"{two}/iter_0000002/hf"}
+    flip(two / "iter_0000002" / "__0_1.distcp")
+    assert set(run_ranks(1, sources_looked_at, start)[0]) == {f"{two}/iter_0000001/hf"}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "no state"])
+def test_a_description_takes_the_checkpoint_that_a_start_takes(two, damage, capsys):
+    """--dry-run verifies as a start does, and obeys the same flags."""
+    shard = two / "iter_0000002" / "__0_0.distcp"
+    if damage == "flipped":
+        flip(shard)
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        (two / "iter_0000002" / STATE).unlink()
+    with pytest.raises(UserError, match=f"^{two}/iter_0000002/.*--on-damaged-checkpoint older$"):
+        checkpoint_to_take(CheckpointConfig(load=str(two)))
+    assert checkpoint_to_take(CheckpointConfig(load=str(two), on_damaged_checkpoint="older")) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert "passed over" in first and f"{two}/iter_0000001" in second
+    if damage == "flipped":
+        assert checkpoint_to_take(CheckpointConfig(load=str(two), verify_checkpoint=False)) == 2
 
 
 def test_no_sound_checkpoint_is_left(two, values):

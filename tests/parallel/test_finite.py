@@ -12,7 +12,7 @@ import torch
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.finite import all_finite
-from tests.helpers.checkpoints import build
+from tests.helpers.checkpoints import build, resume
 from tests.helpers.distributed import run_ranks
 
 
@@ -142,7 +142,7 @@ def load_ruined(values, run):
     run_checkpoint.refuse_nonfinite, real = lambda engine, where: None, run_checkpoint.refuse_nonfinite
     save_checkpoint(trainer.engine, Path(run), 1, trainer.state())
     run_checkpoint.refuse_nonfinite = real
-    return error_of(lambda: trainer._resume(Path(run)))
+    return error_of(lambda: resume(trainer, Path(run)))
 
 
 def test_nan_in_the_optimizer_state_is_not_trained_on(values, tmp_path):

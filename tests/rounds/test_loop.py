@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,8 +12,9 @@ import time
 import pytest
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.manifest import FileRecord, seal
 from megatron_ssft.rounds.gfpo_rounds import questions_of_round
-from tests.helpers.online_loop import STAGES
+from tests.helpers.online_loop import STAGES, STATE
 
 
 def test_stages_come_in_order_and_rounds_build_on_each_other(whole):
@@ -188,3 +190,40 @@ def test_questions_of_rounds():
     assert questions_of_round(100, 100, 1, 0) == list(range(100))
     with pytest.raises(UserError, match="there are only 3"):
         questions_of_round(3, 4, 1, 0)
+
+
+def two_checkpoints(place):
+    """The start with an older checkpoint, both with manifests."""
+    newest = place.folder / "start" / "iter_0000005"
+    older = newest.with_name("iter_0000004")
+    shutil.copytree(newest, older)
+    (older / "train_state.json").write_text(json.dumps(STATE | {"iteration": 4}))
+    shutil.rmtree(older / "hf")  # the loop exports what it needs
+    for folder in (newest, older):
+        state = folder / "train_state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"has_manifest": True}))
+        seal(folder, {"hf": FileRecord(size=0, sha256="0" * 64)} if (folder / "hf").is_dir() else {})
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"].pop("hf", None)
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return newest, older
+
+
+def test_a_round_verifies_the_checkpoint_that_it_starts_from(place):
+    newest, older = two_checkpoints(place)
+    (newest / "weights").write_text("the beginninG")  # of the same size
+    status, _, err = place.run(rounds=1)
+    assert status == 2 and err.startswith(f"{newest}/weights: damaged") and err.count("\n") == 1
+    assert "--on-damaged-checkpoint older" in err and place.journal("begin") == []
+    status, out, err = place.run("--train-args=--on-damaged-checkpoint older", rounds=1)
+    assert status == 0, err
+    assert f"going on from {older}" in out
+    assert place.journal("begin")[0] == "export round_000"  # the older one has no export yet
+    arguments = json.loads((place.work / "round_000" / "stages.json").read_text())["export"]["arguments"]
+    assert arguments[0] == str(older)
+
+
+def test_an_impatient_round_looks_at_sizes_only(place):
+    newest, _ = two_checkpoints(place)
+    (newest / "weights").write_text("the beginninG")
+    assert place.run("--train-args=--no-verify-checkpoint", rounds=1)[0] == 0

@@ -36,7 +36,10 @@ def tell(values):
         return output.getvalue()
 
     def again(**changes):
-        return start(complete_policy_values(read_config_file(str(config), GFPOConfig) | changes))
+        recorded = read_config_file(str(config), GFPOConfig)
+        if "load" in changes:  # as a flag does
+            recorded = {name: value for name, value in recorded.items() if not name.startswith("origin")}
+        return start(complete_policy_values(recorded | changes))
 
     told = {"first": start(values)}
     told["again"] = again(save=str(run.with_name("again")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -13,9 +14,16 @@ from megatron_ssft.config import LoggingConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS, assignment_rows
 from megatron_ssft.formats.jsonl import to_object
+from megatron_ssft.formats.metrics import METRICS as METRICS_LOG
 from megatron_ssft.formats.metrics import GRPOMetrics, SSFTMetrics
+from megatron_ssft.objectives import registry  # noqa: F401 - it imports them all
+from megatron_ssft.objectives.gfpo import GFPO
+from megatron_ssft.objectives.grpo import GRPO
+from megatron_ssft.objectives.objective import Objective
+from megatron_ssft.objectives.ssft import SSFT
 from megatron_ssft.objectives.step_lines import policy_line, step_line
 from megatron_ssft.records import Assignment, QuestionBatch, QuestionVisit, TokenizedSet
+from megatron_ssft.training.resume import refuse_short_logs
 from megatron_ssft.training.run_log import NullLog, RunLog
 
 FILES = ("metrics.jsonl", ASSIGNMENTS)
@@ -277,3 +285,56 @@ def test_what_was_found_in_the_files_is_said(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path}/metrics.jsonl: line 2 cannot be read; kept in metrics.jsonl.unreadable")
     assert second == f"{tmp_path}/assignments.jsonl: is not there; it begins at step 3"
+
+
+# -- every log of every objective where a run goes on ----------------------------------------------------------------
+
+LOGS = [(cls, name) for cls in (SSFT, GFPO, GRPO) for name in cls.log_files]
+
+
+def written(folder, cls, steps):
+    """A run's logs with two lines for each of `steps`; their contents by name."""
+    with RunLog(folder, LoggingConfig(), steps[0], 9, cls.log_files, line=str) as log:
+        for step in steps:
+            for name in cls.log_files:
+                log.rows(name, [{"iteration": step, "part": part} for part in "ab"])
+    return {name: (folder / name).read_bytes() for name in cls.log_files}
+
+
+@pytest.mark.parametrize(("cls", "name"), LOGS)
+def test_a_bad_byte_in_the_first_line_of_any_log_loses_no_other_line(tmp_path, cls, name, capsys):
+    whole = written(tmp_path, cls, range(1, 8))
+    first, rest = whole[name].split(b"\n", 1)
+    bad = first[:-1] + b"\xff\n"
+    (tmp_path / name).write_bytes(bad + rest)
+    RunLog(tmp_path, LoggingConfig(), 5, 9, cls.log_files, line=str, is_continued=True)
+    for each, content in whole.items():
+        lines = content.splitlines(keepends=True)[:8]
+        assert (tmp_path / each).read_bytes() == b"".join(lines[1:] if each == name else lines)
+    assert (tmp_path / f"{name}.unreadable").read_bytes() == bad
+    assert f"{tmp_path}/{name}: line 1 cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls, name in LOGS if name in (METRICS_LOG, ASSIGNMENTS)])
+def test_any_log_of_every_step_is_refused_where_it_ends_before_the_checkpoint(tmp_path, cls, name):
+    whole = written(tmp_path, cls, range(1, 8))
+    refuse_short_logs(tmp_path, cls.log_files, 6)
+    (tmp_path / name).write_bytes(b"".join(whole[name].splitlines(keepends=True)[:10]))
+    with pytest.raises(UserError, match=f"^{tmp_path / name}: has no line of step 6, .*step 5"):
+        refuse_short_logs(tmp_path, cls.log_files, 6)
+
+
+def test_no_log_of_an_objective_is_missing_here():
+    """A new objective's logs are tested above once it is listed."""
+    assert {cls.__name__ for cls, _ in LOGS} == {cls.__name__ for cls in objectives()}
+
+
+def objectives():
+    """Every class that a configuration can ask for."""
+    found, waiting = set(), [Objective]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        if cls.__module__.startswith("megatron_ssft.") and not inspect.isabstract(cls):
+            found.add(cls)
+    return found

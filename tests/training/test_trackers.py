@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import shutil
 import sys
 import types
@@ -15,7 +16,17 @@ from megatron_ssft.training.trackers import WANDB_ID, check_trackers, open_wandb
 
 
 class FakeWandb(types.ModuleType):
-    """W&B's package as far as it is used: remembers what it was called with, or refuses."""
+    """W&B's package as far as it is used: remembers what it was called with, or refuses.
+
+    The contract that is relied on, by wandb's documentation of `wandb.init`:
+
+    - `project` and `name` say where the run is shown; `id` is by what it is known there, unique in the project.
+    - `resume="allow"` goes on with the run of that id where there is one, and begins it otherwise.
+    - `WANDB_MODE=offline` in the environment writes into a folder and asks nothing; the id stays.
+    - What it returns has `log(values, step=N)` and `finish()`; it raises `wandb.errors.Error` where it refuses.
+
+    `test_the_real_package_has_what_the_stand_in_stands_for` compares it with the package where that is installed.
+    """
 
     def __init__(self, refusal=None):
         super().__init__("wandb")
@@ -87,3 +98,25 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_said(tmp_path):
             check_trackers(LoggingConfig(tensorboard_dir=str(folder)), None)
     check_trackers(LoggingConfig(tensorboard_dir=str(tmp_path / "new" / "folder")), None)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_real_package_has_what_the_stand_in_stands_for(tmp_path, monkeypatch):
+    """Signatures, and an offline run under a given id: nothing of it needs a connection."""
+    wandb = pytest.importorskip("wandb")
+    parameters = inspect.signature(wandb.init).parameters
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    open_wandb(tmp_path, LOGGING, 1)
+    assert set(fake.calls[0]) <= set(parameters)
+    assert {"data", "step"} <= set(inspect.signature(wandb.sdk.wandb_run.Run.log).parameters)
+    assert issubclass(wandb.errors.Error, Exception)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for first in (1, 5):
+        run = open_wandb(tmp_path, LOGGING, first)
+        assert run.id == (tmp_path / WANDB_ID).read_text().strip()
+        run.log({"loss": 1.0}, step=first)
+        run.finish()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2

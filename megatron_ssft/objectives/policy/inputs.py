@@ -12,7 +12,6 @@ import numpy as np
 from megatron_ssft.config import GFPOConfig, PolicyConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
-from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, find_latest
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.policy.completions import Completion, StoredCompletions
@@ -319,10 +318,11 @@ def _fingerprint(lesson: _Lesson, seed: int) -> str:
     return digest.hexdigest()
 
 
-def check_rewards_model(config: GFPOConfig, model: str | None) -> str | None:
+def check_rewards_model(policy: PolicyConfig, export: Path, model: str | None) -> str | None:
     """Refuse rewards of another model than the run starts from.
 
     Args:
+        export: the Hugging Face folder of the weights that it starts from, where there is one.
         model: fingerprint of the model that made the samples.
 
     Returns:
@@ -331,15 +331,12 @@ def check_rewards_model(config: GFPOConfig, model: str | None) -> str | None:
     Raises:
         UserError: they are of another model.
     """
-    assert config.run.checkpoint.load is not None, "a policy starts from a model"
-    source = Path(config.run.checkpoint.load)
-    folder = source if is_hf_folder(source) else checkpoint_folder(source, find_latest(source)) / ASSETS
-    if model is None or not is_hf_folder(folder):
+    if model is None or not is_hf_folder(export):
         return "no exported model beside the weights: whether the rewards are theirs is not checked"
-    fingerprint = model_fingerprint(folder)
+    fingerprint = model_fingerprint(export)
     if fingerprint != model:
         raise UserError(
-            f"{config.policy.rewards or config.policy.scores}: measured under another model ({model[:12]}) than "
-            f"{folder} ({fingerprint[:12]}); generate and score with this one"
+            f"{policy.rewards or policy.scores}: measured under another model ({model[:12]}) than "
+            f"{export} ({fingerprint[:12]}); generate and score with this one"
         )
     return None

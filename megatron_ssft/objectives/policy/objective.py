@@ -62,16 +62,22 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
         self.mass = 1.0
         """How probable it is that an answer begins with a tag, when the policy was last asked."""
         self._remark: str | None = None
+        self._checked: Path | None = None
         resuming = config.run.checkpoint.continues_in_place
         index = self._stored_index() if resuming else None
         self.planned_iters = config.train_iters if index is None else index.planned_iters
         self.inputs = self._read_inputs()
         if index is not None:
             refuse_other_inputs(self.save, index, self.inputs.fingerprint, config.policy.reference)
-        else:
-            self._remark = on_first_rank(lambda: check_rewards_model(config, self.inputs.model), topology)
         self.forks = Forks(vocabulary.tags)
         self.scorer = CompletionScorer(self.inputs, vocabulary.tags)
+
+    def check_source(self, export: Path) -> None:
+        if export != self._checked:  # looked at once, as all of it is read
+            self._remark = on_first_rank(
+                lambda: check_rewards_model(self.policy, export, self.inputs.model), self.topology
+            )
+            self._checked = export
 
     def _stored_index(self) -> ReferenceIndex:
         """Read by the first rank, whose errors all ranks share."""

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-from msgspec import UNSET
+from typing import TypeVar
 
 from megatron_ssft.config import CheckpointConfig
-from megatron_ssft.errors import UserError, shared_error
-from megatron_ssft.formats.manifest import MANIFEST, Manifest, find_wrong_content, find_wrong_size, read_manifest
-from megatron_ssft.formats.run_folder import REMOVE_ADVICE, STATE, checkpoint_folder, checkpoints_from_newest
-from megatron_ssft.formats.train_state import read_train_state
+from megatron_ssft.errors import DamagedCheckpoint, UserError
+from megatron_ssft.formats.checkpoint_damage import first_sound, outer_damage, pass_over
+from megatron_ssft.formats.manifest import find_wrong_content, read_manifest
+from megatron_ssft.formats.run_folder import checkpoints_from_newest
 from megatron_ssft.parallel.checkpoint.pickle_scan import refuse_unusable
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank
 from megatron_ssft.parallel.topology import Topology
 
+T = TypeVar("T")
 
-def choose_checkpoint(run: Path, checkpoint: CheckpointConfig, topology: Topology) -> int:
-    """Iteration of the checkpoint to load, compared with its manifest. Collective; says what was passed over.
 
-    Raises:
-        UserError: there is none, or a damaged one may not be passed over; the file is named.
-    """
-    candidates = on_first_rank(lambda: checkpoints_from_newest(run), topology)
-    for iteration in candidates:
-        folder = checkpoint_folder(run, iteration)
-        damage = find_damage(folder, topology, by_content=checkpoint.verify_checkpoint)
-        if damage is None:
-            if iteration != candidates[0]:
-                _say(f"going on from {folder}, the newest checkpoint that is not damaged", topology)
-            return iteration
-        if checkpoint.on_damaged_checkpoint == "refuse":
-            older = ", or pass --on-damaged-checkpoint older" if damage.endswith(REMOVE_ADVICE) else ""
-            raise shared_error(damage + older)
-        _say(f"{damage.removesuffix(f'; {REMOVE_ADVICE}')}; passed over (--on-damaged-checkpoint older)", topology)
-    raise shared_error(f"--load {run}: every checkpoint is damaged; start afresh with another --save")
+class CheckpointChoice:
+    """The checkpoints that one start takes of its runs, each looked at once. Collective throughout."""
+
+    def __init__(self, checkpoint: CheckpointConfig, topology: Topology) -> None:
+        self._checkpoint = checkpoint
+        self._topology = topology
+        self._candidates: dict[Path, list[int]] = {}
+        """Of a run, from the newest; those that were passed over are left out."""
+        self._chosen: dict[Path, int] = {}
+
+    def of(self, run: Path) -> int:
+        """Iteration of the checkpoint to load, compared with its manifest; says what was passed over.
+
+        Raises:
+            UserError: there is none, or a damaged one may not be passed over; the file is named.
+        """
+        if run not in self._chosen:
+            is_first_look = run not in self._candidates
+            if is_first_look:
+                self._candidates[run] = on_first_rank(lambda: checkpoints_from_newest(run), self._topology)
+            self._chosen[run] = first_sound(
+                run,
+                self._candidates[run],
+                lambda folder: find_damage(folder, self._topology, by_content=self._checkpoint.verify_checkpoint),
+                may_pass_over=self._may_pass_over,
+                say=self._say,
+                damaged_before=not is_first_look,
+            )
+        return self._chosen[run]
+
+    def taken_of(self, run: Path) -> int | None:
+        """The iteration that was chosen for a run; None: none was looked at."""
+        return self._chosen.get(run)
+
+    def load(self, run: Path, work: Callable[[int], T]) -> T:
+        """The result of `work`, which loads the chosen checkpoint; repeated with an older one where that is damaged.
+
+        What no checksum tells, such as NaN that was saved, is found only while it is loaded. Raises UserError.
+        """
+        while True:
+            iteration = self.of(run)
+            try:
+                return work(iteration)
+            except DamagedCheckpoint as error:  # on all ranks alike
+                pass_over(str(error), may_pass_over=self._may_pass_over, say=self._say)
+                del self._chosen[run]
+                self._candidates[run] = [older for older in self._candidates[run] if older < iteration]
+
+    @property
+    def _may_pass_over(self) -> bool:
+        return self._checkpoint.on_damaged_checkpoint == "older"
+
+    def _say(self, text: str) -> None:
+        if self._topology.is_first_rank:
+            print(text, flush=True)
 
 
 def find_damage(folder: Path, topology: Topology, *, by_content: bool) -> str | None:
@@ -43,38 +81,12 @@ def find_damage(folder: Path, topology: Topology, *, by_content: bool) -> str | 
     Args:
         by_content: hash every file, shared out over the ranks; otherwise names, sizes and structure are looked at.
     """
-    damage: str | None = on_first_rank(lambda: _outer_damage(folder), topology)
+    damage: str | None = on_first_rank(lambda: outer_damage(folder, _print), topology)
     if damage is None and by_content:
         damage = next((found for found in gather_json(_own_damage(folder, topology), topology) if found), None)
     if damage is None:
         damage = on_first_rank(lambda: _structural_damage(folder), topology)
     return damage
-
-
-def _outer_damage(folder: Path) -> str | None:
-    """What names, sizes, state and manifest tell."""
-    try:
-        state = read_train_state(folder / STATE)
-        manifest = read_manifest(folder)
-    except UserError as error:
-        return str(error)
-    if checkpoint_folder(folder.parent, state.iteration) != folder:
-        return f"{folder / STATE}: is of iteration {state.iteration}; {REMOVE_ADVICE}"
-    if manifest is not None:
-        return find_wrong_size(folder, manifest) or _unlisted(folder, manifest)
-    if state.has_manifest is UNSET:
-        print(
-            f"{folder}: has no checksums (saved by an older version); damage to its numbers cannot be seen", flush=True
-        )
-        return None
-    return f"{folder / MANIFEST}: missing; {REMOVE_ADVICE}"
-
-
-def _unlisted(folder: Path, manifest: Manifest) -> str | None:
-    """A manifest that does not cover what is read vouches for nothing."""
-    needed = [path.name for path in folder.iterdir() if path.suffix == ".distcp" or path.name in (STATE, ".metadata")]
-    absent = next((name for name in needed if name not in manifest.files), None)
-    return None if absent is None else f"{folder / MANIFEST}: damaged: does not list {absent}; {REMOVE_ADVICE}"
 
 
 def _own_damage(folder: Path, topology: Topology) -> str | None:
@@ -97,6 +109,5 @@ def _structural_damage(folder: Path) -> str | None:
     return None
 
 
-def _say(text: str, topology: Topology) -> None:
-    if topology.is_first_rank:
-        print(text, flush=True)
+def _print(text: str) -> None:
+    print(text, flush=True)

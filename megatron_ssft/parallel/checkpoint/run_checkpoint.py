@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from msgspec import structs
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ssft.errors import UserError, reason_of, shared_error
+from megatron_ssft.errors import DamagedCheckpoint, UserError, reason_of, shared_error
 from megatron_ssft.formats.files import publish_folder, write_durably
 from megatron_ssft.formats.jsonl import to_object
 from megatron_ssft.formats.manifest import FileRecord, seal
@@ -110,12 +110,12 @@ def _write_shards(engine: Engine, partial: Path) -> list[WrittenShards]:
     return [msgspec.convert(told, WrittenShards) for told in gather_json(own, engine.topology)]
 
 
-def refuse_nonfinite(engine: Engine, where: str) -> None:
+def refuse_nonfinite(engine: Engine, where: str, advice: str = LOWER_LR) -> None:
     """Raise UserError on every rank where weights or optimizer state hold NaN or infinity. Collective."""
     weight = find_damaged_weight(engine.chunks)
     state = find_damaged_state(engine.optimizer) if engine.is_started else None
     damage = f"weight {weight}" if weight else state and f"optimizer state ({state})"
-    raise_together(damage and f"{where}: {damage} holds NaN or infinity; {LOWER_LR}", engine.topology)
+    raise_together(damage and f"{where}: {damage} holds NaN or infinity; {advice}", engine.topology)
 
 
 def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
@@ -129,7 +129,8 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
     `untie`: the checkpoint's model has tied embeddings, the engine's output head becomes a copy of them.
 
     Raises:
-        UserError: the checkpoint is foreign, damaged, or does not fit the model.
+        DamagedCheckpoint: a shard cannot be read, or a number is NaN or infinite.
+        UserError: the checkpoint is foreign, or does not fit the model.
     """
     on_first_rank(lambda: refuse_unusable(folder), engine.topology)
     sharded = _sharded_state(engine, is_loading=True, weights_only=weights_only)
@@ -144,9 +145,7 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
     except CheckpointException as error:  # torch's, of ranks that failed to read their shards
-        raise UserError(
-            f"{folder}: damaged ({_first_reason(error)}); remove this checkpoint to load an older one"
-        ) from error
+        raise DamagedCheckpoint(f"{folder}: damaged ({_first_reason(error)}); {REMOVE_ADVICE}") from error
     for key, chunk in zip(_chunk_keys(engine), engine.chunks):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
         absent = [name for name in missing if not name.endswith((_ROWS, _EXTRA))]
@@ -158,7 +157,10 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
             engine.optimizer.reload_model_params()
         else:
             _restore_optimizer(engine, folder, state)
-    refuse_nonfinite(engine, f"{folder}: is damaged")
+    try:
+        refuse_nonfinite(engine, f"{folder}: is damaged", REMOVE_ADVICE)
+    except UserError as error:  # of any rank, told to all
+        raise DamagedCheckpoint(str(error)) from error
 
 
 def _restore_optimizer(engine: Engine, folder: Path, state: ShardedState) -> None:
