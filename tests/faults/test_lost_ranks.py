@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
 
 import pytest
 
+from tests.helpers.campaigns import cases, tell
 from tests.helpers.struck_ranks import run_struck
 from tests.helpers.training_runs import BASE, flags, make_rows, write_rows
 
@@ -34,9 +34,7 @@ CASES = [
     ("between steps", 2, DEAD, 2, 3, "step 1, between steps"),
 ]
 """Place, rank, what happens to it at its n-th call there, n, number of ranks, what is said of it."""
-SHARE = min(100, int(os.environ.get("SSFT_FAULTS", 25)))
-CHOSEN = random.Random(16).sample(CASES, max(1, len(CASES) * SHARE // 100))
-"""SSFT_FAULTS=100 tries them all: five minutes on two cores."""
+CHOSEN = random.Random(16).sample(CASES, cases(whole=len(CASES), part=2))
 OF_TORCH = re.compile(r"(\[rank\d+\]:)?\s*\[?[WEIF]\d{4} \d\d:\d\d:\d\d")
 """How a line of torch's own log begins. Where the rank that hosts its store is lost, it warns of that on its own, and
 the level that would silence it hides its other warnings too; so such lines stay, beside the one that is ours."""
@@ -79,3 +77,4 @@ def test_a_stopped_rank_is_missed_during_slow_work_of_another(words, tmp_path):
     ended = run_struck(tmp_path, 3, [*words, "--save", str(tmp_path / "run")], "opening the data", 2, STOPPED)
     assert [each.status for each in ended.values()] == [75, 75], ended
     assert max(each.seconds for each in ended.values()) < LIMIT + LEAVING
+    tell("ranks lost or stuck", 1, f"the others ended within {LIMIT + LEAVING:.0f} s and said who and where")

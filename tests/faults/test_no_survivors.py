@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.distributed import RankFailure, run_ranks
+from tests.helpers.distributed import RankFailure, lead_group, run_ranks
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -90,9 +90,7 @@ module._run = test_no_survivors.run_in_its_place
 
 def run_in_its_place(rank, world_size, port, output, words, strike):
     """As a rank of `run_struck` begins, and then stops."""
-    from tests.helpers import distributed
-
-    getattr(distributed, "lead_group", lambda: None)()
+    lead_group()
     stop_with_a_child(os.path.dirname(output))
 
 
