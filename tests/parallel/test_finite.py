@@ -66,7 +66,7 @@ def step_with_a_bad_microbatch(values, rank, chosen):
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bad_loss_names_the_questions_of_its_microbatch_and_no_other(values, ranks):
-    several = values | {"max_tokens_per_microbatch": 128}
+    several = values | {"max_tokens_per_microbatch": 64}
     several.pop("micro_batch_size")
     results = run_ranks(ranks, step_with_a_bad_microbatch, several, ranks - 1, 1)
     (names,) = [names for _, names in results if names]
