@@ -20,7 +20,7 @@ PLACES = {
     "scoring": ("megatron_ssft.parallel.engine", "Engine._forward"),
     "training": ("megatron_ssft.parallel.engine", "set_hyperparameters"),
     "writing the log": ("megatron_ssft.training.run_log", "RunLog.step"),
-    "saving": ("megatron_ssft.parallel.checkpoint.run_checkpoint", "barrier"),
+    "saving": ("megatron_ssft.parallel.checkpoint.run_checkpoint", "_write_shards"),
     "publishing": ("megatron_ssft.parallel.checkpoint.run_checkpoint", "publish_folder"),
     "ending": ("megatron_ssft.cli.run_training", "destroy_topology"),
 }
