@@ -110,7 +110,9 @@ def _layers_that_fit(config: RunConfig) -> int:
 def _compare(folder: Path, layers: int, ids: list[int], logits: torch.Tensor, new_rows: tuple[int, ...]) -> list[float]:
     """[largest difference, mean difference, share of positions with the same most likely token]"""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of a moment, in the middle of the log
     hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     hf_config.num_hidden_layers = layers
     if getattr(hf_config, "layer_types", None):
