@@ -30,12 +30,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a whole text file in place of the old one. Raises OSError."""
+    """Write a whole text file in place of the old one. Raises OSError, and leaves nothing then."""
     temporary = path.with_name(path.name + ".tmp")
-    with naming(path), open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        sync_file(file)
-    publish_file(temporary, path)
+    try:
+        with naming(path), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            sync_file(file)
+        publish_file(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

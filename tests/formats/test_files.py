@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
+from megatron_ssft.formats import files
 from megatron_ssft.formats.files import new_folder, publish_folder, publish_new_folder, whole_file, write_durably
 
 
@@ -61,3 +64,16 @@ def test_a_new_folder_replaces_none(tmp_path):
     assert names(tmp_path / "d") == ["theirs"] and names(tmp_path / "partial") == ["ours"]
     publish_new_folder(tmp_path / "partial", tmp_path / "new")
     assert names(tmp_path / "new") == ["ours"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    write_durably(path, "old")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "sync_file", full)
+    with pytest.raises(OSError, match="latest"):
+        write_durably(path, "new")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("latest", "old")]
