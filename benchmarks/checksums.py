@@ -35,7 +35,7 @@ def save_unguarded(trainer: Trainer, run: Path) -> None:
     """Save as it would be without checksums and without the search for NaN."""
     with (
         mock.patch.object(writer, "record_of", size_only),
-        mock.patch.object(run_checkpoint, "refuse_nonfinite", lambda engine, where: None),
+        mock.patch.object(run_checkpoint, "find_nonfinite", lambda engine: None),
     ):
         save(trainer, run)
 

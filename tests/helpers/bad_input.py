@@ -116,7 +116,7 @@ def save_poisoned(words, folder):
     trainer = Trainer(config, initialize_topology(config.run))
     trainer.train_step()
     poison(trainer)
-    run_checkpoint.refuse_nonfinite = lambda engine, where: None  # as older versions saved it
+    run_checkpoint.find_nonfinite = lambda engine: None  # as older versions saved it
     run_checkpoint.save_checkpoint(trainer.engine, Path(folder), trainer.iteration, trainer.state())
 
 

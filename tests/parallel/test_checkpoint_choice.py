@@ -96,7 +96,7 @@ def save_ruined(values, run, where):
     else:
         state = next(iter(trainer.engine.optimizer.chained_optimizers[0].optimizer.state.values()))
         state["exp_avg"].view(-1)[1] = math.nan
-    run_checkpoint.refuse_nonfinite = lambda engine, where: None
+    run_checkpoint.find_nonfinite = lambda engine: None
     run_checkpoint.save_checkpoint(trainer.engine, Path(run), 2, trainer.state())
 
 

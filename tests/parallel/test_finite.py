@@ -139,9 +139,9 @@ def load_ruined(values, run):
     for part in trainer.engine.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             state["exp_avg"].view(-1)[0] = math.nan
-    run_checkpoint.refuse_nonfinite, real = lambda engine, where: None, run_checkpoint.refuse_nonfinite
+    run_checkpoint.find_nonfinite, real = lambda engine: None, run_checkpoint.find_nonfinite
     save_checkpoint(trainer.engine, Path(run), 1, trainer.state())
-    run_checkpoint.refuse_nonfinite = real
+    run_checkpoint.find_nonfinite = real
     return error_of(lambda: resume(trainer, Path(run)))
 
 

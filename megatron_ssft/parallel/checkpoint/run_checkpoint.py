@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -61,7 +62,6 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsSta
             nothing is published then.
     """
     folder, topology = checkpoint_folder(run, iteration), engine.topology
-    refuse_nonfinite(engine, f"{folder}: is not saved")
 
     def prepare() -> str:
         # A name of its own: should two jobs write here in spite of the lease, neither publishes the other's shards.
@@ -72,7 +72,11 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsSta
 
     partial = Path(on_first_rank(prepare, topology))
     try:
-        shards = _write_shards(engine, partial)
+        fold_forking_rows(engine.chunks)
+        with ThreadPoolExecutor(1) as looking:  # while the disk is waited for
+            damage = looking.submit(find_nonfinite, engine)
+            shards = _write_shards(engine, partial)
+        _refuse_nonfinite(damage.result(), f"{folder}: is not saved", topology)
 
         def publish() -> None:
             write_durably(partial / STATE, encode_state(structs.replace(state, has_manifest=True)))
@@ -90,7 +94,6 @@ def save_checkpoint(engine: Engine, run: Path, iteration: int, state: WeightsSta
 
 def _write_shards(engine: Engine, partial: Path) -> list[WrittenShards]:
     """Write weights and optimizer; what every rank wrote. Collective."""
-    fold_forking_rows(engine.chunks)
     sharded = _sharded_state(engine, is_loading=False, weights_only=not engine.is_started)
     written: dict[str, FileRecord] = {}
     try:
@@ -110,12 +113,16 @@ def _write_shards(engine: Engine, partial: Path) -> list[WrittenShards]:
     return [msgspec.convert(told, WrittenShards) for told in gather_json(own, engine.topology)]
 
 
-def refuse_nonfinite(engine: Engine, where: str, advice: str = LOWER_LR) -> None:
-    """Raise UserError on every rank where weights or optimizer state hold NaN or infinity. Collective."""
+def find_nonfinite(engine: Engine) -> str | None:
+    """What of this rank holds NaN or infinity, its weights first; None: nothing does."""
     weight = find_damaged_weight(engine.chunks)
-    state = find_damaged_state(engine.optimizer) if engine.is_started else None
-    damage = f"weight {weight}" if weight else state and f"optimizer state ({state})"
-    raise_together(damage and f"{where}: {damage} holds NaN or infinity; {advice}", engine.topology)
+    state = find_damaged_state(engine.optimizer) if engine.is_started and weight is None else None
+    return f"weight {weight}" if weight else state and f"optimizer state ({state})"
+
+
+def _refuse_nonfinite(found: str | None, where: str, topology: Topology, advice: str = LOWER_LR) -> None:
+    """Raise UserError on every rank where one found NaN or infinity. Collective."""
+    raise_together(found and f"{where}: {found} holds NaN or infinity; {advice}", topology)
 
 
 def load_checkpoint(engine: Engine, run: Path, iteration: int, weights_only: bool = False, untie: bool = False) -> None:
@@ -158,7 +165,7 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
         else:
             _restore_optimizer(engine, folder, state)
     try:
-        refuse_nonfinite(engine, f"{folder}: is damaged", REMOVE_ADVICE)
+        _refuse_nonfinite(find_nonfinite(engine), f"{folder}: is damaged", engine.topology, REMOVE_ADVICE)
     except UserError as error:  # of any rank, told to all
         raise DamagedCheckpoint(str(error)) from error
 
