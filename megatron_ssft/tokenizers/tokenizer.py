@@ -100,13 +100,10 @@ def _digest(*parts: str | bytes) -> str:
 class _WithoutControlTokens:
     """What the tokenizers have in common that make no control token of any text, and have no chat template."""
 
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self: Tokenizer, text: str) -> list[int]:
         return self.encode(text)
 
-    def encode_verbatim(self, text: str) -> list[int]:
+    def encode_verbatim(self: Tokenizer, text: str) -> list[int]:
         return self.encode(text)
 
     def control_tokens_in(self, text: str) -> int:
