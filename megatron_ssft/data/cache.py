@@ -29,7 +29,7 @@ import numpy as np
 from megatron_ssft.config import DataConfig
 from megatron_ssft.data.array_file import ArrayFile
 from megatron_ssft.data.examples import read_examples
-from megatron_ssft.data.prompt import tokenize_examples
+from megatron_ssft.data.prompt import TokenizationReport, tokenize_examples
 from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
 from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import sync_file, sync_folder
@@ -47,28 +47,12 @@ _INDEX = "index.json"
 
 
 @dataclass(frozen=True)
-class DataSummary:
-    """Counters of a cache: the fields of ReadReport, overwritten and extended by those of TokenizationReport."""
+class DataSummary(TokenizationReport):
+    """Counters of a cache: those of tokenizing, and what ReadReport counts beside them."""
 
-    questions: int
-    traces: int
     questions_dropped: int
     traces_filtered: int
     traces_sampled_out: int
-    trace_count_histogram: dict[int, int]
-    traces_truncated: int
-    traces_dropped_overlong: int
-    questions_dropped_overlong: int
-    total_tokens: int
-    longest_sequence: int
-    length_quantiles: list[int]
-    traces_repeated: int
-    answers_joined: int
-    questions_without_template: int
-    questions_in_thought: int
-    control_tokens_in_questions: int
-    control_tokens_in_traces: int
-    control_tokens_in_prompts: int
 
 
 @dataclass(frozen=True)
