@@ -8,10 +8,9 @@ import shutil
 import pytest
 
 from tests.helpers.campaigns import cases, tell
-from tests.helpers.checkpoints import train_and_save
+from tests.helpers.checkpoints import train_and_save, values_in
 from tests.helpers.damage import try_damages
 from tests.helpers.distributed import run_ranks
-from tests.helpers.training_runs import BASE, make_rows, write_rows
 
 DAMAGES = 250
 TRIED = cases(whole=DAMAGES, part=40)
@@ -19,12 +18,7 @@ TRIED = cases(whole=DAMAGES, part=40)
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return BASE | {
-        "data_path": [write_rows(folder / "train.jsonl", make_rows())],
-        "data_cache_path": str(folder / "cache"),
-        "make_vocab_size_divisible_by": 8,
-    }
+    return values_in(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ import torch
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.train_state import decode_state
 from tests.helpers.campaigns import tell
-from tests.helpers.checkpoints import build, reseal, train_and_save
+from tests.helpers.checkpoints import build, reseal, train_and_save, values_in
 from tests.helpers.damage import outcome_of_resume
 from tests.helpers.distributed import run_ranks
-from tests.helpers.training_runs import BASE, make_rows, write_rows
 
 REMOVED = object()
 EDITS = [
@@ -71,13 +70,7 @@ FILES = {  # other files of ours whose keys may be missing
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return BASE | {
-        "data_path": [write_rows(folder / "train.jsonl", make_rows())],
-        "data_cache_path": str(folder / "cache"),
-        "make_vocab_size_divisible_by": 8,
-        "matching_interval": 2,
-    }
+    return values_in(tmp_path_factory.mktemp("data")) | {"matching_interval": 2}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from megatron_ssft.formats.manifest import MANIFEST, seal
 from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.topology import initialize_topology
 from megatron_ssft.training.trainer import Trainer
-from tests.helpers.training_runs import assemble, weight_shards
+from tests.helpers.training_runs import BASE, assemble, make_rows, weight_shards, write_rows
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -35,6 +35,15 @@ def state_of(trainer):
         "shards": weight_shards(trainer.engine),
         "iteration": trainer.iteration,
         "queue": trainer.objective.sets.queue.state_dict(),
+    }
+
+
+def values_in(folder):
+    """Settings of a run whose data lies in a folder, and whose vocabulary fits the tags of `TAG_IDS`."""
+    return BASE | {
+        "data_path": [write_rows(folder / "train.jsonl", make_rows())],
+        "data_cache_path": str(folder / "cache"),
+        "make_vocab_size_divisible_by": 8,
     }
 
 

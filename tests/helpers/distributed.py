@@ -98,14 +98,7 @@ def _collect(pipes, processes, deadline, timeout):
 
 
 def _run(sender, rank, world_size, port, body, args):
-    lead_group()
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    become_rank(rank, world_size, port)
     import torch
 
     torch.set_num_threads(1)
@@ -115,6 +108,18 @@ def _run(sender, rank, world_size, port, body, args):
         outcome = (False, traceback.format_exc())
     sender.send(outcome)
     sender.close()
+
+
+def become_rank(rank, world_size, port):
+    """Let this process be a rank, as a launcher would, in a process group of its own."""
+    lead_group()
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def free_port():

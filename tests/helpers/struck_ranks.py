@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from tests.helpers.distributed import _context, free_port, lead_group, no_survivors
+from tests.helpers.distributed import _context, become_rank, free_port, no_survivors
 
 PLACES = {
     "meeting": ("megatron_ssft.parallel.watch.board", "Board.join"),
@@ -84,14 +84,7 @@ def _wait_until(condition, seconds):
 
 
 def _run(rank, world_size, port, output, words, strike):
-    lead_group()
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    become_rank(rank, world_size, port)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -6,21 +6,13 @@ import shutil
 
 import pytest
 
-from tests.helpers.checkpoints import (
-    train_and_save,
-)
+from tests.helpers.checkpoints import train_and_save, values_in
 from tests.helpers.distributed import run_ranks
-from tests.helpers.training_runs import BASE, make_rows, write_rows
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return BASE | {
-        "data_path": [write_rows(folder / "train.jsonl", make_rows())],
-        "data_cache_path": str(folder / "cache"),
-        "make_vocab_size_divisible_by": 8,
-    }
+    return values_in(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
