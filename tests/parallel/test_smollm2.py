@@ -20,6 +20,8 @@ from tests.helpers.teacher_rows import teacher_rows
 pytestmark = pytest.mark.slow
 TP3 = {"tensor_model_parallel_size": 3}
 PP2 = {"pipeline_model_parallel_size": 2}
+SEQ_LENGTH = 384
+"""Tokens: as many as the longest trace takes, of either data set."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,8 @@ def test_training_starts_where_the_model_stands(model, tmp_path):
     command = [
         *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_ssft.py"],
         *["--load", str(model), "--pipeline-model-parallel-size", "2", "--num-forking-tokens", "6", "--seed", "1"],
-        *["--data-path", str(data), "--trace-filter", "correct=true", "--max-traces", "2", "--seq-length", "256"],
+        *["--data-path", str(data), "--trace-filter", "correct=true", "--max-traces", "2"],
+        *["--seq-length", str(SEQ_LENGTH)],
         *["--micro-batch-size", "2", "--global-batch-size", "4", "--matching-tokens", "16", "--train-iters", "2"],
         *["--lr", "1e-5", "--save", str(run), "--export-hf-at-save"],
     ]
@@ -134,7 +137,7 @@ def mean_nll(folder, run, questions):
             (trace,) = [t for t in kept if t["source"] == source]
             completion = tokenizer.encode(trace["text"], add_special_tokens=False) + [tokenizer.eos_token_id]
             start = prompt + tokenizer.encode(f"<think{tag + 1}>", add_special_tokens=False)
-            ids = (start + completion)[:256]
+            ids = (start + completion)[:SEQ_LENGTH]
             with torch.no_grad():
                 log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             total += [-float(log_p[k - 1, ids[k]]) for k in range(len(start), len(ids))]
