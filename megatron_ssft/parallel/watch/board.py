@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 
@@ -100,10 +99,17 @@ class Board:
         """The places of all ranks."""
         return self.read(list(range(self.world_size)))[0]
 
-    def tell(self, verdict: str) -> None:
-        """Tell all ranks what is wrong with the job, where the store still is."""
-        with contextlib.suppress(RuntimeError):
-            self._store.set("verdict", verdict)
+    def is_first_to_tell(self, verdict: str) -> bool:
+        """Tell all ranks what is wrong with the job. False where another rank has told them already.
+
+        Where the store has gone with its process no rank knows of another's verdict: True.
+        """
+        own = f"[rank {self.rank}] {verdict}"  # told apart from the same words of another rank
+        try:
+            told = self._store.compare_set("verdict", "", own)
+        except RuntimeError:
+            return True
+        return told.decode() == own
 
 
 def _where(ranks: list[int], places: Mapping[int, Place]) -> str:

@@ -220,12 +220,25 @@ class Watch:
         if verdict is not None:
             # The lowest rank that can say it does: its verdict ends this process meanwhile.
             time.sleep(min(board.rank, 1) * 3 * self._beat_seconds + (_GRACE_SECONDS if board.rank > 1 else 0.0))
-            threading.Thread(target=board.tell, args=[verdict], daemon=True).start()
+            if not self._is_mine_to_say(board, verdict):
+                os._exit(LostRank.status)
             sys.stdout.flush()
             print(f"[rank {board.rank}] {verdict}", file=sys.stderr, flush=True)
             # So that the others leave by themselves, without further messages.
             time.sleep(max(_LEAVING_SECONDS, 3 * self._beat_seconds))
         os._exit(LostRank.status)
+
+    def _is_mine_to_say(self, board: Board, verdict: str) -> bool:
+        """Whether no other rank has said it, asked in a thread, since the store may not answer."""
+        first = [True]
+
+        def ask() -> None:
+            first[0] = board.is_first_to_tell(verdict)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_LEAVING_SECONDS)
+        return first[0]
 
     # -- a broken connection -------------------------------------------------------------------------------------
 
