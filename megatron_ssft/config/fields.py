@@ -126,9 +126,12 @@ def add_flag(parser: argparse._ActionsContainer, field: FlagField, negatable: bo
         metavar = "FILE" if field.many and field.kind in (str, Path) else field.kind.__name__.upper()
 
     def read(word: str) -> object:
-        return field.read(word)
+        try:
+            return field.read(word)
+        except ValueError as error:  # argparse itself leaves the reason out
+            kind = getattr(field.flag.read or field.kind, "__name__", "")
+            raise argparse.ArgumentTypeError(f"invalid {kind} value: {word!r}: {error}") from None
 
-    read.__name__ = getattr(field.flag.read or field.kind, "__name__", "")  # argparse: invalid NAME value
     action = (
         # Given twice, the later values join the earlier ones.
         parser.add_argument(name, action="extend", nargs="+", type=read, metavar=metavar, choices=choices, help=text)

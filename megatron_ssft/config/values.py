@@ -38,12 +38,21 @@ def path(text: str) -> str:
     home = os.path.expanduser(text)
     if text.startswith("~") and home == text:
         raise ValueError(f"there is no user {text.split('/')[0][1:]!r}")
-    return home
+    return text_in_utf8(home)
+
+
+def text_in_utf8(text: str) -> str:
+    """The text itself. Raises ValueError where it cannot be written into a file: bytes of another encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("not valid UTF-8; write it so, or rename what it names") from None
+    return text
 
 
 def reader(kind: type, is_path: bool) -> Callable[[str], object]:
     """What turns a word into a value of type `kind`, by raising ValueError where it cannot."""
     if is_path:
         return lambda text: kind(path(text))
-    readers: dict[type, Callable[[str], object]] = {int: integer, float: number}
+    readers: dict[type, Callable[[str], object]] = {int: integer, float: number, str: text_in_utf8}
     return readers.get(kind, kind)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 import yaml
 
+from megatron_ssft.cli import score
 from megatron_ssft.cli.generate import GenerateFlags
 from megatron_ssft.cli.options import parse_options
 from megatron_ssft.config import SSFTConfig
@@ -56,7 +58,8 @@ def test_other_spellings_of_numbers_are_refused(tmp_path, capsys, key, word):
     assert re.match(re.escape(f"{tmp_path}/config.yaml:") + rf"\d+: {key}: ", found)
     with pytest.raises(SystemExit):
         parse_arguments("", SSFTConfig, [*argv(BASE), f"--{key.replace('_', '-')}", word.strip("'")])
-    assert f"argument --{key.replace('_', '-')}: invalid" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"argument --{key.replace('_', '-')}: invalid" in said and ": write a " in said
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,22 @@ def test_home_and_variables_are_replaced(tmp_path, monkeypatch):
     words = ["--data", "~/q.jsonl", "--output", "$RUNS/o", "--model", "m"]
     options = parse_options(GenerateFlags, "", words)
     assert [str(options.data), str(options.output)] == ["/users/her/q.jsonl", "/scratch/ssft/o"]
+
+
+@pytest.mark.parametrize("flag", ["--save", "--load", "--data-path", "--wandb-project", "--forking-token-template"])
+def test_bytes_of_another_encoding_are_refused(flag, capsys):
+    """They come as halves of surrogate pairs, which no file of ours could hold."""
+    word = os.fsdecode(b"caf\xe9")
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments("", SSFTConfig, [flag, word])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{flag}" in message and "not valid UTF-8" in message
+
+
+def test_other_programs_refuse_them_too(capsys):
+    with pytest.raises(SystemExit):
+        score.main([os.fsdecode(b"r\xff.jsonl"), "--data", "q.jsonl", "--verifier", "exact", "--output", "s.jsonl"])
+    assert "not valid UTF-8" in capsys.readouterr().err
 
 
 def test_a_name_with_a_dollar_that_is_there_is_that_file(tmp_path):
