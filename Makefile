@@ -47,7 +47,7 @@ demo: $(TEST_STAMP) ## train on a synthetic set with optimal, random and single 
 test: $(TEST_STAMP) ## run all tests (PYTEST_FLAGS='-m "not slow"' for the fast ones)
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
-faults: $(TEST_STAMP) ## run all campaigns of tests/faults whole: kills, damages, hostile files; half an hour
+faults: $(TEST_STAMP) ## run all campaigns of tests/faults whole: kills, damages, hostile files; a quarter of an hour
 	SSFT_FAULTS=100 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile tests/faults $(PYTEST_FLAGS)
 
 lint: $(DEV_STAMP) ## check style, types and imports of the Python files; Dockerfile and shell scripts
