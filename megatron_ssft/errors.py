@@ -26,6 +26,8 @@ class LostRank(UserError):
 
     status = 75
     """EX_TEMPFAIL of sysexits.h: the same command may go well another time."""
+    is_told: bool = False
+    """Whether another rank has said it, so that this one is to end without a word."""
 
 
 class DamagedCheckpoint(UserError):

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from megatron_ssft.errors import UserError, is_full_disk, reason_of
+from megatron_ssft.errors import LostRank, UserError, is_full_disk, reason_of
 
 GRACE_SECONDS = 3.0
 
@@ -55,6 +55,8 @@ def _report(error: UserError) -> None:
     there after a while (say, the one node without the tokenizer's folder) must say itself what is wrong.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    if isinstance(error, LostRank) and error.is_told:
+        return
     if rank == 0:
         with contextlib.suppress(OSError):  # a full disk may be what the error is about
             sys.stdout.flush()

@@ -62,6 +62,8 @@ class Watch:
         self._rounds = 0
         self._asked_for_all = threading.Event()
         self._ended = threading.Event()
+        self._telling = threading.Lock()
+        """Held for good by the thread that ends this process because of what is wrong with the job."""
         self._joined = threading.Event()
         self._differences = ""
         self._broken: str | None = None
@@ -198,7 +200,7 @@ class Watch:
                 return
             self._places = places
             self._rounds += 1
-            if verdict and not self._ended.is_set():
+            if verdict and not self._ended.is_set() and self._telling.acquire(blocking=False):
                 self._leave(None)
 
     def _look(self) -> None:
@@ -210,23 +212,36 @@ class Watch:
             # A job that was suspended as a whole finds all others silent, and must not hold it against them.
             seconds, last = min(now - last, 2 * self._beat_seconds), now
             verdict = self._judge.look(self._places | {board.rank: self._own_place()}, self._rounds, seconds)
-            if verdict is not None and not self._ended.is_set():
+            if verdict is not None and not self._ended.is_set() and self._telling.acquire(blocking=False):
                 self._leave(verdict)
 
     def _leave(self, verdict: str | None) -> None:
-        """End this process at once; its main thread may be in a collective that never returns."""
+        """End this process at once, and say why if no other rank does.
+
+        Its main thread may be in a collective that never returns.
+        """
         board = self._board
         assert board is not None
-        if verdict is not None:
-            # The lowest rank that can say it does: its verdict ends this process meanwhile.
-            time.sleep(min(board.rank, 1) * 3 * self._beat_seconds + (_GRACE_SECONDS if board.rank > 1 else 0.0))
-            if not self._is_mine_to_say(board, verdict):
-                os._exit(LostRank.status)
-            sys.stdout.flush()
-            print(f"[rank {board.rank}] {verdict}", file=sys.stderr, flush=True)
-            # So that the others leave by themselves, without further messages.
+        is_mine = False
+        try:
+            if verdict is not None:
+                # The lowest rank that can say it does: its verdict ends this process meanwhile.
+                time.sleep(min(board.rank, 1) * 3 * self._beat_seconds + (_GRACE_SECONDS if board.rank > 1 else 0.0))
+                is_mine = self._is_mine_to_say(board, verdict)
+            if is_mine:
+                sys.stdout.flush()
+                print(f"[rank {board.rank}] {verdict}", file=sys.stderr, flush=True)
+            self._let_others_read(board, is_mine)
+        finally:  # also where nobody reads what is printed
+            os._exit(LostRank.status)
+
+    def _let_others_read(self, board: Board, is_mine: bool) -> None:
+        """Stay so long that the others leave by themselves, without further messages.
+
+        Whoever tells them stays, and the first rank, whose process may hold the store that they read it from.
+        """
+        if is_mine or board.rank == 0:
             time.sleep(max(_LEAVING_SECONDS, 3 * self._beat_seconds))
-        os._exit(LostRank.status)
 
     def _is_mine_to_say(self, board: Board, verdict: str) -> bool:
         """Whether no other rank has said it, asked in a thread, since the store may not answer."""
@@ -257,9 +272,17 @@ class Watch:
         except RuntimeError as error:
             if self._board is None or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
                 raise
-            lost = self._lost(self._board, error)
-            self.stop(early=True)
-            raise lost from error
+            if not self._telling.acquire(blocking=False):
+                threading.Event().wait()  # for the end of this process, which the other thread brings about
+            raise self._told(self._board, self._lost(self._board, error)) from error
+
+    def _told(self, board: Board, lost: LostRank) -> LostRank:
+        """Leave with this error, and have it told by one rank."""
+        self.stop(early=True)
+        if not lost.shared:
+            lost.is_told = not self._is_mine_to_say(board, str(lost))
+            self._let_others_read(board, not lost.is_told)
+        return lost
 
     def _lost(self, board: Board, error: RuntimeError) -> LostRank:
         """Who is missing, as the next signs of life tell."""
