@@ -17,12 +17,10 @@ SEEN_SECONDS = 70.0
 _LOOK_SECONDS = 0.2
 
 
-def require_shared(folder: Path, topology: Topology, flag: str, seconds: float = SEEN_SECONDS) -> None:
+def require_shared(folder: Path, topology: Topology, flag: str) -> None:
     """Raise UserError on every rank unless each reads what the first writes into the folder. Collective.
 
-    Args:
-        flag: by which the folder was given, for messages.
-        seconds: how long a file may take to be seen from another node.
+    `flag`: by which the folder was given, for messages.
     """
     # The ending lets the next start remove it after a kill.
     nonce, name = on_first_rank(lambda: [secrets.token_hex(16), f".seen.{secrets.token_hex(4)}.tmp"], topology)
@@ -40,7 +38,7 @@ def require_shared(folder: Path, topology: Topology, flag: str, seconds: float =
         probe.unlink(missing_ok=True)
 
     on_first_rank(write, topology)
-    seen = [socket.gethostname(), _reads(probe, nonce, seconds)]
+    seen = [socket.gethostname(), _reads(probe, nonce)]
     told = gather_json(seen, topology)
     on_first_rank(remove, topology)
     blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(told) if not sees]
@@ -54,8 +52,8 @@ def require_shared(folder: Path, topology: Topology, flag: str, seconds: float =
     raise_together(problem, topology)
 
 
-def _reads(path: Path, text: str, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
+def _reads(path: Path, text: str) -> bool:
+    deadline = time.monotonic() + SEEN_SECONDS
     while True:
         with contextlib.suppress(OSError):
             if path.read_text(encoding="ascii", errors="replace") == text:

@@ -23,16 +23,14 @@ class WrittenShards(Struct, frozen=True, kw_only=True):
     files: dict[str, FileRecord]
 
 
-def complete_shards(
-    folder: Path, shards: Sequence[WrittenShards], seconds: float = SEEN_SECONDS
-) -> dict[str, FileRecord]:
+def complete_shards(folder: Path, shards: Sequence[WrittenShards]) -> dict[str, FileRecord]:
     """The files of all ranks, which stand in the folder as they were written; waits for them as long as that may take.
 
     Raises:
         UserError: one is not there (ranks that write to a disk of their own node, mostly), or the metadata names a
             shard that nobody wrote.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SEEN_SECONDS
     files: dict[str, FileRecord] = {}
     for rank, told in enumerate(shards):
         for name, record in told.files.items():
