@@ -29,7 +29,10 @@ def integer(text: str) -> int:
 
 
 def path(text: str) -> str:
-    """The path with ~ and $VARIABLES replaced, unless it names a file as it stands. Raises ValueError."""
+    """The path with ~ and $VARIABLES replaced, unless it names a file as it stands. Raises ValueError.
+
+    What a run records are paths from the root, so the working folder has to be one that can be written down, too.
+    """
     if "$" in text and not os.path.exists(text):
         text = os.path.expandvars(text)
         unset = _VARIABLE.search(text)
@@ -38,7 +41,14 @@ def path(text: str) -> str:
     home = os.path.expanduser(text)
     if text.startswith("~") and home == text:
         raise ValueError(f"there is no user {text.split('/')[0][1:]!r}")
-    return text_in_utf8(home)
+    text_in_utf8(home)
+    try:
+        text_in_utf8(os.path.abspath(home))
+    except FileNotFoundError:
+        raise ValueError("seen from a working folder that is gone; go to another one") from None
+    except ValueError:
+        raise ValueError("seen from a working folder whose name is not valid UTF-8; go to another one") from None
+    return home
 
 
 def text_in_utf8(text: str) -> str:

@@ -136,6 +136,29 @@ def test_bytes_of_another_encoding_are_refused(flag, capsys):
     assert ended.value.code == 2 and f"{flag}" in message and "not valid UTF-8" in message
 
 
+@pytest.mark.parametrize("text", ['wandb_project: "a\\ud800"', 'save: "a\\ud800"', 'data_path: ["a\\udce9.jsonl"]'])
+def test_half_a_surrogate_pair_in_a_file_is_refused(tmp_path, text):
+    """As YAML can spell it."""
+    found = refusal(lambda: from_file(tmp_path, text))
+    assert re.match(re.escape(f"{tmp_path}/config.yaml:1: ") + r".*not valid UTF-8", found)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_relative_path_needs_a_working_folder_that_can_be_written_down(tmp_path, monkeypatch, capsys, gone):
+    """A run's own configuration holds paths from the root: it could not be read again."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    if gone:
+        folder.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments("", SSFTConfig, argv(data_path="/d.jsonl") + ["--save", "run"])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and "--save" in message and "working folder" in message
+    config, *_ = parse_arguments("", SSFTConfig, argv(data_path="/d.jsonl") + ["--save", str(tmp_path / "run")])
+    assert config.run.checkpoint.save == str(tmp_path / "run")
+
+
 def test_other_programs_refuse_them_too(capsys):
     with pytest.raises(SystemExit):
         score.main([os.fsdecode(b"r\xff.jsonl"), "--data", "q.jsonl", "--verifier", "exact", "--output", "s.jsonl"])
