@@ -27,7 +27,7 @@ class LostRank(UserError):
     status = 75
     """EX_TEMPFAIL of sysexits.h: the same command may go well another time."""
     is_told: bool = False
-    """Whether another rank has said it, so that this one is to end without a word."""
+    """Whether a rank has said it, this one or another, so that the program is to end without a further word."""
 
 
 class DamagedCheckpoint(UserError):

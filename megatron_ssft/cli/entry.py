@@ -52,7 +52,8 @@ def _report(error: UserError) -> None:
     """Print on the first rank; on another only if it seems to be alone with its error.
 
     Most errors meet all ranks, and the launcher ends the others as soon as the first has spoken. A rank that is still
-    there after a while (say, the one node without the tokenizer's folder) must say itself what is wrong.
+    there after a while (say, the one node without the tokenizer's folder) must say itself what is wrong. Of a lost rank
+    the watch may have told already.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     if isinstance(error, LostRank) and error.is_told:

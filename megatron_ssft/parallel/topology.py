@@ -179,8 +179,15 @@ def job_peak_flops(config: RunConfig, topology: Topology) -> float | None:
 def destroy_topology() -> None:
     """Leave all groups; called once at a regular end, by all ranks."""
     while _open:
-        watch, control_group = _open.pop()
-        dist.barrier(group=control_group)  # the store of the signs of life goes with the first rank
+        watch, control_group = _open[-1]  # stays there, for `explaining`
+        with watch.phase("ending"):
+            _wait_for_all(watch, control_group)  # the store of the signs of life goes with the first rank
         watch.stop()
+        _open.pop()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _wait_for_all(watch: Watch, control_group: dist.ProcessGroup) -> None:
+    with watch.waiting():
+        dist.barrier(group=control_group)

@@ -21,6 +21,9 @@ LEAVING = 20.0
 STOPPED, DEAD, STUCK = signal.SIGSTOP, signal.SIGKILL, 0
 CASES = [
     ("meeting", 1, STOPPED, 1, 2, None),
+    ("meeting", 2, STOPPED, 1, 3, None),
+    ("meeting", 1, DEAD, 1, 3, None),
+    ("joining the groups", 2, DEAD, 1, 3, "starting"),
     ("reading the data", 0, STOPPED, 1, 2, "starting"),
     ("building the model", 1, STOPPED, 1, 2, "starting"),
     ("between steps", 1, STOPPED, 3, 2, "step 2, between steps"),
@@ -32,6 +35,10 @@ CASES = [
     ("saving", 1, STOPPED, 1, 2, "step 2, saving a checkpoint"),
     ("publishing", 0, STOPPED, 1, 2, "step 2, saving a checkpoint"),
     ("between steps", 2, DEAD, 2, 3, "step 1, between steps"),
+    ("training", 0, DEAD, 3, 3, "step 3, training"),
+    ("ending", 1, DEAD, 1, 2, "step 6, ending"),
+    ("ending", 0, STOPPED, 1, 2, "step 6, ending"),
+    ("ending", 2, DEAD, 1, 3, "step 6, ending"),
 ]
 """Place, rank, what happens to it at its n-th call there, n, number of ranks, what is said of it."""
 CHOSEN = random.Random(16).sample(CASES, cases(whole=len(CASES), part=2))

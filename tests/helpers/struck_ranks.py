@@ -22,7 +22,7 @@ PLACES = {
     "writing the log": ("megatron_ssft.training.run_log", "RunLog.step"),
     "saving": ("megatron_ssft.parallel.checkpoint.run_checkpoint", "_write_shards"),
     "publishing": ("megatron_ssft.parallel.checkpoint.run_checkpoint", "publish_folder"),
-    "ending": ("megatron_ssft.cli.run_training", "destroy_topology"),
+    "ending": ("megatron_ssft.parallel.topology", "_wait_for_all"),
 }
 """Place -> (module, function) that is struck in it."""
 

@@ -13,6 +13,8 @@ from megatron_ssft.parallel.watch.judgement import Place, ranks_text
 Facts = Mapping[str, str]
 """What has to be the same on every rank, by name."""
 _POLL_SECONDS = 0.05
+_POLLS_PER_LOOK = 10
+"""How often the ranks look, while they wait for each other, whether one of them has given up."""
 _SHOWN = 20
 """Differences that a refusal shows."""
 
@@ -32,7 +34,7 @@ class Board:
     def join(self, place: Place, facts: Facts) -> str:
         """Wait until all ranks are here, and compare what they have to agree on; what differs, in words, or "".
 
-        Raises ConnectionAbortedError where the board was closed meanwhile.
+        Raises ConnectionAbortedError where the board was closed meanwhile, or a rank has told that one is missing.
         """
         if self.rank == 0:
             self._store.set("verdict", "")
@@ -65,10 +67,15 @@ class Board:
             self._store.set(f"{what} is complete", "")
 
     def _wait(self, key: str) -> None:
+        polls = 0
         while not self._store.check([key]):
-            if self.is_closed:
+            polls += 1
+            if self.is_closed or (polls % _POLLS_PER_LOOK == 0 and self._is_told()):
                 raise ConnectionAbortedError
             time.sleep(_POLL_SECONDS)
+
+    def _is_told(self) -> bool:
+        return self._store.check(["verdict"]) and self._store.get("verdict") != b""
 
     def _differences(self, expected: Facts) -> str:
         raw = self._store.multi_get([f"differs {rank}" for rank in range(self.world_size)])

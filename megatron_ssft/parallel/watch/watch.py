@@ -118,8 +118,7 @@ class Watch:
         self._run(self._talk, facts)
         if not self._joined.wait(self._silence):
             absent = self._absent()
-            self.stop()
-            raise LostRank(f"not all ranks are here after {duration(self._silence)}: {absent}")
+            raise self._told(self._board, LostRank(f"not all ranks are here after {duration(self._silence)}: {absent}"))
         if self._broken is not None:
             self.stop()
             raise LostRank(f"{self._store} went while the ranks met ({self._broken}): rank 0 or its launcher ended")
@@ -180,6 +179,8 @@ class Watch:
             self._differences = board.join(self._own_place(), facts)
             self._places, _ = board.read([0])
         except ConnectionAbortedError:
+            if not self._ended.is_set() and self._telling.acquire(blocking=False):
+                self._leave(None)
             return
         except RuntimeError as error:
             self._broken = str(error).strip().splitlines()[0]
@@ -222,20 +223,25 @@ class Watch:
         """
         board = self._board
         assert board is not None
-        is_mine = False
         try:
             if verdict is not None:
                 # The lowest rank that can say it does: its verdict ends this process meanwhile.
                 time.sleep(min(board.rank, 1) * 3 * self._beat_seconds + (_GRACE_SECONDS if board.rank > 1 else 0.0))
-                is_mine = self._is_mine_to_say(board, verdict)
-            if is_mine:
-                sys.stdout.flush()
-                print(f"[rank {board.rank}] {verdict}", file=sys.stderr, flush=True)
-            self._let_others_read(board, is_mine)
+                self._say(board, verdict)
+            else:
+                self._let_others_read(board)
         finally:  # also where nobody reads what is printed
             os._exit(LostRank.status)
 
-    def _let_others_read(self, board: Board, is_mine: bool) -> None:
+    def _say(self, board: Board, verdict: str) -> None:
+        """Print a verdict, unless another rank has told one; returns when this process may end."""
+        is_mine = self._is_mine_to_say(board, verdict)
+        if is_mine:
+            sys.stdout.flush()
+            print(f"[rank {board.rank}] {verdict}", file=sys.stderr, flush=True)
+        self._let_others_read(board, is_mine)
+
+    def _let_others_read(self, board: Board, is_mine: bool = False) -> None:
         """Stay so long that the others leave by themselves, without further messages.
 
         Whoever tells them stays, and the first rank, whose process may hold the store that they read it from.
@@ -244,7 +250,10 @@ class Watch:
             time.sleep(max(_LEAVING_SECONDS, 3 * self._beat_seconds))
 
     def _is_mine_to_say(self, board: Board, verdict: str) -> bool:
-        """Whether no other rank has said it, asked in a thread, since the store may not answer."""
+        """Whether no other rank has said it, asked in a thread, since the store may not answer.
+
+        Then no rank hears another: the second one says it, and the launcher ends the others before they do.
+        """
         first = [True]
 
         def ask() -> None:
@@ -253,6 +262,8 @@ class Watch:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(_LEAVING_SECONDS)
+        if asking.is_alive() and board.rank > 1:
+            time.sleep(_GRACE_SECONDS)
         return first[0]
 
     # -- a broken connection -------------------------------------------------------------------------------------
@@ -277,11 +288,11 @@ class Watch:
             raise self._told(self._board, self._lost(self._board, error)) from error
 
     def _told(self, board: Board, lost: LostRank) -> LostRank:
-        """Leave with this error, and have it told by one rank."""
+        """Leave with this error, and see to it that one rank says it."""
         self.stop(early=True)
         if not lost.shared:
-            lost.is_told = not self._is_mine_to_say(board, str(lost))
-            self._let_others_read(board, not lost.is_told)
+            self._say(board, str(lost))
+            lost.is_told = True
         return lost
 
     def _lost(self, board: Board, error: RuntimeError) -> LostRank:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from megatron_ssft.cli.entry import run_command
 from megatron_ssft.errors import LostRank
 from megatron_ssft.parallel.watch import watch as module
 from megatron_ssft.parallel.watch.board import Board
@@ -64,16 +65,15 @@ class RankWatch(Watch):
         self._threads[-1].watch = self
 
 
-def break_connection(watch, told):
-    """The main thread's collective breaks, in a thread; `told` gets the error it ends with if it is to be printed."""
+def break_connection(watch, left):
+    """The main thread's collective breaks, in a thread; `left` gets the error that it ends with."""
 
     def main():
         try:
             with watch.explaining():
                 raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
         except LostRank as error:
-            if not error.shared and not error.is_told:
-                told.append(str(error))
+            left.append(error)
 
     thread = threading.Thread(target=main, daemon=True)
     thread.start()
@@ -97,14 +97,14 @@ def wait_for(condition, seconds=15.0):
 def test_a_connection_that_breaks_while_the_rank_tells_adds_nothing(job, capfd, rank):
     """As where the lost rank ends as soon as it reads the verdict: its neighbour's collective breaks then."""
     watches, ends = job
-    told = []
+    left = []
     watches[rank].verdict = VERDICT
     wait_for(lambda: watches[rank]._telling.locked())
-    main = break_connection(watches[rank], told)
+    main = break_connection(watches[rank], left)
     wait_for(lambda: len(ends) >= RANKS - 1 and rank in dict(ends))
     main.join(1.0)
     assert main.is_alive(), "the process would end before it has told"
-    assert told == []
+    assert left == []
     assert lines(capfd) == [f"[rank {rank}] {VERDICT}"]
     assert {status for _, status in ends} == {LostRank.status}
 
@@ -112,30 +112,31 @@ def test_a_connection_that_breaks_while_the_rank_tells_adds_nothing(job, capfd, 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_verdict_while_a_broken_connection_is_explained_adds_nothing(job, capfd, rank):
     watches, ends = job
-    told = []
-    main = break_connection(watches[rank], told)
+    left = []
+    main = break_connection(watches[rank], left)
     wait_for(lambda: watches[rank]._telling.locked())
     watches[rank].verdict = VERDICT
     main.join(15.0)
+    said = lines(capfd)
     if rank == 0:
-        assert len(told) == 1
-        assert told[0].startswith("a connection between ranks broke")
+        assert len(said) == 1 and said[0].startswith("[rank 0] a connection between ranks broke")
+        assert left[0].is_told
     else:  # left to the first rank that is alive
-        assert told == []
-    assert lines(capfd) == []
+        assert said == []
+        assert left[0].shared
     assert all(end[0] != rank for end in ends)
 
 
 def test_the_main_thread_of_one_rank_and_the_verdict_of_another_are_told_once(job, capfd):
     watches, ends = job
-    told = []
+    left = []
     watches[1].verdict = VERDICT
-    watches[0].verdict = None
     wait_for(lambda: watches[1]._telling.locked())
-    main = break_connection(watches[0], told)
+    main = break_connection(watches[0], left)
     main.join(15.0)
     wait_for(lambda: 1 in dict(ends))
-    assert len(told) + len(lines(capfd)) == 1
+    assert left[0].is_told
+    assert len(lines(capfd)) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -144,6 +145,20 @@ def test_the_process_that_may_hold_the_store_ends_after_those_that_read_from_it(
     watches[rank].verdict = VERDICT
     wait_for(lambda: len(ends) == RANKS)
     assert [end[0] for end in ends].index(0) >= RANKS - 2  # the one that tells stays as long
+
+
+def test_where_the_store_does_not_answer_the_second_rank_is_gone_before_others_say_it(job, capfd, monkeypatch):
+    """With it ends its job: launchers end the ranks that are left."""
+    watches, ends = job
+    monkeypatch.setattr(Board, "is_first_to_tell", lambda board, verdict: threading.Event().wait(60))
+    for rank in (1, 2, 3):
+        watches[rank].verdict = VERDICT
+    wait_for(lambda: ends)
+    threading.Event().wait(1.5)  # what a launcher needs
+    assert ends == [(1, LostRank.status)]
+    assert lines(capfd) == [f"[rank 1] {VERDICT}"]
+    wait_for(lambda: len(ends) == 3)
+    assert capfd.readouterr().err.count(VERDICT) == 2  # nobody ended them
 
 
 def test_an_output_that_nobody_reads_does_not_keep_the_process(job, monkeypatch):
@@ -159,3 +174,14 @@ def test_an_output_that_nobody_reads_does_not_keep_the_process(job, monkeypatch)
     monkeypatch.setattr(module.sys, "stderr", Closed())
     watches[1].verdict = VERDICT
     wait_for(lambda: 1 in dict(ends))
+
+
+def test_what_was_told_is_not_printed_by_the_program_too(capsys):
+    error = LostRank("lost rank 9")
+    error.is_told = True
+
+    def main():
+        raise error
+
+    assert run_command(main) == LostRank.status
+    assert capsys.readouterr().err == ""
