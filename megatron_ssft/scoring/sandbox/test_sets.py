@@ -27,8 +27,10 @@ _FAILS = ("assert", "fail", "raise", "exit", "expect", "verify")
 """Parts of the names of functions that tests fail by, like assertEqual or numpy's assert_allclose."""
 _BY_NAME = {"eval", "exec", "globals", "locals", "vars", "getattr", "__import__"}
 """Functions that may call others which are not named in the text."""
-_HOOKS = ("setUpModule", "tearDownModule", "load_tests", "setup_module", "teardown_module")
-_HOOKS += ("setup_function", "teardown_function")
+_HOOKS = (
+    *("setUpModule", "tearDownModule", "load_tests", "setup_module", "teardown_module"),
+    *("setup_function", "teardown_function"),
+)
 _NEEDS_FOLDERS = {"tmp_path", "tmp_path_factory", "tmpdir", "tmpdir_factory", "pytester", "testdir"}
 """pytest's fixtures that make folders, which nothing in the sandbox can."""
 

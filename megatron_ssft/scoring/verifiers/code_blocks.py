@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,7 +87,9 @@ def _is_plain_program(block: Block) -> bool:
 def _is_program(source: str) -> bool:
     """Whether there is a statement in it other than values; in what is not Python, a line that begins like one."""
     try:
-        statements = ast.parse(source).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the model's text
+            statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return _STATEMENT.search(source) is not None
     values = (ast.Constant, ast.Name, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.UnaryOp, ast.BinOp, ast.Compare)

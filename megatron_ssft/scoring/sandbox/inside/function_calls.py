@@ -148,7 +148,7 @@ class _Connection:
             return value, error, changes
         except (
             *(EOFError, OSError, ValueError, TypeError, AttributeError, ImportError),
-            *(LookupError, ArithmeticError, RecursionError),
+            *(LookupError, ArithmeticError, RecursionError, MemoryError),
         ) as problem:
             self._is_gone = True
             raise SolutionGone from problem

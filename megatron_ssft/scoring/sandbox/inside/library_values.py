@@ -49,10 +49,9 @@ def named_tuple_parts(value: tuple[object, ...]) -> list[object] | None:
 
 def rebuild_named_tuple(name: str, fields: list[str], items: list[object]) -> tuple[object, ...]:
     """Make a type of these fields and its instance; an ordinary tuple where the names are no names."""
-    import collections
-
+    make: Any = importlib.import_module("collections").namedtuple
     try:
-        kind: Any = collections.namedtuple(str(name), [str(field) for field in fields])
+        kind = make(str(name), [str(field) for field in fields])
     except ValueError:
         return tuple(items)
     return kind(*items)
@@ -90,8 +89,8 @@ def _default_parts(value: Any) -> list[object]:
 
 
 def _build_default(kind: Any, factory: object, items: list[Any]) -> object:
-    known = {known.__name__: known for known in _FACTORIES}
-    return kind(known.get(factory), items)
+    known = [known for known in _FACTORIES if known.__name__ == factory]
+    return kind(known[0] if known else None, items)
 
 
 def _clock(value: Any) -> list[object]:

@@ -136,7 +136,8 @@ class _Runner:
 
     def _run_classes(self) -> None:
         for kind in _classes_of(self._module):
-            if not _is_test_case(kind) and kind.__name__.startswith("Test") and kind.__init__ is object.__init__:
+            has_constructor = any("__init__" in vars(base) for base in kind.__mro__[:-1])
+            if kind.__name__.startswith("Test") and not _is_test_case(kind) and not has_constructor:
                 _run_class(kind)
 
     def _run_test_cases(self) -> None:
