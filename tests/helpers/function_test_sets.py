@@ -190,6 +190,11 @@ from my_module import order as o
 def test_it():
     assert o([2, 1]) == [1, 2]
 """,
+    "import inside a test": """
+def test_it():
+    from my_module import order
+    assert order([2, 1]) == [1, 2]
+""",
     "import of the module": """
 import my_module as m
 def test_it():
@@ -241,6 +246,32 @@ class Order(unittest.TestCase):
 """,
 }
 """Each lets RIGHT pass, and neither WRONG nor a solution that is not there."""
+
+PRINTS = {
+    "redirected": """
+import contextlib, io
+text = io.StringIO()
+with contextlib.redirect_stdout(text):
+    show(3)
+assert text.getvalue() == '3\\n'
+""",
+    "patched": """
+import io, unittest
+from unittest.mock import patch
+class Show(unittest.TestCase):
+    @patch('sys.stdout', new_callable=io.StringIO)
+    def test_it(self, stdout):
+        show(4)
+        self.assertEqual(stdout.getvalue().strip(), '4')
+""",
+    "captured": """
+import pytest
+def test_it(capsys):
+    show(5)
+    assert capsys.readouterr().out == '5\\n'
+""",
+}
+"""Tests of a function `show(x)`, which prints x and returns nothing."""
 
 LENIENT = {
     "catches everything": """
@@ -327,7 +358,7 @@ try:
 except AssertionError:
     print('failed')
 """,
-        "drops its failures, which line 1 catches",
+        "drops its failures, which line 2 catches",
     ),
     "an argument that nothing gives": (
         """
@@ -382,6 +413,37 @@ def test_it(tmp_path):
     assert order([]) == []
 """,
         "'tmp_path'",
+    ),
+    "a replaced input": (
+        """
+from unittest.mock import patch
+with patch('builtins.input', return_value='3'):
+    assert order([]) == []
+""",
+        "replace 'builtins.input', but the function runs in a process of its own",
+    ),
+    "another standard input": (
+        """
+import sys, io
+sys.stdin = io.StringIO('3')
+assert order([]) == []
+""",
+        "replace sys.stdin",
+    ),
+    "a relative import": (
+        """
+from .sorting import order
+assert order([]) == []
+""",
+        "package of their own",
+    ),
+    "a library that a test imports": (
+        """
+def test_it():
+    import no_such_library
+    assert no_such_library.sort(order([1]))
+""",
+        "no_such_library",
     ),
     "doctests": (
         """

@@ -8,7 +8,7 @@ from megatron_ssft.scoring.sandbox.function_tests import run_function_tests
 from megatron_ssft.scoring.sandbox.programs import Limits
 from megatron_ssft.scoring.verifiers import code
 from megatron_ssft.scoring.verifiers.common import UnusableQuestion
-from tests.helpers.function_test_sets import LENIENT, RIGHT, SETS, UNUSABLE, WRONG
+from tests.helpers.function_test_sets import LENIENT, PRINTS, RIGHT, SETS, UNUSABLE, WRONG
 
 ABSENT = {"no Python": "this is not Python (", "another name": "def sort(x):\n    return sorted(x)", "blank": "\n"}
 
@@ -23,6 +23,13 @@ def test_sets_tell_right_from_wrong(name):
     assert verdict_of(RIGHT, SETS[name]) == "correct"
     assert verdict_of(WRONG, SETS[name]) == "wrong"
     assert verdict_of(ABSENT["no Python"], SETS[name]) == "crash: SyntaxError"
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_sets_see_what_the_function_prints(name):
+    assert verdict_of("def show(x):\n    print(x)", PRINTS[name], "show") == "correct"
+    assert verdict_of("def show(x):\n    print(x + 1)", PRINTS[name], "show") == "wrong"
+    assert verdict_of("def show(x):\n    return x", PRINTS[name], "show") == "wrong"
 
 
 @pytest.mark.parametrize("absence", ABSENT)

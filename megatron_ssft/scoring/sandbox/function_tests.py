@@ -52,6 +52,7 @@ def run_function_tests(
             "entry_point": entry_point,
             "requests": requests.fileno(),
             "replies": replies_in.fileno(),
+            "returns_output": plan["output"],
         }
         solution = start(solution_task, (requests, replies_in))
         tests_task: Task = {

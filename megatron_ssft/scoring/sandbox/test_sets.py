@@ -8,19 +8,20 @@ calls the function, or nothing that runs can fail; so they are if no solution co
 from __future__ import annotations
 
 import ast
-import builtins
 import functools
-import importlib.machinery
 import symtable
-import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 
 from megatron_ssft.scoring.sandbox.inside.specification import TestPlan
 from megatron_ssft.scoring.sandbox.long_integers import any_integer_length
+from megatron_ssft.scoring.sandbox.test_needs import (
+    Imports,
+    UnusableTests,
+    check_names,
+    check_replacements,
+    looks_at_output,
+)
 
-SOLUTION_MODULE = "solution"
-"""Tests can import the function from a module of this name."""
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _FAILS = ("assert", "fail", "raise", "exit", "expect", "verify")
@@ -35,10 +36,6 @@ _NEEDS_FOLDERS = {"tmp_path", "tmp_path_factory", "tmpdir", "tmpdir_factory", "p
 """pytest's fixtures that make folders, which nothing in the sandbox can."""
 
 
-class UnusableTests(ValueError):
-    """The tests cannot tell right from wrong; the text says why, without the place."""
-
-
 @functools.lru_cache(maxsize=256)
 def read_test_set(code: str, entry_point: str) -> TestPlan:
     """Plan what runs. Raises UnusableTests for tests that prove nothing, or that no solution could pass."""
@@ -49,9 +46,11 @@ def read_test_set(code: str, entry_point: str) -> TestPlan:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UnusableTests(f"'code' of 'tests' is not valid Python: {error}") from error
     name = entry_point.rpartition(".")[2]
-    tests = _Tests(tree, name)
-    tests.check_imports()
-    _check_names(tree, table, name)
+    imports = Imports(tree, name)
+    imports.check()
+    check_names(tree, table, name)
+    check_replacements(tree)
+    tests = _Tests(tree, name, imports)
     plan = tests.plan()
     tests.check_proof(plan, table)
     return plan
@@ -60,51 +59,14 @@ def read_test_set(code: str, entry_point: str) -> TestPlan:
 class _Tests:
     """The tests' tree, split into what runs at once and what must be called."""
 
-    def __init__(self, tree: ast.Module, name: str) -> None:
+    def __init__(self, tree: ast.Module, name: str, imports: Imports) -> None:
         self._name = name
         self._tree = tree
+        self._imports = imports
         self._definitions: dict[str, list[_Definition]] = {}
         self._executed = list(_executed(tree.body, self._definitions))
         """Nodes that run when the module does."""
-        imports = [node for node in self._executed if isinstance(node, (ast.Import, ast.ImportFrom))]
-        self._uses_pytest = any(_roots(node) & {"pytest"} for node in imports)
-        self._uses_unittest = any(_roots(node) & {"unittest"} for node in imports)
-        self._imports = imports
         self._names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        self.modules = [SOLUTION_MODULE, *sorted(set(self._solution_modules()) - {SOLUTION_MODULE})]
-        """Names under which the tests import the solution."""
-
-    def _solution_modules(self) -> Iterator[str]:
-        """Modules that are not installed and of which nothing but the function is used."""
-        for _, module, used in self._uses_of_modules():
-            if used == {self._name} and "." not in module and not _is_installed(module):
-                yield module
-
-    def _uses_of_modules(self) -> Iterator[tuple[ast.stmt, str, set[str]]]:
-        """Yield each import, its module and the names that the tests use of it."""
-        attributes: dict[str, set[str]] = {}
-        for node in ast.walk(self._tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                attributes.setdefault(node.value.id, set()).add(node.attr)
-        for node in self._imports:
-            if isinstance(node, ast.ImportFrom):
-                yield node, node.module or ".", {alias.name for alias in node.names}
-            else:
-                for alias in node.names:
-                    yield node, alias.name, attributes.get(alias.asname or alias.name, set())
-
-    def check_imports(self) -> None:
-        """Raises UnusableTests for a module that tests need and that programs here do not have."""
-        guarded = {id(part) for node in self._executed if isinstance(node, ast.Try) for part in ast.walk(node)}
-        for node, module, used in self._uses_of_modules():
-            root = module.partition(".")[0]
-            if root == "doctest":
-                raise UnusableTests("'code' of 'tests' has doctests, which are not run; write them as asserts")
-            if module in self.modules:
-                if more := sorted(used - {self._name, "candidate", "*"}):
-                    raise UnusableTests(_more_than_the_function(more[0], self._name))
-            elif id(node) not in guarded and not _is_installed(root):
-                raise UnusableTests(f"the tests import {root!r}, which is not installed here")
 
     def plan(self) -> TestPlan:
         """List what to call. Raises UnusableTests for test functions that nothing here can call."""
@@ -122,12 +84,13 @@ class _Tests:
                     functions.append((name, takes))
             elif name == "check" and not is_called:
                 functions.append((name, bool(self._arguments_of_check(node))))
-        is_pytest = self._uses_pytest and tests_of_pytest
+        is_pytest = self._imports.has("pytest") and tests_of_pytest
         return {
-            "modules": self.modules,
+            "modules": self._imports.modules,
             "functions": [] if is_pytest else functions,
-            "unittest": self._uses_unittest,
+            "unittest": self._imports.has("unittest"),
             "pytest": is_pytest,
+            "output": looks_at_output(self._tree),
         }
 
     def _is_referenced(self, name: str) -> bool:
@@ -142,7 +105,7 @@ class _Tests:
         needed = _required(node)
         if folders := sorted(_NEEDS_FOLDERS & set(needed)):
             raise UnusableTests(f"the test {node.name!r} needs {folders[0]!r}, but there are no folders in the sandbox")
-        if self._uses_pytest or not needed or node.decorator_list:
+        if self._imports.has("pytest") or not needed or node.decorator_list:
             return False
         if is_called:
             return None
@@ -170,7 +133,7 @@ class _Tests:
             needed = _required(method)[0 if is_static else 1 :]
             if folders := sorted(_NEEDS_FOLDERS & set(needed)):
                 raise UnusableTests(f"{node.name}.{method.name} needs {folders[0]!r}; the sandbox has no folders")
-            if needed and not self._uses_pytest and (is_static or not method.decorator_list):
+            if needed and not self._imports.has("pytest") and (is_static or not method.decorator_list):
                 raise UnusableTests(f"{node.name}.{method.name} takes {needed[0]!r}, and nothing gives it; use pytest")
 
     def check_proof(self, plan: TestPlan, table: symtable.SymbolTable) -> None:
@@ -180,7 +143,7 @@ class _Tests:
             raise UnusableTests("the tests are asynchronous, and there are no event loops in the sandbox")
         symbols = table.get_symbols()
         own = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported()}
-        targets = {"candidate"} | ({self._name} - own) | self._aliases() | _BY_NAME
+        targets = {"candidate"} | ({self._name} - own) | self._imports.aliases | _BY_NAME
         calls = any(takes for _, takes in plan["functions"]) or any(
             (isinstance(node, ast.Name) and node.id in targets)
             or (isinstance(node, ast.Attribute) and node.attr == self._name)
@@ -199,11 +162,6 @@ class _Tests:
             raise UnusableTests(f"'code' of 'tests' drops its failures, which line {silent[0].lineno} catches")
         if not any(isinstance(node, ast.Return) and node.value for node in returned):
             raise UnusableTests("'code' of 'tests' tests nothing: it has no assert, and nothing else that can fail")
-
-    def _aliases(self) -> set[str]:
-        """Other names that the tests give the function when they import it."""
-        imports = (n for n in self._imports if isinstance(n, ast.ImportFrom) and n.module in self.modules)
-        return {alias.asname for node in imports for alias in node.names if alias.asname}
 
     def _reached(self, called: Iterable[str]) -> list[ast.AST]:
         """All nodes that may run: those of the module, and of what it names, and of what runners call."""
@@ -291,44 +249,4 @@ def _is_idle(statement: ast.stmt) -> bool:
         return getattr(statement.value.func, "id", "") == "print"
     return isinstance(statement, (ast.Pass, ast.Continue, ast.Break)) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    )
-
-
-def _roots(node: ast.Import | ast.ImportFrom) -> set[str]:
-    """The modules, without what follows a dot."""
-    if isinstance(node, ast.ImportFrom):
-        return {(node.module or ".").partition(".")[0]}
-    return {alias.name.partition(".")[0] for alias in node.names}
-
-
-@functools.cache
-def _is_installed(module: str) -> bool:
-    """Whether a program in the sandbox finds the module."""
-    if module in sys.builtin_module_names or module in sys.stdlib_module_names or module == "__future__":
-        return True
-    folders = sorted({sysconfig.get_paths()[name] for name in ("purelib", "platlib")})
-    return importlib.machinery.PathFinder.find_spec(module, folders) is not None
-
-
-def _check_names(tree: ast.Module, table: symtable.SymbolTable, name: str) -> None:
-    """Refuse tests that use more of the solution than the function under test. Raises UnusableTests."""
-    if any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree)):
-        return
-    names = {name, "candidate", "__name__", "__file__", "__doc__", *dir(builtins)}
-    names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    used: set[str] = set()
-    tables = [table]
-    while tables:
-        scope = tables.pop()
-        tables += scope.get_children()
-        names |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global() and s.is_assigned()}
-        used |= {s.get_name() for s in scope.get_symbols() if s.is_referenced() and s.is_global()}
-    if missing := sorted(used - names):
-        raise UnusableTests(_more_than_the_function(missing[0], name))
-
-
-def _more_than_the_function(used: str, name: str) -> str:
-    return (
-        f"the tests use {used!r}, which they do not define; only {name!r} (also as 'candidate') is "
-        "taken from the solution, put helpers into 'code' of 'tests'"
     )

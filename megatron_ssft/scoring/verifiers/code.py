@@ -15,7 +15,8 @@ from decimal import Decimal, InvalidOperation
 
 from megatron_ssft.scoring.sandbox.function_tests import run_function_tests
 from megatron_ssft.scoring.sandbox.programs import Limits, run_program
-from megatron_ssft.scoring.sandbox.test_sets import UnusableTests, read_test_set
+from megatron_ssft.scoring.sandbox.test_needs import UnusableTests
+from megatron_ssft.scoring.sandbox.test_sets import read_test_set
 from megatron_ssft.scoring.verifiers.code_blocks import extract
 from megatron_ssft.scoring.verifiers.common import (
     NO_ANSWER,

@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from megatron_ssft.scoring.verifiers.common import answer_part
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
-_PYTHON = re.compile(r"\{?\s*\.?(?:i?python|py)(?:[23](?:\.\d+)*)?(?![\w+#.-])", re.IGNORECASE)
-"""What a label for Python begins with: `python`, `py3`, `python3.11`, `{.python .numberLines}`, `python title="x"`."""
-_NO_LANGUAGE = re.compile(r"(?:\{(?:\.(?:number-?lines|line-?numbers)\b|[^.}])[^}]*\})?", re.IGNORECASE)
+_PYTHON = re.compile(
+    r"(?:\{code(?:-cell|-block)?\}\s*|lang(?:uage)?[-=:]|\{?\s*\.?)(?:i?python|py)(?:[23](?:\.\d+)*)?(?![\w+#.-])"
+    r"|[\w./-]+\.py(?!\w)",
+    re.IGNORECASE,
+)
+"""What a label for Python begins with: `python`, `py3`, `{.python .numberLines}`, `python title="x"`, `main.py`."""
+_NO_LANGUAGE = re.compile(r"(?:\w+=.*|\{(?:\.(?:number-?lines|line-?numbers)\b|[^.}])[^}]*\})?", re.IGNORECASE)
 """A label that names no language: nothing, or attributes alone."""
 _SAMPLE = re.compile(
     r"\b(?:in|out)puts?\b|\bstd(?:in|out)\b|\bsamples?\b|\bexpected\b|\bresults?\b|\bprints\b", re.IGNORECASE

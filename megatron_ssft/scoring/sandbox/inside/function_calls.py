@@ -1,7 +1,8 @@
 """Tests of a function across two processes: the solution's, which is not trusted, and that of the tests.
 
 The solution sees the arguments of the calls, one after the other, and nothing else of the tests. The tests see plain
-data (plain_values.py). A call's reply is [returned value or null, raised exception or null, arguments after the call].
+data (plain_values.py). A call's reply is [returned value or null, raised exception or null, arguments after the call,
+printed text if the tests look at it].
 Tests have passed when nothing in them failed, every call was answered, and there was at least one: a solution that
 cannot be called passes nothing, whatever the tests make of its absence.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import _thread
 import builtins
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
 
 TYPE_CHECKING = False  # typing itself would take time at the start of every program
@@ -53,15 +56,18 @@ def serve(namespace: dict[str, Any], preamble_names: frozenset[str], task: Task)
         except EOFError:
             return
         before = [plain_values.encode(argument) for argument in arguments]
-        value = None
+        value, printed, stdout = None, io.StringIO(), sys.stdout
+        if task["returns_output"]:
+            sys.stdout = printed
         with test_runs.Caught() as caught:
             value = plain_values.encode(function(*arguments, **keywords))
+        sys.stdout = stdout
         if isinstance(caught.error, MemoryError):
             raise caught.error  # told apart by the parent, like a program's
         raised = None if caught.error is None else [type(caught.error).__name__, str(caught.error)[:1000]]
         after = [plain_values.encode(argument) for argument in arguments]
         changed = [new if new != old else None for new, old in zip(after, before)]
-        plain_values.send(task["replies"], [value, raised, changed])
+        plain_values.send(task["replies"], [value, raised, changed, printed.getvalue()])
 
 
 def _find_function(
@@ -140,11 +146,12 @@ class _Connection:
         decode = self._decoder.decode
         try:
             plain_values.send(self._requests, message)
-            value, error, changed = plain_values.receive(self._replies)
+            value, error, changed, printed = plain_values.receive(self._replies)
             value, changes = decode(value), [None if item is None else decode(item) for item in changed]
             if error is not None:
                 name, text = error
                 error = [name, text]
+            sys.stdout.write(printed)
             return value, error, changes
         except (
             *(EOFError, OSError, ValueError, TypeError, AttributeError, ImportError),

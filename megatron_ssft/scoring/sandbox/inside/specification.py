@@ -22,6 +22,8 @@ class TestPlan(TypedDict):
     """The tests use unittest, so its results count, wherever they are printed."""
     pytest: bool
     """The tests are a set for pytest."""
+    output: bool
+    """The tests look at what the function prints, so it goes back to them."""
 
 
 class Task(TypedDict):
@@ -39,6 +41,8 @@ class Task(TypedDict):
     """Descriptor of the calls."""
     replies: NotRequired[int]
     """Descriptor of their results."""
+    returns_output: NotRequired[bool]
+    """Whether results hold what the function printed; solution only."""
     report: NotRequired[int]
     """Descriptor of the outcome; tests only, as all that follows."""
     plan: NotRequired[TestPlan]
