@@ -414,6 +414,23 @@ def test_it(tmp_path):
 """,
         "'tmp_path'",
     ),
+    "failures that are expected": (
+        """
+import pytest
+@pytest.mark.xfail(reason='later')
+def test_it():
+    assert order([2, 1]) == [1, 2]
+""",
+        "nothing else that can fail",
+    ),
+    "an exit that nobody sees": (
+        """
+import os
+assert order([2, 1]) == [1, 2]
+os._exit(0)
+""",
+        "os._exit",
+    ),
     "a replaced input": (
         """
 from unittest.mock import patch

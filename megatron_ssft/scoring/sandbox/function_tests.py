@@ -7,9 +7,9 @@ import os
 from contextlib import ExitStack
 from typing import BinaryIO
 
+from megatron_ssft.scoring.sandbox.function_test_plan import read_test_set
 from megatron_ssft.scoring.sandbox.inside.specification import Mechanism, Report, Task
 from megatron_ssft.scoring.sandbox.programs import Limits, Program, memory_file, start_program, watch
-from megatron_ssft.scoring.sandbox.test_sets import read_test_set
 
 
 def run_function_tests(

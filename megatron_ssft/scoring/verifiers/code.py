@@ -2,7 +2,7 @@
 
 The program is a fenced block of the text (code_blocks.py). Standard input and output as LiveCodeBench compares them:
 line by line without the spaces at their ends, and numbers by value. Every test must pass; the first that does not
-decides. Tests of a function must have called it (sandbox/test_sets.py).
+decides. Tests of a function must have called it (sandbox/function_test_plan.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from megatron_ssft.scoring.sandbox.function_test_needs import UnusableTests
+from megatron_ssft.scoring.sandbox.function_test_plan import read_test_set
 from megatron_ssft.scoring.sandbox.function_tests import run_function_tests
 from megatron_ssft.scoring.sandbox.programs import Limits, run_program
-from megatron_ssft.scoring.sandbox.test_needs import UnusableTests
-from megatron_ssft.scoring.sandbox.test_sets import read_test_set
 from megatron_ssft.scoring.verifiers.code_blocks import extract
 from megatron_ssft.scoring.verifiers.common import (
     NO_ANSWER,

@@ -21,11 +21,11 @@ TYPE_CHECKING = False  # typing itself would take time at the start of every pro
 if TYPE_CHECKING:
     from typing import Any
 
-    from megatron_ssft.scoring.sandbox.inside import plain_values, test_runs
+    from megatron_ssft.scoring.sandbox.inside import plain_values, runners
     from megatron_ssft.scoring.sandbox.inside.specification import Report, Task
 else:  # child.py found this file by its bare name
     import plain_values
-    import test_runs
+    import runners
 
 _MORE_THAN_A_TEXT = ("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError", "ExceptionGroup")
 """Exceptions that cannot be made from a message alone."""
@@ -59,7 +59,7 @@ def serve(namespace: dict[str, Any], preamble_names: frozenset[str], task: Task)
         value, printed, stdout = None, io.StringIO(), sys.stdout
         if task["returns_output"]:
             sys.stdout = printed
-        with test_runs.Caught() as caught:
+        with runners.Caught() as caught:
             value = plain_values.encode(function(*arguments, **keywords))
         sys.stdout = stdout
         if isinstance(caught.error, MemoryError):
@@ -101,8 +101,8 @@ def run_tests(task: Task) -> None:
 
     candidate.__name__ = task["entry_point"].rpartition(".")[2]
     names = {candidate.__name__: candidate, "candidate": candidate}
-    with test_runs.Caught() as caught:
-        caught.error = test_runs.run(task["source"], names, task["plan"])
+    with runners.Caught() as caught:
+        caught.error = runners.run(task["source"], names, task["plan"])
     os.write(task["report"], json.dumps(connection.report(caught.error)).encode())
     os._exit(0)
 
@@ -165,7 +165,7 @@ class _Connection:
         kind = type(error).__name__
         if self._is_gone:
             return {"outcome": "gone", "error": kind}
-        if self._is_unsupported or isinstance(error, test_runs.UnsupportedTest):
+        if self._is_unsupported or isinstance(error, runners.UnsupportedTest):
             return {"outcome": "unsupported", "error": kind}
         if error is None:
             return {"outcome": "passed" if self._answered else "uncalled", "error": kind}

@@ -12,7 +12,7 @@ Mechanism = Literal["landlock", "namespaces"]
 
 
 class TestPlan(TypedDict):
-    """What runs of the tests of a function, beside the lines of their module (sandbox/test_sets.py)."""
+    """What runs of the tests of a function, beside the lines of their module (sandbox/function_test_plan.py)."""
 
     modules: list[str]
     """Names under which the tests may import the solution; such a module holds the function under test alone."""

@@ -12,15 +12,15 @@ import functools
 import symtable
 from collections.abc import Iterable, Iterator
 
-from megatron_ssft.scoring.sandbox.inside.specification import TestPlan
-from megatron_ssft.scoring.sandbox.long_integers import any_integer_length
-from megatron_ssft.scoring.sandbox.test_needs import (
+from megatron_ssft.scoring.sandbox.function_test_needs import (
     Imports,
     UnusableTests,
     check_names,
     check_replacements,
     looks_at_output,
 )
+from megatron_ssft.scoring.sandbox.inside.specification import TestPlan
+from megatron_ssft.scoring.sandbox.long_integers import any_integer_length
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -141,6 +141,8 @@ class _Tests:
         reached = self._reached([name for name, _ in plan["functions"]])
         if any(isinstance(node, (ast.AsyncFunctionDef, ast.Await)) for node in reached):
             raise UnusableTests("the tests are asynchronous, and there are no event loops in the sandbox")
+        if any(isinstance(node, ast.Attribute) and node.attr == "_exit" for node in reached):
+            raise UnusableTests("the tests end their process by os._exit before they can be counted; use sys.exit")
         symbols = table.get_symbols()
         own = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_imported()}
         targets = {"candidate"} | ({self._name} - own) | self._imports.aliases | _BY_NAME
@@ -155,7 +157,8 @@ class _Tests:
             raise UnusableTests(f"'code' of 'tests' tests nothing: it never calls {self._name!r}{reason}")
         returned = [node for name, _ in plan["functions"] for node in _own_nodes(self._definitions[name][-1])]
         silent = [node for node in reached if isinstance(node, ast.Try) and _swallows(node)]
-        dropped = {id(part) for node in silent for statement in node.body for part in ast.walk(statement)}
+        idle_parts = [*(statement for node in silent for statement in node.body), *filter(_may_fail, reached)]
+        dropped = {id(part) for idle_part in idle_parts for part in ast.walk(idle_part)}
         if any(id(node) not in dropped and _can_fail(node) for node in reached):
             return
         if silent:
@@ -231,6 +234,11 @@ def _can_fail(node: ast.AST) -> bool:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return any(part in name.lower() for part in _FAILS)
     return isinstance(node, (ast.Assert, ast.Raise))
+
+
+def _may_fail(node: ast.AST) -> bool:
+    """Whether it is a test that pytest lets fail."""
+    return isinstance(node, _Definition) and any("xfail" in ast.unparse(d) for d in node.decorator_list)
 
 
 def _swallows(node: ast.Try) -> bool:
