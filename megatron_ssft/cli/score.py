@@ -8,7 +8,7 @@ Started again after a kill it goes on where it stopped. Verifiers:
   exact    the text after the last # (or in the last \\boxed{}) equals the answer, but for spaces and 1,000 = 1000
   math     math-verify: the last \\boxed{} (or what looks like the final answer) equals the answer mathematically
   choice   the letter of a multiple-choice question
-  code     the last fenced Python block passes the question's tests, in a sandbox without files, network or children
+  code     the fenced Python program passes the question's tests, in a sandbox without files, network or children
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class ScoreFlags:
     """MiB that a verifier or a program may use."""
     answer_after: Annotated[str | None, Flag(metavar="TEXT")] = None
     """Look for the answer after the last TEXT only."""
+    float_tolerance: float = 0.0
+    """Code: accept numbers off by at most this, or this times their size; 0: equal."""
     group_by: Annotated[tuple[str, ...], Flag(metavar="FIELD")] = ("tag",)
     """Rows of the table: fields of scores or questions."""
     unsafe_code: bool = False
@@ -56,6 +58,11 @@ class ScoreFlags:
         """Raises UserError."""
         for name, value in (("workers", self.workers), ("timeout", self.timeout), ("memory-mb", self.memory_mb)):
             require(value is None or value > 0, f"--{name} {value}: must be positive")
+        require(0 <= self.float_tolerance < 1, f"--float-tolerance {self.float_tolerance}: must be at least 0, below 1")
+        require(
+            not self.float_tolerance or self.verifier == "code",
+            f"--float-tolerance is for --verifier code; {self.verifier} has no such tolerance",
+        )
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -78,7 +85,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         flags.data,
         flags.output,
         verifier=flags.verifier,
-        settings=Settings(flags.answer_after, flags.timeout, flags.memory_mb, mechanism),
+        settings=Settings(
+            flags.answer_after, flags.timeout, flags.memory_mb, mechanism, float_tolerance=flags.float_tolerance
+        ),
         workers=flags.workers or len(os.sched_getaffinity(0)),
         progress=functools.partial(score_tables.shown, console),
     )

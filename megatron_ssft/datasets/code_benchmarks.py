@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 
 from megatron_ssft.datasets.string_pickle import decode_payload
 from megatron_ssft.datasets.tables import Row
@@ -104,9 +105,14 @@ def _json(text: object, what: str) -> object:
     if not isinstance(text, str):
         return text
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is not valid JSON; fetch the file again") from error
+
+
+def _integer(digits: str) -> object:
+    """Read an integer; one longer than Python reads by default stays text, which is only looked at, not passed on."""
+    return int(digits) if len(digits) < sys.int_info.default_max_str_digits else digits
 
 
 def _stdin_tests(tests: list[dict[str, str]]) -> Row:
@@ -118,12 +124,14 @@ def _function_tests(tests: list[dict[str, str]], function: object) -> Row:
     """Each line of an input is one argument in JSON; a returned tuple counts as the list, as in the release."""
     cases = []
     for number, test in enumerate(tests, start=1):
-        what = f"test {number}"
-        cases.append([[_json(line, what) for line in test["input"].split("\n")], _json(test["output"], what)])
+        lines = test["input"].split("\n")
+        for text in (*lines, test["output"]):
+            _json(text, f"test {number}")
+        cases.append(f"[[{', '.join(lines)}], {test['output']}]")
     name = filled_string(function, "'func_name' of 'metadata'")
     if not name.isidentifier():
         raise RowError(f"'func_name' of 'metadata' must be the name of a function, not {name!r}")
-    code = _FUNCTION_TESTS.format(cases=json.dumps(cases))
+    code = _FUNCTION_TESTS.format(cases=f"[{', '.join(cases)}]")
     return {"type": "function", "code": code, "entry_point": name, "preamble": LIVECODEBENCH_PREAMBLE}
 
 

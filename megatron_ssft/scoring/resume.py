@@ -40,6 +40,8 @@ class Marks:
 
     def __init__(self, questions: dict[str, LocatedQuestion], verifier: str, settings: Settings) -> None:
         self._common = [verifier, settings.answer_after, float(settings.timeout), settings.memory_mb]
+        if settings.float_tolerance:
+            self._common.append(settings.float_tolerance)
         fields = _GOLD_FIELDS[verifier]
         self._golds = {name: mark([q.row.get(field) for field in fields]) for name, q in questions.items()}
 
@@ -108,6 +110,7 @@ def _misfit(row: ScoredRollout, verifier: str, expected: Expected | None) -> str
         return f"{name}: the line has no 'judged', so what was scored cannot be compared"
     if row.judged != expected.judged:
         return (
-            f"{name}: scored with another text, gold answer or tests, --answer-after, --timeout or --memory-mb than now"
+            f"{name}: scored with another text, gold answer or tests, --answer-after, --timeout,"
+            " --memory-mb or --float-tolerance than now"
         )
     return None

@@ -44,6 +44,17 @@ def test_livecodebench_functions(tmp_path):
             run(wrong)
 
 
+def test_livecodebench_functions_take_and_return_long_integers(tmp_path):
+    """4,300 digits are Python's own limit."""
+    case = {"input": f'1{"0" * 5000}\n"a"', "output": f"1{'0' * 4999}1", "testtype": "functional"}
+    row = lcb("functional", public_test_cases=json.dumps([case]), private_test_cases="[]")
+    (question,) = read(save(tmp_path / "a.jsonl", row), "livecodebench")
+    code.check_question(question)
+    for body, verdict in (("xs + 1", "correct"), ("xs", "wrong")):
+        text = f"```python\nclass Solution:\n    def grow(self, xs, s):\n        return {body}\n```"
+        assert code.judge(text, question, Settings(timeout=30.0)).verdict == verdict
+
+
 def test_livecodebench_dates(tmp_path):
     dates = ("2024-07-31", "2024-08-01", "2025-02-01", "2025-02-02")
     path = save(tmp_path / "a.jsonl", *(lcb(question_id=d, contest_date=f"{d}T23:00:00") for d in dates))

@@ -118,12 +118,58 @@ def test_gold_answers_are_checked_in_order():
         ("<think>\n```python\na\n```\n</think>\nthat is it", "a\n"),
         ("```python\nunfinished", None),
         ("```c\nint x;\n```", None),
+        ("```python3 title='a.py' linenums=1\na\n```", "a\n"),
+        ("```{.python .numberLines}\na\n```", "a\n"),
+        ("```{python}\na\n```", "a\n"),
+        ("```Python3.11\na\n```", "a\n"),
+        ("``` py:solution.py\na\n```", "a\n"),
+        ("```python,editable\na\n```\n```pycon\n>>> a\n```", "a\n"),
+        ("```pythonic\na\n```", None),
+        ("```{code-cell} ipython3\na\n```", "a\n"),
+        ("```language-python\na\n```", "a\n"),
+        ("```src/main.py\na\n```", "a\n"),
+        ("```main.pyx\na\n```", None),
+        ("```title='a'\nprint(1)\n```", "print(1)\n"),
+        ("```pypy-log\na\n```", None),
+        ("```{.line-numbers}\nprint(1)\n```", "print(1)\n"),
+        ("```{.text}\nprint(1)\n```", None),
+        ("```python\na\n```\nIt prints\n```\n6\n```", "a\n"),
+        ("```\n6\n```\n```py\na\n```\n```\nprint(2)\n```", "a\n"),
+        ("```\nprint(6)\n```\nOutput:\n```\n6\n```", "print(6)\n"),
+        ("```\nprint(6)\n```\nwhich gives\n```\n[1, 2]\nTrue\n```", "print(6)\n"),
+        ("```\nn = 1\nprint(n)\n```\n**Sample output**\n```\nn = 1\n```", "n = 1\nprint(n)\n"),
+        ("```\nx = int(input()\n```\n```\n3 4 5\n```", "x = int(input()\n"),
+        ("A program that reads the input and writes the expected output:\n```\nprint(1)\n```", "print(1)\n"),
+        ("<think>\n```python\na\n```\n</think>\nIt prints\n```\n7\n```", "a\n"),
+        ("<think>\n```python\na\n```\n</think>\n```\nprint(7)\n```", "a\n"),
         ("print(1)", None),
         ("", None),
     ],
 )
 def test_code_extraction(text, source):
     assert code.extract(text, None) == source
+
+
+@pytest.mark.parametrize(
+    ("text", "entry_point", "source"),
+    [
+        ("```python\ndef f(x): pass\n```\nUse it:\n```python\nprint(f(1))\n```", "f", "def f(x): pass\n"),
+        ("```python\ndef f(x): pass\n```\nBetter:\n```python\ndef f(x): 1\n```", "f", "def f(x): 1\n"),
+        ("```python\ndef f(x): pass\n```\n```python\ndef f_two(x): 1\n```", "f", "def f(x): pass\n"),
+        ("```python\ndef f(x): pass\n```\nBetter:\n```python\ndef f(x: 1\n```", "f", "def f(x: 1\n"),
+        ("```python\nf = sorted\n```\n```python\nf([1]) == 3\n```", "f", "f = sorted\n"),
+        (
+            "```python\nclass Solution:\n    x = 1\n    def f(self): pass\n```\n```python\nSolution().f()\n```",
+            "f",
+            "class Solution:\n    x = 1\n    def f(self): pass\n",
+        ),
+        ("```python\nclass Box: pass\n```\n```python\nBox().f()\n```", "Box.f", "class Box: pass\n"),
+        ("```python\na\n```\n```python\nb\n```", "f", "b\n"),
+        ("```\ndef f(x): pass\n```\n```\nf(1)\n```", "f", "def f(x): pass\n"),
+    ],
+)
+def test_code_extraction_of_functions(text, entry_point, source):
+    assert code.extract(text, None, entry_point) == source
 
 
 @pytest.mark.parametrize(
@@ -146,6 +192,31 @@ def test_code_extraction(text, source):
 )
 def test_output_comparison(output, expected, same):
     assert code.same_output(output, expected) is same
+    if same:
+        assert code.same_output(output, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "tolerance", "same"),
+    [
+        ("0.333333", "0.3333333333", 1e-6, True),
+        ("0.333333", "0.3333333333", 1e-8, False),
+        ("1000000.5 x", "1000000.6 x", 1e-6, False),
+        ("1000000.5 2", "1000000.6 2", 1e-6, True),
+        ("4.9999999", "5", 1e-6, True),
+        ("1e10", "10000000001", 1e-6, True),
+        ("1000000001", "1000000000", 1e-6, False),
+        ("7", "8", 0.5, False),
+        ("nan", "1.0", 0.5, False),
+        ("nan", "nan", 0.5, True),
+        ("inf", "1.0", 0.5, False),
+        ("-0.0000001", "0.0", 1e-6, True),
+        ("1.0 2.0", "1.0", 0.5, False),
+        ("1e999999999", "1.5", 0.5, False),
+    ],
+)
+def test_output_comparison_with_a_tolerance(output, expected, tolerance, same):
+    assert code.same_output(output, expected, tolerance) is same
 
 
 @pytest.mark.parametrize(
@@ -157,6 +228,7 @@ def test_output_comparison(output, expected, same):
         ({"type": "other"}, "'other'"),
         ({"type": "function", "code": "assert f(1)"}, "entry_point"),
         ({"type": "function", "code": "assert f(", "entry_point": "f"}, "not valid Python"),
+        ({"type": "function", "code": "assert f(1)", "entry_point": "f g"}, "must name a function"),
         ({"type": "function", "code": "x = 1", "entry_point": "f"}, "tests nothing"),
         ({"type": "function", "code": "assert helper(f(1))", "entry_point": "f"}, "'helper'"),
     ],
@@ -193,3 +265,16 @@ def test_programs_are_judged_by_all_cases():
     with VerifierPool("code", Settings(mechanism=mechanisms.choose()), 2) as pool:
         verdicts = [judgement.verdict for judgement in pool.judge(rows)]
     assert verdicts == ["correct", "wrong", "crash: ZeroDivisionError", "no answer", "correct", "wrong"]
+
+
+def test_long_integers_are_read_and_written():
+    """Python's own limit is 4,300 digits."""
+    question = {"tests": {"type": "stdin", "cases": [{"input": f"{10**4000}\n" * 2, "output": "1" + "0" * 8000}]}}
+    text = "```python\nimport math\nprint(math.prod([int(input()), int(input())]))\n```"
+    assert code.judge(text, question, Settings(timeout=30.0)).verdict == "correct"
+    assert code.judge(text.replace("math.prod", "max"), question, Settings(timeout=30.0)).verdict == "wrong"
+    tests = {"type": "function", "code": f"assert f(1{'0' * 5000}) == 1{'0' * 4999}1", "entry_point": "f"}
+    code.check_question({"tests": tests})
+    for body, verdict in (("x + 1", "correct"), ("x", "wrong")):
+        text = f"```python\ndef f(x): return {body}\n```"
+        assert code.judge(text, {"tests": tests}, Settings(timeout=30.0)).verdict == verdict

@@ -7,17 +7,30 @@ import os
 from contextlib import ExitStack
 from typing import BinaryIO
 
+from megatron_ssft.scoring.sandbox.function_test_plan import read_test_set
 from megatron_ssft.scoring.sandbox.inside.specification import Mechanism, Report, Task
 from megatron_ssft.scoring.sandbox.programs import Limits, Program, memory_file, start_program, watch
 
 
-def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits, mechanism: Mechanism | None) -> str:
+def run_function_tests(
+    source: str,
+    tests: str,
+    entry_point: str,
+    limits: Limits,
+    mechanism: Mechanism | None,
+    *,
+    preamble: str = "",
+    float_tolerance: float = 0.0,
+) -> str:
     """Run the Python code `tests` against the function `entry_point` that `source` defines, and return the verdict.
+
+    `preamble` runs before the source, in its module. `float_tolerance`: as plain_values.tolerant_float defines.
 
     The solution gets to know the arguments of the calls as they come and nothing else; what it returns reaches the
     tests as plain data (inside/plain_values.py), and only the process of the tests can report success. The time limit
-    holds for all calls together, the other limits for each of the two processes. Raises SandboxError.
+    holds for all calls together, the other limits for each of the two processes. Raises UnusableTests, SandboxError.
     """
+    plan = read_test_set(tests, entry_point)
     with ExitStack() as stack:
         report = memory_file(stack)
         requests, requests_in = _pipe(stack)
@@ -35,9 +48,11 @@ def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits
         solution_task: Task = {
             "role": "solution",
             "source": source,
+            "preamble": preamble,
             "entry_point": entry_point,
             "requests": requests.fileno(),
             "replies": replies_in.fileno(),
+            "returns_output": plan["output"],
         }
         solution = start(solution_task, (requests, replies_in))
         tests_task: Task = {
@@ -47,6 +62,8 @@ def run_function_tests(source: str, tests: str, entry_point: str, limits: Limits
             "requests": requests_in.fileno(),
             "replies": replies.fileno(),
             "report": report,
+            "plan": plan,
+            "float_tolerance": float_tolerance,
         }
         judge = start(tests_task, (requests_in, replies), report)
         watch([solution, judge], limits.seconds)
@@ -66,8 +83,12 @@ def _verdict(report: bytes, solution: Program, judge: Program) -> str:
         return f"crash: {result['error'][:60]}"
     if result["outcome"] == "unsupported":
         return "unsupported test"
+    if result["outcome"] == "unknown result":
+        return f"unsupported result: {result['error'][:60]}"
     if result["outcome"] == "gone":
         return problem or "crash: ended early"
+    if result["outcome"] == "uncalled":
+        return problem or "unsupported test: never calls the function"
     return judge.problem() or "crash: no report of the tests"
 
 

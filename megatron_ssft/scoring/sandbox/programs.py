@@ -219,13 +219,15 @@ def _specification(task: Task, mechanism: Mechanism | None, limits: Limits, fold
     }
 
 
-def run_program(source: str, stdin: bytes, limits: Limits, mechanism: Mechanism | None) -> tuple[bytes, str | None]:
-    """Run a whole program on one input.
+def run_program(
+    source: str, stdin: bytes, limits: Limits, mechanism: Mechanism | None, *, preamble: str = ""
+) -> tuple[bytes, str | None]:
+    """Run a whole program on one input, after `preamble` in the same module.
 
     Returns what it wrote to standard output (its first MAX_FILE_BYTES) and why it failed, as a verdict, or None.
     Raises SandboxError.
     """
-    task: Task = {"role": "program", "source": source}
+    task: Task = {"role": "program", "source": source, "preamble": preamble}
     with start_program(task, mechanism=mechanism, limits=limits, stdin=stdin) as program:
         watch([program], limits.seconds)
         return os.pread(program.stdout, MAX_FILE_BYTES, 0), program.problem()

@@ -1,33 +1,34 @@
 """Programs against tests: whole programs by their output, functions by a test's asserts.
 
-The program is the last fenced Python block of the text. Standard input and output as LiveCodeBench compares them: line
-by line without the spaces at their ends, and numbers by value. Every test must pass; the first that does not decides.
+The program is a fenced block of the text (code_blocks.py). Standard input and output as LiveCodeBench compares them:
+line by line without the spaces at their ends, and numbers by value. Every test must pass; the first that does not
+decides. Tests of a function must have called it (sandbox/function_test_plan.py).
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
+import math
 import re
-import symtable
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from megatron_ssft.scoring.sandbox.function_test_needs import UnusableTests
+from megatron_ssft.scoring.sandbox.function_test_plan import read_test_set
 from megatron_ssft.scoring.sandbox.function_tests import run_function_tests
 from megatron_ssft.scoring.sandbox.programs import Limits, run_program
+from megatron_ssft.scoring.verifiers.code_blocks import extract
 from megatron_ssft.scoring.verifiers.common import (
     NO_ANSWER,
     Judgement,
     Question,
     Settings,
     UnusableQuestion,
-    answer_part,
 )
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
-_PYTHON = ("", "python", "python3", "py")
+_ENTRY_POINT = re.compile(r"(?:[^\W\d]\w*(?:\(\))?\.)?[^\W\d]\w*")
+"""A function, or a method as `Class.method` or `Class().method`."""
+_POINT = re.compile(r"[.eE]")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def read_tests(question: Question) -> ProgramTests | FunctionTests:
         code, entry_point = tests.get("code"), tests.get("entry_point")
         if not isinstance(code, str) or not isinstance(entry_point, str) or not entry_point:
             raise UnusableQuestion("function 'tests' must have the strings 'code' and 'entry_point'")
-        return FunctionTests(preamble, code, entry_point)
+        if not _ENTRY_POINT.fullmatch(entry_point):
+            raise UnusableQuestion(f"'entry_point' of 'tests' must name a function, not {entry_point[:40]!r}")
+        return FunctionTests(preamble, code, entry_point.replace("()", ""))
     raise UnusableQuestion(f"'type' of 'tests' must be stdin or function, not {tests.get('type')!r}")
 
 
@@ -96,94 +99,54 @@ def check_question(question: Question) -> None:
     """Raises UnusableQuestion unless `tests` are complete and know what they use."""
     tests = read_tests(question)
     if isinstance(tests, FunctionTests):
-        _check_test_code(tests.code, tests.entry_point)
-
-
-def _check_test_code(code: str, entry_point: str) -> None:
-    """Refuse tests that use more of the solution than the function under test. Raises UnusableQuestion."""
-    try:
-        tree = ast.parse(code)
-        table = symtable.symtable(code, "tests", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UnusableQuestion(f"'code' of 'tests' is not valid Python: {error}") from error
-    if any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree)):
-        return
-    if not any(isinstance(node, (ast.Assert, ast.Call)) for node in ast.walk(tree)):
-        raise UnusableQuestion("'code' of 'tests' tests nothing")
-    names = {entry_point.rsplit(".", 1)[-1], "candidate", "__name__", *dir(builtins)}
-    names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    used, tables = set(), [table]
-    while tables:
-        scope = tables.pop()
-        tables += scope.get_children()
-        names |= {s.get_name() for s in scope.get_symbols() if s.is_declared_global() and s.is_assigned()}
-        used |= {s.get_name() for s in scope.get_symbols() if s.is_referenced() and s.is_global()}
-    if missing := sorted(used - names):
-        raise UnusableQuestion(
-            f"the tests use {missing[0]!r}, which they do not define; only {entry_point!r} (also as 'candidate') is "
-            "taken from the solution, put helpers into 'code' of 'tests'"
-        )
+        try:
+            read_test_set(tests.code, tests.entry_point)
+        except UnusableTests as error:
+            raise UnusableQuestion(str(error)) from error
 
 
 def judge(text: str, question: Question, settings: Settings) -> Judgement:
     """Run the program of `text` against the tests. Raises SandboxError if the sandbox fails on the way."""
-    source = extract(text, settings.answer_after)
+    tests = read_tests(question)
+    entry_point = tests.entry_point if isinstance(tests, FunctionTests) else None
+    source = extract(text, settings.answer_after, entry_point)
     if source is None:
         return NO_ANSWER
     limits = Limits(settings.timeout, settings.memory_mb, settings.processor)
-    tests = read_tests(question)
-    program = _with_preamble(tests.preamble, source)
     if isinstance(tests, FunctionTests):
-        verdict = run_function_tests(program, tests.code, tests.entry_point, limits, settings.mechanism)
+        verdict = run_function_tests(
+            source,
+            tests.code,
+            tests.entry_point,
+            limits,
+            settings.mechanism,
+            preamble=tests.preamble,
+            float_tolerance=settings.float_tolerance,
+        )
         return Judgement(verdict, source)
     for case in tests.cases:
-        output, problem = run_program(program, case.input.encode("utf-8", "replace"), limits, settings.mechanism)
+        stdin = case.input.encode("utf-8", "replace")
+        output, problem = run_program(source, stdin, limits, settings.mechanism, preamble=tests.preamble)
         if problem is not None:
             return Judgement(problem, source)
-        if not same_output(output.decode("utf-8", "replace"), case.output):
+        if not same_output(output.decode("utf-8", "replace"), case.output, settings.float_tolerance):
             return Judgement("wrong", source)
     return Judgement("correct", source)
 
 
-def _with_preamble(preamble: str, source: str) -> str:
-    """Put a benchmark's imports and helpers in front of a solution; imports from the future stay first."""
-    if not preamble:
-        return source
-    future = re.compile(r"^from __future__ import .*$", re.MULTILINE)
-    return "\n".join([*future.findall(source), preamble, future.sub("", source)])
+def same_output(output: str, expected: str, float_tolerance: float = 0.0) -> bool:
+    """Whether two outputs agree, blank lines at the ends aside.
 
-
-def extract(text: str, answer_after: str | None) -> str | None:
-    """Find the last closed block fenced as Python or as nothing; None if no such block is closed."""
-    part = answer_part(text, answer_after)
-    if part is None:
-        return None
-    return _last_block(part) or (_last_block(text) if answer_after is None else None)
-
-
-def _last_block(text: str) -> str | None:
-    block: str | None = None
-    opened: tuple[str, str, int] | None = None
-    for fence in _FENCE.finditer(text):
-        mark, language = fence[1], fence[2].strip().lower()
-        if opened is None:
-            opened = (mark, language, fence.end() + 1)
-        elif mark[0] == opened[0][0] and len(mark) >= len(opened[0]) and not language:
-            if opened[1] in _PYTHON and text[opened[2] : fence.start()].strip():
-                block = textwrap.dedent(text[opened[2] : fence.start()])
-            opened = None
-        elif language in _PYTHON[1:]:  # the block before was never closed
-            opened = (mark, language, fence.end() + 1)
-    return block
-
-
-def same_output(output: str, expected: str) -> bool:
-    """Whether two outputs agree, blank lines at the ends aside."""
+    `float_tolerance`: numbers a and b, one of them written with a point or an exponent, agree if they differ by at most
+    this times the largest of 1, |a| and |b|. With 0 numbers agree if they are equal.
+    """
     lines, expected_lines = (side.strip().splitlines() for side in (output, expected))
-    return len(lines) == len(expected_lines) and all(map(_same_line, lines, expected_lines))
+    return len(lines) == len(expected_lines) and all(
+        _same_line(line, other, float_tolerance) for line, other in zip(lines, expected_lines)
+    )
 
 
-def _same_line(line: str, expected: str) -> bool:
+def _same_line(line: str, expected: str, float_tolerance: float) -> bool:
     line, expected = line.strip(), expected.strip()
     if line == expected:
         return True
@@ -191,6 +154,14 @@ def _same_line(line: str, expected: str) -> bool:
     if len(words) != len(expected_words):
         return False
     try:
-        return all(Decimal(a) == Decimal(b) for a, b in zip(words, expected_words))
+        return all(_same_number(a, b, float_tolerance) for a, b in zip(words, expected_words))
     except InvalidOperation:
         return False
+
+
+def _same_number(word: str, expected: str, float_tolerance: float) -> bool:
+    """Raises InvalidOperation where one of them is no number."""
+    a, b = Decimal(word), Decimal(expected)
+    if a == b or not float_tolerance or not _POINT.search(word + expected):
+        return a == b
+    return math.isclose(float(a), float(b), rel_tol=float_tolerance, abs_tol=float_tolerance)

@@ -29,6 +29,8 @@ class Settings:
     """Code: what `mechanisms.choose` returned, or None to run programs under resource limits alone."""
     processor: int = 0
     """Code: the processor to use."""
+    float_tolerance: float = 0.0
+    """Code: how far a number may be off, relative to the larger of 1 and its size; 0: numbers must be equal."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import types
 
 TYPE_CHECKING = False  # typing itself would take time at the start of every program
 if TYPE_CHECKING:
-    from megatron_ssft.scoring.sandbox.inside import function_calls, restrictions
+    from megatron_ssft.scoring.sandbox.inside import function_calls, plain_values, restrictions
     from megatron_ssft.scoring.sandbox.inside.specification import Specification
 else:  # started by path, so that the package need not be readable: the neighbours have bare names
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import function_calls
+    import plain_values
     import restrictions
 
     del sys.path[0]
@@ -33,16 +34,17 @@ def main() -> None:
     _apply_restrictions(spec)
     sys.dont_write_bytecode = True
     sys.argv = ["program.py"]
+    sys.set_int_max_str_digits(0)  # the time limit guards against long conversions too
     sys.excepthook = _name_the_exception
     os.write(ready, b"1")
     os.close(ready)
     if spec["role"] == "tests":
-        function_calls.run_tests(spec["source"], spec["entry_point"], spec["requests"], spec["replies"], spec["report"])
+        function_calls.run_tests(spec)
     elif spec["role"] == "solution":
-        module = _run(spec["source"], "solution")
-        function_calls.serve(vars(module), spec["entry_point"], spec["requests"], spec["replies"])
+        module, preamble_names = _run(spec, plain_values.SOLUTION_MODULE)
+        function_calls.serve(vars(module), preamble_names, spec)
     else:
-        _run(spec["source"], "__main__")
+        _run(spec, "__main__")
 
 
 def _apply_restrictions(spec: Specification) -> None:
@@ -63,13 +65,30 @@ def _name_the_exception(kind: type[BaseException], error: BaseException, traceba
     os.write(2, f"\nended by: {'FileTooLarge' if too_large else kind.__name__}".encode())
 
 
-def _run(source: str, name: str) -> types.ModuleType:
-    """Run the source as the module `name`."""
+def _run(spec: Specification, name: str) -> tuple[types.ModuleType, frozenset[str]]:
+    """Run the preamble and the source as the module `name`.
+
+    Returns it with those of its names that are the preamble's and not bound by the source itself.
+    """
     module = types.ModuleType(name)
     module.__file__ = "program.py"
     sys.modules[name] = module
-    exec(compile(source, "program.py", "exec", dont_inherit=True), vars(module))
-    return module
+    program = compile(spec["source"], "program.py", "exec", dont_inherit=True)
+    exec(compile(spec.get("preamble", ""), "preamble.py", "exec", dont_inherit=True), vars(module))
+    given = dict(vars(module))
+    exec(program, vars(module))
+    unchanged = {key for key, value in given.items() if vars(module).get(key) is value}
+    if name != "__main__" and spec["entry_point"] in unchanged and _binds(spec["source"], spec["entry_point"]):
+        unchanged.remove(spec["entry_point"])
+    return module, frozenset(unchanged)
+
+
+def _binds(source: str, name: str) -> bool:
+    """Whether the source binds the global name itself, to what it was before: it repeats an import."""
+    import symtable
+
+    table = symtable.symtable(source, "program.py", "exec")
+    return name in table.get_identifiers() and (table.lookup(name).is_assigned() or table.lookup(name).is_imported())
 
 
 if __name__ == "__main__":

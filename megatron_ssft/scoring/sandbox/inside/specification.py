@@ -11,6 +11,21 @@ Mechanism = Literal["landlock", "namespaces"]
 """Ways to shut off the file system."""
 
 
+class TestPlan(TypedDict):
+    """What runs of the tests of a function, beside the lines of their module (sandbox/function_test_plan.py)."""
+
+    modules: list[str]
+    """Names under which the tests may import the solution; such a module holds the function under test alone."""
+    functions: list[tuple[str, bool]]
+    """Test functions that the tests leave to a runner, and whether they take the function under test."""
+    unittest: bool
+    """The tests use unittest, so its results count, wherever they are printed."""
+    pytest: bool
+    """The tests are a set for pytest."""
+    output: bool
+    """The tests look at what the function prints, so it goes back to them."""
+
+
 class Task(TypedDict):
     """What to run."""
 
@@ -18,14 +33,21 @@ class Task(TypedDict):
     """`program`: the source is a whole program that reads standard input; `solution`: it defines the function that the
     process then calls for the process of the tests; `tests`: it is the tests."""
     source: str
+    preamble: NotRequired[str]
+    """Python that runs in the module before the source; not for tests."""
     entry_point: NotRequired[str]
     """The function under test; not for a program, as all that follows."""
     requests: NotRequired[int]
     """Descriptor of the calls."""
     replies: NotRequired[int]
     """Descriptor of their results."""
+    returns_output: NotRequired[bool]
+    """Whether results hold what the function printed; solution only."""
     report: NotRequired[int]
-    """Descriptor of the outcome; tests only."""
+    """Descriptor of the outcome; tests only, as all that follows."""
+    plan: NotRequired[TestPlan]
+    float_tolerance: NotRequired[float]
+    """How far a returned float may be off, as `plain_values.tolerant_float` defines."""
 
 
 class ResourceLimits(TypedDict):
@@ -60,7 +82,7 @@ class Specification(Task):
 class Report(TypedDict):
     """What the process of the tests reports."""
 
-    outcome: Literal["passed", "failed", "raised", "gone", "unsupported", "none"]
-    """`none` is said by the reader of an empty report."""
+    outcome: Literal["passed", "failed", "raised", "gone", "unsupported", "unknown result", "uncalled", "none"]
+    """`uncalled`: no call of the function under test was answered. `none` is said by the reader of an empty report."""
     error: str
-    """Name of the exception, where there is one."""
+    """Name of the exception, or with `unknown result` of the returned type, where there is one."""
