@@ -33,7 +33,8 @@ from megatron_ssft.datasets.benchmarks import BENCHMARKS, KINDS, write_benchmark
 from megatron_ssft.datasets.held_out import split_set
 from megatron_ssft.datasets.lighteval_prompts import TASKS as LIGHTEVAL_TASKS
 from megatron_ssft.datasets.lighteval_prompts import lighteval_wording
-from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
+from megatron_ssft.datasets.pool_formats import FORMATS
+from megatron_ssft.datasets.pool_rows import FormatOptions
 from megatron_ssft.datasets.pool_tables import pool_tables
 from megatron_ssft.datasets.pools import PoolOptions, build_pool
 from megatron_ssft.datasets.prompts import read_template
