@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron_ssft.datasets.prompts import Wording
-from megatron_ssft.datasets.tables import Row, question_key
+from megatron_ssft.datasets.tables import Row, fields_of, question_key
 from megatron_ssft.formats.jsonl import RowError, filled_string
 
-_MOST_FIELDS = 16
 _ID_FIELDS = ("id", "unique_id", "question_id", "record id", "problem_id")
 
 
@@ -35,12 +34,6 @@ Reader = Callable[[Row, BenchmarkOptions, Counter[str]], Row | None]
 None for a row that is left out. The counter takes remarks: what was changed or left out, and how often. Raises
 RowError.
 """
-
-
-def fields_of(row: Row) -> str:
-    """The field names of a row, for messages."""
-    names = sorted(row)
-    return ", ".join(names[:_MOST_FIELDS]) + (", ..." if len(names) > _MOST_FIELDS else "") if names else "none"
 
 
 def missing(row: Row, *names: str) -> RowError:

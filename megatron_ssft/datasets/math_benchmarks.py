@@ -9,10 +9,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_ssft.datasets.benchmark_rows import BenchmarkOptions, facts_in, fields_of, missing, row_id, text_in
+from megatron_ssft.datasets.benchmark_rows import BenchmarkOptions, facts_in, missing, row_id, text_in
 from megatron_ssft.datasets.golds import gold_in, gold_of, gold_text
 from megatron_ssft.datasets.prompts import MATH, OWN
-from megatron_ssft.datasets.tables import Row, question_key
+from megatron_ssft.datasets.tables import Row, fields_of, question_key
 from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
 
 OWN_INSTRUCTIONS = "questions with the instructions that their release puts around them, kept as they are"

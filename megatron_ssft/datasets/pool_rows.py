@@ -6,12 +6,14 @@ known. What a release leaves empty or unfinished is no error; it is left out and
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_ssft.boxed import last_boxes
+from megatron_ssft.datasets.golds import gold_of
 from megatron_ssft.datasets.tables import Row, question_key
 from megatron_ssft.formats.jsonl import RowError, filled_string
 
@@ -92,10 +94,13 @@ class FormatOptions:
 
 
 def final_answer(solution: str) -> str | None:
-    r"""Final answer of a solution: the content of its last \boxed{}, or all of it if it is one short line."""
+    r"""Final answer of a solution: its last \boxed{}, or all of it if it is one short line.
+
+    Boxes that belong together, as in `\boxed{1} and \boxed{2}`, are joined by commas.
+    """
     _, boxes = last_boxes(solution)
     if boxes:
-        return boxes[-1].strip() or None
+        return ", ".join(box.strip() for box in boxes if box.strip()) or None
     text = solution.strip()
     return text if len(text) <= _MAX_ANSWER and "\n" not in text else None
 
@@ -106,6 +111,24 @@ def question_row(row: Row, name: str, release: str, extra: dict[str, str]) -> Po
     texts = {new: optional_text(row, old) for old, new in extra.items()}
     present = {name: text for name, text in texts.items() if text is not None}
     return PoolRow({"id": f"{release}-{question_key(question)[:16]}", **question, **present})
+
+
+def add_gold(question: PoolRow, row: Row, name: str) -> None:
+    """The gold answer in the field `name`, which may be a number; none where it is missing or blank.
+
+    Raises RowError for NaN and for anything that is no answer.
+    """
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return
+    question.question["answer"] = gold_of(value, repr(name), question.notes)
+
+
+def add_number(question: PoolRow, row: Row, name: str) -> None:
+    """The number in the field `name`, where it holds one."""
+    value = row.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        question.question[name] = value
 
 
 def optional_text(row: Row, name: str) -> str | None:
