@@ -20,6 +20,11 @@ from megatron_ssft.errors import UserError, reason_of
 
 _SECONDS = 600
 """The import of lighteval takes half a minute from a cold disk."""
+_INSTALL = (
+    "python3 -m venv lighteval-env && lighteval-env/bin/pip install lighteval==0.10.0 datasets==4.0.0 "
+    "'transformers<5' 'huggingface_hub<1' pyarrow==21.0.0 requests"
+)
+"""The published evaluation has the wording of this version, which does not load with newer packages beside it."""
 _PAD = "\t \t"
 """Around each mark: shows whether the version strips what it is given."""
 _QUESTION, _CHOICES = "MARK-OF-THE-QUESTION", tuple(f"MARK-OF-CHOICE-{letter}" for letter in LETTERS)
@@ -114,7 +119,7 @@ def _ask(task: LightevalTask, python: Path) -> tuple[str, str]:
     if result["missing"] != "lighteval":
         raise UserError(f"--prompt lighteval: {python} has not {result['missing']}; install another version")
     raise UserError(
-        f"--prompt lighteval: lighteval is not installed for {python}. It pins other versions than this program needs, "
-        "so give it an environment of its own: python3 -m venv lighteval-env && lighteval-env/bin/pip install "
-        "lighteval==0.10.0, then --lighteval-python lighteval-env/bin/python"
+        f"--prompt lighteval: lighteval is not installed for {python}. It pins other versions than this program needs: "
+        f"install it into an environment of its own by {_INSTALL}, then give --lighteval-python "
+        "lighteval-env/bin/python"
     )
