@@ -146,7 +146,7 @@ def _function_tests(tests: list[dict[str, str]], function: object) -> Row:
 
 def humaneval_row(row: Row, options: BenchmarkOptions, notes: Counter[str]) -> Row:
     """A problem of HumanEval. Raises RowError."""
-    prompt, test, name = (filled_string(row.get(field), repr(field)) for field in ("prompt", "test", "entry_point"))
+    prompt, test, name = (text_in(row, field) for field in ("prompt", "test", "entry_point"))
     solution = row.get("canonical_solution")
     body = solution if isinstance(solution, str) and solution.strip() else "    pass\n"
     try:
@@ -161,7 +161,7 @@ def humaneval_row(row: Row, options: BenchmarkOptions, notes: Counter[str]) -> R
     helpers = _helpers(tree, name, len(prompt.splitlines()))
     own = HUMANEVAL_PROMPT.format(question=prompt.strip())
     return {
-        "id": filled_string(row.get("task_id"), "'task_id'").strip(),
+        "id": text_in(row, "task_id").strip(),
         "question": own if options.wording is None else options.wording.ask(prompt),
         "tests": {
             "type": "function",

@@ -101,7 +101,8 @@ def _ask(task: LightevalTask, python: Path) -> tuple[str, str]:
             [str(python), lighteval_child.__file__],
             input=request,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_SECONDS,
             check=False,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
@@ -113,7 +114,10 @@ def _ask(task: LightevalTask, python: Path) -> tuple[str, str]:
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise UserError(f"--prompt lighteval: {python} cannot load lighteval: {last}")
-    result = json.loads(child.stdout.splitlines()[-1])
+    try:
+        result = json.loads((child.stdout.splitlines() or [""])[-1])
+    except ValueError as error:
+        raise UserError(f"--prompt lighteval: {python} did not answer; is it an interpreter of Python?") from error
     if "missing" not in result:
         return result["prompt"], result["version"]
     if result["missing"] != "lighteval":

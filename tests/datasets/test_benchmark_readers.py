@@ -123,6 +123,15 @@ WRONG = {
     "'answer' is NaN, which stands for a missing value": ("math500", {"problem": "p", "answer": " NaN\n"}),
     "'answer' is nan": ("gsm8k", {"question": "p", "answer": float("nan")}),
     "'answer' must be a text or a number, not true": ("aime24", {"problem": "p", "answer": True}),
+    "'test' is missing; is --format right? The fields are instruction, prompt": (
+        "humaneval",
+        {"prompt": "p", "instruction": "i"},
+    ),
+    "'question_content' is missing; is --format right? The fields are problem": ("livecodebench", {"problem": "p"}),
+    "'question' is missing; is --format right? The fields are options, problem": (
+        "gpqa",
+        {"problem": "p", "options": []},
+    ),
     "the fields are problem, target": ("aime24", {"problem": "p", "target": "1"}),
     "'solution' has no \\boxed{} that would hold it": ("aime25", {"problem": "p", "solution": "It is 5."}),
     "'solution' has a \\boxed{} that is empty or never closed": (

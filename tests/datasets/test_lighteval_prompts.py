@@ -146,6 +146,8 @@ def test_no_lighteval_says_how_to_install_it(tmp_path, monkeypatch):
         lighteval_wording("aime24", python)
     assert f"lighteval is not installed for {python}" in str(caught.value)
     assert "pip install" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"/true did not answer; is it an interpreter of Python\?"):
+        lighteval_wording("aime24", Path("/bin/true"))
     with pytest.raises(UserError, match=r"--lighteval-python .*none: cannot run it: No such file"):
         lighteval_wording("aime24", tmp_path / "none")
 
