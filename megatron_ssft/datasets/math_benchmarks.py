@@ -15,7 +15,7 @@ from megatron_ssft.datasets.prompts import MATH, OWN
 from megatron_ssft.datasets.tables import Row, fields_of, question_key
 from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
 
-OWN_INSTRUCTIONS = "questions with the instructions that their release puts around them, kept as they are"
+OWN_PROMPT = "rows asked by their own prompt as it is, with the instructions that their release put into it"
 PROGRAMS = "rows left out: programming problems, whose ground_truth is a set of tests"
 PICTURES = "rows left out: their question shows a picture"
 PROOFS = "rows left out: they ask for a proof and have no final answer"
@@ -105,7 +105,7 @@ def verl_row(row: Row, options: BenchmarkOptions, notes: Counter[str]) -> Row | 
     if answer is None:
         notes[PROGRAMS] += 1
         return None
-    notes[OWN_INSTRUCTIONS] += 1
+    notes[OWN_PROMPT] += 1
     info = row.get("extra_info")
     facts = facts_in(info, ("index", "split")) if isinstance(info, dict) else {}
     return {"id": f"verl-{question_key(asked)[:16]}", **asked, "answer": answer, **facts_in(row, _VERL_FACTS), **facts}

@@ -137,6 +137,13 @@ def test_a_lighteval_that_cannot_be_loaded(tmp_path, monkeypatch):
         lighteval_wording("aime24", Path(sys.executable))
 
 
+def test_modules_beside_the_child_hide_none_of_the_same_name(tmp_path, old):
+    (tmp_path / "old" / "tables.py").write_text("THEIRS = True\n")
+    tasks = tmp_path / "old" / "lighteval" / "tasks" / "default_tasks.py"
+    tasks.write_text("import tables\n\nassert tables.THEIRS\n" + tasks.read_text())
+    assert lighteval_wording("aime24", None)[0].template.endswith("{question}")
+
+
 def test_no_lighteval_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     python = tmp_path / "python"

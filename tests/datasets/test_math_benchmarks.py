@@ -194,7 +194,7 @@ def test_verl_keeps_the_prompt_and_says_so(tmp_path, suffix):
         "ability": "MATH",
         "index": "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079",
     }
-    assert row["id"].startswith("verl-") and +notes == {math_benchmarks.OWN_INSTRUCTIONS: 1}
+    assert row["id"].startswith("verl-") and +notes == {math_benchmarks.OWN_PROMPT: 1}
 
 
 @BOTH
