@@ -11,7 +11,7 @@ from megatron_ssft.datasets.prompts import Wording
 from megatron_ssft.datasets.tables import Row, fields_of, question_key
 from megatron_ssft.formats.jsonl import RowError, filled_string
 
-_ID_FIELDS = ("id", "unique_id", "question_id", "record id", "problem_id")
+_ID_FIELDS = ("record id", "id", "unique_id", "question_id", "problem_id")
 
 
 @dataclass(frozen=True)
