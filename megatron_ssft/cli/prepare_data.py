@@ -1,12 +1,13 @@
 """Released data sets as local files to the project's questions and training sets.
 
     megatron-ssft prepare-data benchmark --format math500 test.jsonl --output Q.jsonl
+    megatron-ssft prepare-data benchmark --format gpqa gpqa.csv --output Q.jsonl --prompt-template words.txt
     megatron-ssft prepare-data pool s1k-1.1.parquet --output SET.jsonl --traces 4 --per-source 1 --drop-incorrect
     megatron-ssft prepare-data split SET.jsonl --output-dir DIR --held-out 0.1
 
 IN: JSONL or JSON, CSV or TSV, each also gzipped, or parquet where pyarrow is installed; several are read as one.
 
-benchmark  the questions of an evaluation set in the wording that published figures were measured with
+benchmark  the questions of an evaluation set, asked in our own words, in those of a file, or in lighteval's
 pool       questions with several traces each, sampled; rows that ask the same become one set
 split      train.jsonl and heldout.jsonl, no question in both
 """
@@ -14,11 +15,12 @@ split      train.jsonl and heldout.jsonl, no question in both
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -26,11 +28,16 @@ from rich.table import Table
 from megatron_ssft.cli.options import parse_action
 from megatron_ssft.config.checks import require
 from megatron_ssft.config.fields import Flag
-from megatron_ssft.datasets.benchmarks import BENCHMARKS, BenchmarkOptions, write_benchmark
+from megatron_ssft.datasets.benchmark_rows import BenchmarkOptions
+from megatron_ssft.datasets.benchmarks import BENCHMARKS, KINDS, write_benchmark
 from megatron_ssft.datasets.held_out import split_set
-from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions
+from megatron_ssft.datasets.lighteval_prompts import TASKS as LIGHTEVAL_TASKS
+from megatron_ssft.datasets.lighteval_prompts import lighteval_wording
+from megatron_ssft.datasets.pool_formats import FORMATS
+from megatron_ssft.datasets.pool_rows import FormatOptions
 from megatron_ssft.datasets.pool_tables import pool_tables
 from megatron_ssft.datasets.pools import PoolOptions, build_pool
+from megatron_ssft.datasets.prompts import read_template
 from megatron_ssft.datasets.tables import Progress, total_bytes
 from megatron_ssft.progress import bytes_read
 
@@ -52,7 +59,7 @@ class InputFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkFlags(InputFlags):
-    """The questions of an evaluation set in the wording that published figures were measured with."""
+    """The questions of an evaluation set, asked in our own words, in those of a file, or in lighteval's."""
 
     format: Annotated[str, Flag(choices=tuple(BENCHMARKS))]
     """Name of the evaluation set."""
@@ -63,11 +70,49 @@ class BenchmarkFlags(InputFlags):
     until: Annotated[str | None, Flag(metavar="YYYY-MM-DD", read=day)] = None
     """livecodebench: leave out later contests."""
 
+    prompt: Literal["own", "lighteval"] = "own"
+    """Words around a question: our own, or those of an installed lighteval, read from it."""
+    prompt_template: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Words around a question: a text with {question}; gpqa: and {choices}, or {A}, {B}, {C} and {D};
+    livecodebench: and {starter_code}. {{ and }} stand for braces."""
+    lighteval_python: Annotated[Path | None, Flag(metavar="PYTHON")] = None
+    """--prompt lighteval: interpreter of the environment that has it; default: this one."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError."""
+        asked = "--prompt lighteval" if self.prompt == "lighteval" else "--prompt-template"
+        foreign = self.prompt == "lighteval" or self.prompt_template is not None
+        require(
+            self.prompt == "own" or self.prompt_template is None,
+            "--prompt-template: not allowed with --prompt lighteval; give one",
+        )
+        require(
+            self.lighteval_python is None or self.prompt == "lighteval",
+            "--lighteval-python: is for --prompt lighteval; leave it out",
+        )
+        require(
+            not foreign or self.format in KINDS,
+            f"{asked}: the prompts of {self.format} carry instructions of their own and are kept; leave it out",
+        )
+        require(
+            self.prompt == "own" or self.format in LIGHTEVAL_TASKS,
+            f"--prompt lighteval: read for {', '.join(LIGHTEVAL_TASKS)} only; give {self.format} a --prompt-template",
+        )
+
     def run(self, progress: Progress) -> list[str | Table]:
         """Write the questions; returns what there is to say."""
-        options = BenchmarkOptions(self.seed, self.since, self.until)
-        count = write_benchmark(self.inputs, self.output, self.format, options, progress)
-        return [f"{count} questions: {self.output}"]
+        wording, lines = None, list[str | Table]()
+        if self.prompt == "lighteval":
+            wording, origin = lighteval_wording(self.format, self.lighteval_python)
+            lines.append(f"asked in the words of {origin}")
+        elif self.prompt_template is not None:
+            wording = read_template(self.prompt_template, KINDS[self.format])
+            lines.append(f"asked in the words of {self.prompt_template}")
+        options = BenchmarkOptions(self.seed, self.since, self.until, wording)
+        notes: Counter[str] = Counter()
+        count = write_benchmark(self.inputs, self.output, self.format, options, progress, notes)
+        lines += [f"note: {number} {remark}" for remark, number in (+notes).most_common()]
+        return [*lines, f"{count} questions: {self.output}"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections import Counter
 
+from megatron_ssft.datasets.benchmark_rows import BenchmarkOptions, text_in
 from megatron_ssft.datasets.string_pickle import decode_payload
 from megatron_ssft.datasets.tables import Row
 from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of
@@ -34,6 +36,8 @@ HUMANEVAL_PROMPT = """Complete this Python function. Give all of it, with its im
 {question}
 ```"""
 
+PUBLIC_ONLY = "problems without hidden tests: judged by their public ones alone, which is no LiveCodeBench figure"
+
 _MODULES = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
     *("itertools", "functools", "operator", "io", "sys", "json"),
@@ -56,11 +60,21 @@ for arguments, expected in CASES:
 _EXTRA = ("difficulty", "platform", "contest_date")
 
 
-def livecodebench_row(row: Row) -> Row:
-    """A problem of LiveCodeBench's code generation with its public and hidden tests. Raises RowError."""
-    question = filled_string(row.get("question_content"), "'question_content'")
+def livecodebench_row(row: Row, options: BenchmarkOptions, notes: Counter[str]) -> Row | None:
+    """A problem of LiveCodeBench's code generation with its public and hidden tests. Raises RowError.
+
+    None for a problem out of the given dates.
+    """
+    date = str(row.get("contest_date", ""))[:10]
+    if (options.since or options.until) and not date:
+        raise RowError("'contest_date' is missing; without it --since and --until cannot be obeyed")
+    if date < (options.since or "") or date > (options.until or date):
+        return None
+    question = text_in(row, "question_content")
     starter = row.get("starter_code") or ""
-    tests = [*_test_cases(row, "public_test_cases"), *_test_cases(row, "private_test_cases")]
+    given = row.get("private_test_cases") not in (None, "")  # some copies leave them out, which are the larger part
+    hidden = _test_cases(row, "private_test_cases") if given else []
+    tests = [*_test_cases(row, "public_test_cases"), *hidden]
     if not tests:
         raise RowError("the problem has no tests")
     metadata = _json(row.get("metadata") or "{}", "'metadata'")
@@ -68,11 +82,14 @@ def livecodebench_row(row: Row) -> Row:
     functional = {test["testtype"] == "functional" for test in tests}
     if functional != {function is not None}:
         raise RowError("tests of type functional and a func_name in 'metadata' must come together; found one of them")
-    prompt = LIVECODEBENCH_PROMPT.format(
-        question=question,
-        task=STARTER_CODE_TASK if starter else STDIN_TASK,
-        code=filled_string(starter, "'starter_code'") if starter else "# YOUR CODE HERE",
-    )
+    if starter:
+        filled_string(starter, "'starter_code'")
+    if options.wording is not None:
+        prompt = options.wording.ask(question, starter_code=str(starter))
+    else:
+        task = STARTER_CODE_TASK if starter else STDIN_TASK
+        prompt = LIVECODEBENCH_PROMPT.format(question=question, task=task, code=starter or "# YOUR CODE HERE")
+    notes[PUBLIC_ONLY] += not hidden
     extra = {name: str(row[name]) for name in _EXTRA if row.get(name)}
     return {
         "id": f"livecodebench-{filled_string(row.get('question_id'), repr('question_id')).strip()}",
@@ -135,9 +152,9 @@ def _function_tests(tests: list[dict[str, str]], function: object) -> Row:
     return {"type": "function", "code": code, "entry_point": name, "preamble": LIVECODEBENCH_PREAMBLE}
 
 
-def humaneval_row(row: Row) -> Row:
+def humaneval_row(row: Row, options: BenchmarkOptions, notes: Counter[str]) -> Row:
     """A problem of HumanEval. Raises RowError."""
-    prompt, test, name = (filled_string(row.get(field), repr(field)) for field in ("prompt", "test", "entry_point"))
+    prompt, test, name = (text_in(row, field) for field in ("prompt", "test", "entry_point"))
     solution = row.get("canonical_solution")
     body = solution if isinstance(solution, str) and solution.strip() else "    pass\n"
     try:
@@ -150,9 +167,10 @@ def humaneval_row(row: Row) -> Row:
     if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body):
         raise RowError(f"'prompt' does not define the function {name!r}, which 'entry_point' names")
     helpers = _helpers(tree, name, len(prompt.splitlines()))
+    own = HUMANEVAL_PROMPT.format(question=prompt.strip())
     return {
-        "id": filled_string(row.get("task_id"), "'task_id'").strip(),
-        "question": HUMANEVAL_PROMPT.format(question=prompt.strip()),
+        "id": text_in(row, "task_id").strip(),
+        "question": own if options.wording is None else options.wording.ask(prompt),
         "tests": {
             "type": "function",
             "code": f"{helpers}\n{test.rstrip()}\n\ncheck(candidate)\n",

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from megatron_ssft.datasets.pool_formats import FORMATS, FormatOptions, PoolRow, detect_format
+from megatron_ssft.datasets.pool_formats import FORMATS, detect_format
+from megatron_ssft.datasets.pool_rows import FormatOptions, PoolRow
 from megatron_ssft.datasets.tables import Progress, Row, check_row, parsed_rows, question_key, total_bytes
 from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.jsonl import RowError, WrongRows, write_objects

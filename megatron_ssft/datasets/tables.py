@@ -31,6 +31,7 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _AFTER_ITEM = re.compile(r"\s*([,\]]?)\s*")
 _MAX_CELL = 1 << 30
 _ROWS_A_REPORT = 64
+_MOST_FIELDS = 16
 
 
 def check_row(row: Row, *, traces_required: bool = True) -> None:
@@ -209,3 +210,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
 def folded(row: Mapping[str, object]) -> Row:
     """The row with field names in lower case, since releases of one set differ in it, without what is null."""
     return {name.strip().lower(): value for name, value in row.items() if value is not None}
+
+
+def fields_of(row: Mapping[str, object]) -> str:
+    """The field names of a row, for messages."""
+    names = sorted(row)
+    return ", ".join(names[:_MOST_FIELDS]) + (", ..." if len(names) > _MOST_FIELDS else "") if names else "none"

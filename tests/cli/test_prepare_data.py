@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_ssft.cli.prepare_data import BenchmarkFlags, main
 from megatron_ssft.data.examples import read_examples
 from megatron_ssft.datasets.held_out import is_held_out, split_set
 from megatron_ssft.demo.data import make_demo_sets
@@ -130,6 +132,36 @@ def test_the_commands_in_a_row(tmp_path):
     out = run("benchmark", release, "--format", "gsm8k", "--output", tmp_path / "Q.jsonl")
     assert out == f"1 questions: {tmp_path / 'Q.jsonl'}\n"
     assert next(iter(read_questions(tmp_path / "Q.jsonl").values())).row["answer"] == "2"
+
+
+def test_a_benchmark_in_the_words_of_a_file_says_so_and_what_it_changed(tmp_path, capsys):
+    release = save(tmp_path / "test.jsonl", {"problem": "1+1?", "answer": "so \\boxed{2}"})
+    words = tmp_path / "words.txt"
+    words.write_text("Put it in \\boxed{{}}: {question}\n")
+    arguments = ["benchmark", release, "--format", "math500", "--output", tmp_path / "Q.jsonl"]
+    main([*map(str, arguments), "--prompt-template", str(words)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"asked in the words of {words}",
+        "note: 1 golds cut down to their last \\boxed{}",
+        f"1 questions: {tmp_path / 'Q.jsonl'}",
+    ]
+    (row,) = load(tmp_path / "Q.jsonl")
+    assert (row["question"], row["answer"]) == ("Put it in \\boxed{}: 1+1?", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"prompt": "lighteval", "prompt_template": Path("w")}, "not allowed with --prompt lighteval; give one"),
+        ({"lighteval_python": Path("p")}, "--lighteval-python: is for --prompt lighteval; leave it out"),
+        ({"format": "verl", "prompt_template": Path("w")}, "--prompt-template: the prompts of verl carry"),
+        ({"format": "verl", "prompt": "lighteval"}, "--prompt lighteval: the prompts of verl carry instructions"),
+        ({"format": "humaneval", "prompt": "lighteval"}, "read for aime24, aime25, math500, gsm8k, gpqa only"),
+    ],
+)
+def test_flags_about_prompts_that_contradict_each_other(flags, reason):
+    with pytest.raises(UserError, match=reason):
+        BenchmarkFlags(**{"inputs": (Path("a"),), "format": "gsm8k", "output": Path("Q"), **flags})
 
 
 def test_mistakes_are_lines_without_a_traceback(tmp_path):

@@ -75,6 +75,21 @@ def test_gpqa(tmp_path, suffix):
     assert sum(a["choices"] != b["choices"] for a, b in zip(got, changed)) > 350
 
 
+def test_the_order_of_gpqa_s_choices_depends_on_seed_and_id_alone(tmp_path):
+    def order(row, **options):
+        (got,) = read(save(tmp_path / "a.jsonl", {**GPQA, **row}), "gpqa", **options)
+        slots = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+        return [got["choices"].index({**GPQA, **row}[slot].strip()) for slot in slots], got["answer"]
+
+    for name in ("rec1", "rec2", "rec3"):
+        row = {"Record ID": name}
+        assert order(row) == order({**row, "Correct Answer": "an iron", "Incorrect Answer 3": " argon gas\n"})
+        assert order(row) == order({**row, "Question": "What else?", "Incorrect Answer 1": "xenon", "Subdomain": "x"})
+        assert order(row)[1] == "ABCD"[order(row)[0][0]]
+    assert len({order({"Record ID": f"rec{n}"})[1] for n in range(40)}) == 4
+    assert len({order({}, seed=seed)[1] for seed in range(40)}) == 4
+
+
 BAD_CASES = '[{"input": "x", "output": "1", "testtype": "functional"}]'
 WRONG = {
     "'problem' or 'question' is missing; is --format right": ("aime24", {"id": 1, "answer": "1"}),
@@ -103,6 +118,28 @@ WRONG = {
     "is not valid Python": ("humaneval", {**HUMANEVAL, "prompt": "def f(:"}),
     "does not define the function 'g'": ("humaneval", {**HUMANEVAL, "entry_point": "g"}),
     "'task_id' is missing": ("humaneval", {**HUMANEVAL, "task_id": None}),
+    "'answer' is nan, which is no answer": ("aime24", {"problem": "p", "answer": float("nan")}),
+    "'answer' is -inf, which is no answer": ("minerva", {"question": "p", "answer": float("-inf")}),
+    "'answer' is NaN, which stands for a missing value": ("math500", {"problem": "p", "answer": " NaN\n"}),
+    "'answer' is nan": ("gsm8k", {"question": "p", "answer": float("nan")}),
+    "'answer' must be a text or a number, not true": ("aime24", {"problem": "p", "answer": True}),
+    "'test' is missing; is --format right? The fields are instruction, prompt": (
+        "humaneval",
+        {"prompt": "p", "instruction": "i"},
+    ),
+    "'question_content' is missing; is --format right? The fields are problem": ("livecodebench", {"problem": "p"}),
+    "'question' is missing; is --format right? The fields are options, problem": (
+        "gpqa",
+        {"problem": "p", "options": []},
+    ),
+    "the fields are problem, target": ("aime24", {"problem": "p", "target": "1"}),
+    "'solution' has no \\boxed{} that would hold it": ("aime25", {"problem": "p", "solution": "It is 5."}),
+    "'solution' has a \\boxed{} that is empty or never closed": (
+        "aime24",
+        {"problem": "p", "solution": "so \\boxed{12"},
+    ),
+    "'answer' has a \\boxed{} that is empty": ("math500", {"problem": "p", "answer": "thus \\boxed{ } "}),
+    "the last box of 'answer' is nan": ("math500", {"problem": "p", "answer": "\\boxed{nan}"}),
     "half of a surrogate pair": ("aime24", {"problem": "p\ud800", "answer": "1"}),
     "expected a JSON object, found a list": ("aime24", [1]),
 }  # fmt: skip
@@ -182,5 +219,6 @@ def test_parquet_without_its_library(tmp_path, monkeypatch):
     assert "takes pyarrow, which is not installed" in error_of(path, "aime24")
 
 
-def test_every_benchmark_has_a_test_here():
-    assert set(BENCHMARKS) == {name for name, *_ in MATH.values()} | {"gpqa", "livecodebench", "humaneval"}
+def test_every_benchmark_has_a_test_here_or_in_its_own_file():
+    here = {name for name, *_ in MATH.values()} | {"gpqa", "livecodebench", "humaneval"}
+    assert set(BENCHMARKS) == here | {"minerva", "olympiadbench", "verl"}

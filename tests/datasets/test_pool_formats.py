@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_ssft.datasets.pool_formats import final_answer, split_reasoning
+from megatron_ssft.datasets.pool_rows import final_answer, split_reasoning
 from tests.helpers.pool_rows import build, openr1, s1k, talk, traces_of
 
 

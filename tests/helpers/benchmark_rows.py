@@ -74,14 +74,18 @@ def save(path, *rows):
         path.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())
     elif path.name.endswith(".json"):
         path.write_text(json.dumps(rows, indent=1))
+    elif path.name.endswith(".parquet"):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(list(rows)), path)
     else:
         data = b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
         path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
     return path
 
 
-def read(path, name, **options):
-    return list(read_benchmark([path], name, BenchmarkOptions(**options)))
+def read(path, name, notes=None, **options):
+    """The questions; each is one that the training reader and scoring accept."""
+    return list(read_benchmark([path], name, BenchmarkOptions(**options), notes=notes))
 
 
 def error_of(path, name, **options):
