@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,8 @@ _LINK = (
     r"(?: (?:to|for|of) (?:the|this|that) (?:[a-z]+ )?(?:question|problem))?"
     rf"(?:[{_QUOTES}]? ?[:=] ?"
     r"| ?(?:->|=>|→|⇒|[-–—]) ?"
-    r"| (?:is|was|will be|would be|must be|should be|has to be)(?: [a-z]+ly| then| thus| just| indeed| for sure)?(?: ?: ?| |\n))"
+    r"| (?:is|was|will be|would be|must be|should be|has to be)(?: [a-z]+ly| then| thus| just| indeed| for sure)?"
+    r"(?: ?: ?| |\n))"
 )
 """Between the word and the letter of a statement."""
 _STATEMENT = re.compile(
@@ -92,6 +94,8 @@ _LEADING_WORDS = re.compile(
 )
 _LONGEST = 4000
 """Characters of a tag or a box that are looked at."""
+_PLACES = 2000
+"""Places of one kind that are looked at, from the end."""
 _BEFORE, _BEHIND = 40, 200
 """Characters around a statement that are looked at."""
 
@@ -199,7 +203,7 @@ def _from_prose(text: str, named: _Choices) -> str | None:
 
 def _statement(text: str, named: _Choices) -> tuple[str | None, bool]:
     """Return (letter or None for several of them, whether there is a statement at all)."""
-    for lead in reversed(list(_STATEMENT.finditer(text))):
+    for lead in reversed(_last(_STATEMENT, text)):
         noun = _LEAD_NOUN.match(text, lead.end())
         start = noun.end() if noun else lead.end()
         has_colon = lead[0].rstrip()[-1:] in tuple(":=>→⇒-–—")
@@ -217,7 +221,7 @@ def _statement(text: str, named: _Choices) -> tuple[str | None, bool]:
 def _conclusion(text: str, named: _Choices) -> tuple[str | None, bool]:
     """The same for conclusions, the last one of any form."""
     found: list[tuple[int, str | None]] = []
-    for lead in _CONCLUSION.finditer(text):
+    for lead in _last(_CONCLUSION, text):
         noun = _LEAD_NOUN.match(text, lead.end())
         letter, is_letter = _read_letter(text, noun.end() if noun else lead.end(), named, strict=True)
         if is_letter and not _is_supposed(text, lead.start()):
@@ -228,6 +232,11 @@ def _conclusion(text: str, named: _Choices) -> tuple[str | None, bool]:
     return (max(found)[1], True) if found else (None, False)
 
 
+def _last(pattern: re.Pattern[str], text: str) -> deque[re.Match[str]]:
+    """The last places in their order; of thousands that do not decide, those further in front would not either."""
+    return deque(pattern.finditer(text), maxlen=_PLACES)
+
+
 def _is_supposed(text: str, start: int) -> bool:
     """Whether the words in front of a statement take it back: `if`, `might`, `not`, a question."""
     return _SUPPOSED.search(text[max(0, start - _BEFORE) : start]) is not None
@@ -235,7 +244,7 @@ def _is_supposed(text: str, start: int) -> bool:
 
 def _called_correct(text: str, named: _Choices) -> list[re.Match[str]]:
     """Letters that are called right; not those of statements that a question asks about."""
-    matches = (m for m in _IS_CORRECT.finditer(text) if m["letter"] in named.letters)
+    matches = (m for m in _last(_IS_CORRECT, text) if m["letter"] in named.letters)
     return [m for m in matches if not text[max(0, m.start() - 10) : m.start()].lower().endswith("statement ")]
 
 
@@ -263,10 +272,10 @@ def _from_last_line(text: str, named: _Choices) -> str | None:
     alone = re.fullmatch(r"[(\[]? ?([A-Za-z]) ?[)\].:]*", line)
     if alone:
         return alone[1].upper() if alone[1].upper() in named.letters else None
-    leading = re.match(r"\(?([A-Z])[).:] ", line)
+    leading = re.match(r"\(?([A-Z])(?:[).:] |。)", line)
     found = {*_BRACKETED.findall(line), *(match["letter"] for match in _called_correct(line, named))}
     found |= {leading[1]} if leading else set()
-    for lead in _WEAK.finditer(line):
+    for lead in _last(_WEAK, line):
         letter, is_letter = _read_letter(line, lead.end(), named, strict=True)
         if is_letter:
             found.add(letter or "")
