@@ -71,7 +71,7 @@ def test_failed_extractions_and_empty_completions_are_two_votes():
 
 
 def test_leading_zeros_and_spellings_are_one_vote_but_not_other_structures():
-    assert compared(samples([["1"], ["2"], ["01"]]))["math_maj_3_pass_at_1_3n"][0] == 1
+    assert compared(samples([["2"], ["1"], ["01"]]))["math_maj_3_pass_at_1_3n"][0] == 1
     spelled = [r"\frac{1}{2}", r"\dfrac12", "1/2", r"2\sqrt2", r"\sqrt{8}", r"2 \sqrt{2}", r"\sqrt2\cdot 2", "3"]
     forms = {answer: published_form(answer) for answer in spelled}
     assert forms[r"\frac{1}{2}"] == forms[r"\dfrac12"] == forms["1/2"]
@@ -112,7 +112,7 @@ def restated(lists, golds):
 
 
 def test_votes_over_tags_that_the_model_chose():
-    rng = random.Random(4)
+    rng = random.Random(7)
     lists = [[rng.choice("1123" + "4" * (q % 3)) for _ in range(66)] for q in range(12)]
     rows = [
         scored(f"q{q}", rng.choice([0, 1, None]), s, answer, mode="own", completion=mark(answer))
