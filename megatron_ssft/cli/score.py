@@ -49,6 +49,8 @@ class ScoreFlags:
     """Look for the answer after the last TEXT only."""
     float_tolerance: float = 0.0
     """Code: accept numbers off by at most this, or this times their size; 0: equal."""
+    on_bad_gold: Literal["refuse", "skip"] = "refuse"
+    """What to do where a gold answer or tests cannot be judged by: end, or leave those questions out and say so."""
     group_by: Annotated[tuple[str, ...], Flag(metavar="FIELD")] = ("tag",)
     """Rows of the table: fields of scores or questions."""
     unsafe_code: bool = False
@@ -90,8 +92,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         ),
         workers=flags.workers or len(os.sched_getaffinity(0)),
         progress=functools.partial(score_tables.shown, console),
+        skip_bad_golds=flags.on_bad_gold == "skip",
+        skipped=score_tables.tell_skipped,
     )
     if flags.rewards is not None:
         write_rewards(flags.rewards, scored, flags.rollouts, flags.output)
     rows = {name: question.row for name, question in questions.items()}
     score_tables.print_tables(console, scored, flags.group_by, rows)
+    score_tables.tell_unjudged(scored)

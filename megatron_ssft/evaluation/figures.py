@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.evaluation import metrics, published_protocol, voting
+from megatron_ssft.evaluation import metrics, published_protocol, side_by_side, voting
 from megatron_ssft.evaluation.metrics import estimate_record, number
 from megatron_ssft.evaluation.scored_runs import Question, ScoredRun
 from megatron_ssft.formats.evaluation import (
     BestTag,
+    ComparedFigure,
     EvaluatedRun,
     EvaluationRecord,
     Groups,
@@ -42,6 +43,8 @@ class Options:
     answers: str = "string"
     """How our votes compare answers: `string`, or `math` by `equivalent`."""
     equivalent: voting.Equivalent | None = None
+    judge: published_protocol.Judge = field(default_factory=published_protocol.Judge)
+    """Labels and verdicts of the published rules."""
     pass_tag: int = 0
     """Tag of the published pass@1, 0-based; not for runs of one tag, nor where the model chose the tags."""
     group_by: str | None = None
@@ -105,6 +108,7 @@ def _evaluate_run(run: ScoredRun, options: Options, ks: Sequence[int], edges: li
         "incomplete": _incomplete(run),
         "ours": None if options.protocol == "published" else _ours(run, votes, ks, options),
         "published": None if options.protocol == "ours" else _published(run, options),
+        "side_by_side": None if options.protocol == "ours" else _side_by_side(run, votes, options),
         "per_tag": [_tag(run, place) for place in range(len(run.tags))],
         "length_histogram": {"edges": edges, "counts": [_histogram(tokens, edges) for tokens in tag_lengths]},
         "agreement": {"share": _table(agreement.share), "chance_corrected": _table(agreement.chance_corrected)},
@@ -199,21 +203,27 @@ def _published(run: ScoredRun, options: Options) -> PublishedFigures:
     """The protocol's figures; a file of one tag serves its pass@1 whatever the tag is."""
     place = 0 if len(run.tags) == 1 else run.tags.index(options.pass_tag) if options.pass_tag in run.tags else None
     place = None if run.own_tags else place
+    judge = options.judge
     figures = []
     for question in run.questions:
-        answers = [[row.answer for row in rows] for rows in question.by_tag]
-        correct = [[row.correct for row in rows] for rows in question.by_tag]
+        accepted = [[judge.accepts(row) for row in rows] for rows in question.by_tag]
         if run.own_tags:
-            figures.append(published_protocol.own_tag_figures([row.correct for row in question.pooled]))
-        else:
-            figures.append(published_protocol.published_figures(answers, correct, pass_tag=place))
+            pooled = [judge.accepts(row) for row in question.pooled]
+            figures.append(published_protocol.own_tag_figures(pooled))
+            continue
+        labels = [[judge.label(row) for row in rows] for rows in question.by_tag]
+        winners = [[judge.accepts_winner(row) for row in rows] for rows in question.by_tag]
+        of_question = published_protocol.published_figures(labels, accepted, pass_tag=place, winners_by_tag=winners)
+        if any(None in own for own in labels):  # whole completions that the scores do not tell apart
+            of_question = replace(of_question, native_cons=None, cons_grouped=None, cons_interleaved=None)
+        figures.append(of_question)
 
     def mean(values: Iterable[float | None]) -> MaybeEstimate:
         return estimate_record(metrics.estimate([math.nan if value is None else value for value in values]))
 
     design = _by_design(run)
     return {
-        "rule": published_protocol.RULE,
+        "rule": judge.rule(run.rows[0].verifier),
         "pass_tag": None if place is None else run.tags[place],
         "pass@1": mean(figure.pass_at_1 for figure in figures),
         "pass_samples": _range(figure.pass_samples for figure in figures),
@@ -222,6 +232,14 @@ def _published(run: ScoredRun, options: Options) -> PublishedFigures:
         "cons_grouped": mean(figure.cons_grouped for figure in figures),
         "cons_interleaved": mean(figure.cons_interleaved for figure in figures),
     }
+
+
+def _side_by_side(run: ScoredRun, votes: Sequence[Votes], options: Options) -> list[ComparedFigure]:
+    listed = []
+    for own in votes:
+        rows = own.question.pooled if run.own_tags else voting.grouped(own.question.by_tag)
+        listed.append(side_by_side.Listed(rows, own.answers if run.own_tags else voting.grouped(own.answers_by_tag)))
+    return side_by_side.compare(listed, None if run.own_tags else len(run.tags), options.judge)
 
 
 def _tag(run: ScoredRun, place: int) -> TagFigures:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ssft.boxed import last_boxes
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.voting import interleaved
 from megatron_ssft.formats.rollouts import OWN_MODES, ScoredRollout, read_scored
@@ -96,6 +97,34 @@ def run_names(paths: Sequence[str | Path]) -> list[str]:
 def read_groups(path: str | Path, field: str) -> dict[str, str]:
     """Question's id -> value of `field`, of a JSONL file of questions. Raises UserError `file:line: ...`."""
     groups: dict[str, str] = {}
+    for number, name, row in _questions(path):
+        value = row.get(field)
+        if value is None or isinstance(value, dict | list):
+            raise UserError(f"{path}:{number}: no plain value in {field!r}, the field to group by; add it")
+        if groups.setdefault(name, _name(value)) != _name(value):
+            raise UserError(f"{path}:{number}: id {row['id']!r} already has another {field!r}; ids must be unique")
+    return groups
+
+
+def read_golds(path: str | Path) -> dict[str, str]:
+    """Question's id -> the reference of the published evaluation: the last box of `solution`, else `answer`.
+
+    Questions without either are left out. Raises UserError `file:line: ...`.
+    """
+    golds: dict[str, str] = {}
+    for number, name, row in _questions(path):
+        solution = row.get("solution")
+        _, boxes = last_boxes(solution) if isinstance(solution, str) else (-1, [])
+        value = boxes[-1] if boxes else row.get("answer")
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            continue
+        if golds.setdefault(name, str(value)) != str(value):
+            raise UserError(f"{path}:{number}: id {row['id']!r} already has another reference; ids must be unique")
+    return golds
+
+
+def _questions(path: str | Path) -> Iterator[tuple[int, str, dict[str, object]]]:
+    """(1-based line, id, row) of a file of questions. Raises UserError."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -109,12 +138,7 @@ def read_groups(path: str | Path, field: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: not valid JSON; repair or remove the line") from error
         if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
             raise UserError(f"{path}:{number}: expected an object with an 'id'; repair or remove the line")
-        value = row.get(field)
-        if value is None or isinstance(value, dict | list):
-            raise UserError(f"{path}:{number}: no plain value in {field!r}, the field to group by; add it")
-        if groups.setdefault(str(row["id"]), _name(value)) != _name(value):
-            raise UserError(f"{path}:{number}: id {row['id']!r} already has another {field!r}; ids must be unique")
-    return groups
+        yield number, str(row["id"]), row
 
 
 def _name(value: object) -> str:

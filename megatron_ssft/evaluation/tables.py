@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megatron_ssft.evaluation.published_protocol import SAMPLES
 from megatron_ssft.formats.evaluation import (
+    ComparedFigure,
     EvaluatedRun,
     EvaluationRecord,
     Groups,
@@ -23,6 +24,7 @@ from megatron_ssft.formats.evaluation import (
 ERROR = "± standard error over questions"
 UNEVEN = "needs as many samples under every tag"
 OWN_PASS = "pass@1, the model's own tags"
+WHY = "why they differ"
 WIDEST_MATRIX = 6
 """More tags than this do not fit beside each other; their matrix is in evaluation.json alone."""
 
@@ -48,6 +50,7 @@ def all_tables(record: EvaluationRecord) -> list[TableData]:
     for run in runs:
         tables += [_ours(run, run["ours"])] if run["ours"] else []
         tables += [_published(run, run["published"])] if run["published"] else []
+        tables += [_side_by_side(run, run["side_by_side"])] if run["side_by_side"] else []
         tables.append(_tags(run))
         if len(run["tags"]) > 1:
             tables.append(_best_tags(run))
@@ -85,7 +88,7 @@ def to_rich(data: TableData) -> Table:
         caption_justify="left",
     )
     for place, header in enumerate(data.header):
-        table.add_column(Text(header), justify="right" if place else "left", overflow="fold")
+        table.add_column(Text(header), justify="right" if place and header != WHY else "left", overflow="fold")
     for row in data.rows:
         table.add_row(*map(Text, row))
     return table
@@ -191,6 +194,14 @@ def _published(run: EvaluatedRun, published: PublishedFigures) -> TableData:
             rows.append([f"cons@{SAMPLES}, {form} by tag", over, _show(figure, run)])
     title = f"{run['name']}: published protocol, {_samples(run)}"
     return TableData(title, _rule(run, published["rule"]), ["figure", "over", "value"], rows)
+
+
+def _side_by_side(run: EvaluatedRun, figures: Sequence[ComparedFigure]) -> TableData:
+    rows = [[f["metric"], _show(f["published"], run), _show(f["ours"], run), f["why"]] for f in figures]
+    rule = "theirs: published rule, under the names of the paper's code; ours: our rule, answers compared as "
+    rule += "for our votes, ties by expectation, failed extractions do not vote"
+    title = f"{run['name']}: beside the paper's code"
+    return TableData(title, _rule(run, rule), ["metric", "theirs", "ours", WHY], rows)
 
 
 def _no_cons(run: EvaluatedRun) -> str:

@@ -10,7 +10,7 @@ Answers are the same if they are the same string, or, with `equivalent`, mathema
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -64,15 +64,16 @@ def published_vote(labels: Sequence[Label], correct: Sequence[bool]) -> float:
 
     0 if there are no samples.
     """
-    counts: dict[Label, int] = defaultdict(int)
-    verdict: dict[Label, bool] = {}
-    for label, flag in zip(labels, correct, strict=True):
-        counts[label] += 1
-        verdict.setdefault(label, flag)
-    if not counts:
+    if not labels:
         return 0.0
-    most = max(counts.values())
-    return float(next(verdict[label] for label, count in counts.items() if count == most))
+    winner = first_winner(labels)
+    return float(next(flag for label, flag in zip(labels, correct, strict=True) if label == winner))
+
+
+def first_winner(labels: Sequence[Label]) -> Label:
+    """The most frequent label, of several the one seen first. There must be one."""
+    counts = Counter(labels)
+    return max(counts, key=counts.__getitem__)  # both keep the order in which labels are seen
 
 
 def grouped(values_by_tag: Sequence[Sequence[Value]]) -> list[Value]:

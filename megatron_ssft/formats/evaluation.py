@@ -89,6 +89,17 @@ PublishedFigures = TypedDict(
 such tag, then pass@1 is null."""
 
 
+class ComparedFigure(TypedDict):
+    """A figure of the paper's evaluation code, and ours on the same samples."""
+
+    metric: str
+    """Its name there."""
+    published: MaybeEstimate
+    ours: MaybeEstimate
+    why: str
+    """Why the two differ."""
+
+
 class LengthsRecord(TypedDict):
     """Tokens per sample."""
 
@@ -181,6 +192,8 @@ class EvaluatedRun(TypedDict):
     """Ids of questions with fewer samples than others: under some tag, or in all where the model chose the tags."""
     ours: OurFigures | None
     published: PublishedFigures | None
+    side_by_side: list[ComparedFigure] | None
+    """Null where the published figures are."""
     per_tag: Annotated[list[TagFigures], Meta(min_length=1)]
     """[N]"""
     length_histogram: LengthHistogram

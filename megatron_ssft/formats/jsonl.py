@@ -56,12 +56,15 @@ class WrongRows:
         """Note that `file` could not be read."""
         self.add(file, 1, f"cannot read the file: {error.strerror or error}")
 
+    def __str__(self) -> str:
+        """One line per wrong row: the first MAX_LINES, then how many more."""
+        more = self._count - len(self._lines)
+        return "\n".join([*self._lines, *([f"... and {more} more wrong rows"] if more else [])])
+
     def raise_if_any(self) -> None:
-        """Raise UserError with one line per wrong row (the first MAX_LINES, then how many more)."""
-        if self._count > len(self._lines):
-            raise UserError("\n".join([*self._lines, f"... and {self._count - len(self._lines)} more wrong rows"]))
+        """Raise UserError with the lines of `str`."""
         if self._lines:
-            raise UserError("\n".join(self._lines))
+            raise UserError(str(self))
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ class RewardLine(Struct, frozen=True, kw_only=True):
     """Sum of their rewards, each in [0, 1]."""
     truncated: SampleCounts
     """Samples that ended at their token limit."""
+    unjudged: SampleCounts | UnsetType = UNSET
+    """Samples that the verifier came to no verdict on, by time, memory or a crash of its own; counted in `n` with
+    reward 0. Left out where there are none."""
     verifier: str = ""
     model: Annotated[str, Meta(description="a string")]
     """Fingerprint of the model that made the samples."""
@@ -61,6 +64,8 @@ class RewardRow:
     """float64: sum of their rewards, each in [0, 1]."""
     truncated_N: np.ndarray
     """float64: samples that ended at their token limit."""
+    unjudged_N: np.ndarray
+    """float64: samples that the verifier came to no verdict on, with reward 0."""
     line: int
     """1-based."""
 
@@ -86,8 +91,20 @@ class RewardTable(RewardSource):
     rows: dict[str, RewardRow]
     """By the question's id."""
 
+    @property
+    def unjudged(self) -> int:
+        """All samples whose reward is 0 for want of a verdict."""
+        return int(sum(row.unjudged_N.sum() for row in self.rows.values()))
+
 
 # -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def is_unjudged(row: ScoredRollout) -> bool:
+    """Whether the verifier itself ran out of time or memory, or crashed; of a program under test that is a verdict."""
+    return row.verdict.startswith("crash: verifier") or (
+        row.verifier != "code" and row.verdict in ("timeout", "memory")
+    )
 
 
 def count_rewards(
@@ -109,6 +126,7 @@ def count_rewards(
             n=[len(of_tag[tag]) for tag in tags],
             sum=[sum(row.correct for row in of_tag[tag]) for tag in tags],
             truncated=[sum(row.truncated for row in of_tag[tag]) for tag in tags],
+            unjudged=_unjudged([of_tag[tag] for tag in tags]),
             verifier=scored[0].verifier,
             model=scored[0].model,
             rollouts=rollouts,
@@ -116,6 +134,11 @@ def count_rewards(
         )
         for name, of_tag in by_question.items()
     ]
+
+
+def _unjudged(rows_by_tag: Sequence[Sequence[ScoredRollout]]) -> list[int] | UnsetType:
+    counts = [sum(map(is_unjudged, rows)) for rows in rows_by_tag]
+    return counts if any(counts) else UNSET
 
 
 def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, scores: Path) -> None:
@@ -203,7 +226,8 @@ def _parse_line(raw: bytes) -> RewardLine:
 
 def _checked(row: RewardLine) -> RewardLine:
     """The row itself, where each list has a number per tag. Raises RowError."""
-    for name, values in (("n", row.n), ("truncated", row.truncated), ("sum", row.sum)):
+    unjudged = row.n if row.unjudged is UNSET else row.unjudged
+    for name, values in (("n", row.n), ("truncated", row.truncated), ("sum", row.sum), ("unjudged", unjudged)):
         _check_length(name, values, row.tags)
     return row
 
@@ -217,15 +241,17 @@ def _spread_counts(row: RewardLine, line: int, num_tags: int) -> RewardRow:
     n_N = _spread("n", row.n, row.tags, num_tags)
     truncated_N = _spread("truncated", row.truncated, row.tags, num_tags)
     sum_N = _spread("sum", row.sum, row.tags, num_tags)
-    if (sum_N > n_N).any() or (truncated_N > n_N).any():
-        raise RowError(f"'sum' and 'truncated' cannot be greater than 'n'; {_AGAIN}")
+    unjudged = [0] * len(row.tags) if row.unjudged is UNSET else row.unjudged
+    unjudged_N = _spread("unjudged", unjudged, row.tags, num_tags)
+    if (sum_N > n_N).any() or (truncated_N > n_N).any() or (unjudged_N + sum_N > n_N).any():
+        raise RowError(f"'sum', 'truncated' and 'unjudged' cannot be greater than 'n'; {_AGAIN}")
     missing = np.flatnonzero(n_N == 0)
     if len(missing):
         raise RowError(
             f"no samples under tag {missing[0]} (0-based), and the reward of every tag must be known: generate with "
             "--tags each, score all"
         )
-    return RewardRow(n_N, sum_N, truncated_N, line)
+    return RewardRow(n_N, sum_N, truncated_N, unjudged_N, line)
 
 
 def _spread(name: str, values: Sequence[float], tags: list[int], num_tags: int) -> np.ndarray:

@@ -4,9 +4,9 @@ A file holds the samples of one model with one tokenizer under one set of sampli
 refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
 where the model chose the tag itself, so that a resumed run knows what is left without knowing what the model chose.
 
-Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Two fields are marks of
-what a line was made from, 16 hexadecimal digits each: `prompt` in R.jsonl, `judged` in S.jsonl. Files without them can
-be read but not gone on with.
+Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Three fields are marks,
+16 hexadecimal digits each: `prompt` in R.jsonl and `judged` in S.jsonl of what a line was made from, `completion` in
+S.jsonl of the text. Files without the first two can be read but not gone on with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RolloutKey = tuple[str, "int | None", int]
 OWN_MODES = ("own", "own-greedy")
 """Sampling modes in which the model chooses its tag."""
 MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
-_OPTIONAL = ("prompt", "judged")
+_OPTIONAL = ("prompt", "judged", "completion")
 
 
 Tag = Annotated[Count | None, Meta(description="a whole number from 0, or null")]
@@ -92,6 +92,8 @@ class ScoredRollout(Sample, frozen=True, kw_only=True):
     judged: Mark = None
     """`mark` of all that the verdict depends on: text, gold answer, verifier, its settings; None in files of earlier
     versions."""
+    completion: Mark = None
+    """`mark` of the text alone, by which votes tell whole completions apart; None in files of earlier versions."""
 
 
 Record = TypeVar("Record", bound=Sample)
@@ -100,6 +102,10 @@ Record = TypeVar("Record", bound=Sample)
 def mark(value: object) -> str:
     """16 hexadecimal digits that tell JSON values apart: BLAKE2b over their spelling with sorted keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode("ascii"), digest_size=8).hexdigest()
+
+
+EMPTY_COMPLETION = mark("")
+"""`completion` of a sample without any text."""
 
 
 def score_rollout(
@@ -115,6 +121,7 @@ def score_rollout(
         num_tokens=len(rollout.token_ids),
         truncated=rollout.finish_reason == "length",
         judged=judged,
+        completion=mark(rollout.text),
     )
 
 

@@ -8,6 +8,7 @@ processes of its own (verifiers/), programs in the sandbox (sandbox/). *Write*: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
@@ -31,6 +32,15 @@ Progress = Callable[[Iterable[ScoredRollout], int, int], Iterator[ScoredRollout]
 """(scored rollouts as they come, how many were there before, how many there will be) -> the same rollouts."""
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """What is left out for want of usable gold answers."""
+
+    questions: int
+    rollouts: int
+    reasons: WrongRows
+
+
 def score_file(
     rollouts: Path,
     questions: dict[str, LocatedQuestion],
@@ -41,34 +51,48 @@ def score_file(
     settings: Settings,
     workers: int,
     progress: Progress,
+    skip_bad_golds: bool = False,
+    skipped: Callable[[Skipped], None] = lambda skipped: None,
 ) -> list[ScoredRollout]:
     """Score what `output` does not hold yet, in the order of `rollouts`; returns all lines of `output`.
 
     `data` is where `questions` came from, for messages. Raises UserError: for every question without a usable gold
     answer, for rollouts of other questions, for an output that does not fit, and for a disk that refuses; all but the
-    last before anything is judged.
+    last before anything is judged. With `skip_bad_golds` the rollouts of questions without a usable gold answer are
+    left out, `skipped` is told of them, and only where nothing is left it is an error.
     """
     marks = Marks(questions, verifier, settings)
     expected = expected_scores(rollouts, questions, data, marks)
     done = resume(output, verifier=verifier, rollouts=expected)
     with VerifierPool(verifier, settings, workers) as pool:
-        _check_golds(pool, questions, data)
-        if len(done) < len(expected):
-            missing = (rollout for rollout in read_rollouts(rollouts) if rollout.key not in done)
+        bad = _bad_golds(pool, questions)
+        left = {key for key in expected if key[0] not in bad}
+        wrong = _wrong_rows(bad, questions, data)
+        if not (skip_bad_golds and left):
+            wrong.raise_if_any()
+        if bad:
+            skipped(Skipped(len(bad), len(expected) - len(left), wrong))
+        if len(done) < len(left):
+            keys = left - done
+            missing = (rollout for rollout in read_rollouts(rollouts) if rollout.key in keys)
             judged = _judge(pool, missing, questions, verifier, marks)
             with RolloutWriter(output) as writer:
-                for scored in progress(judged, len(done), len(expected)):
+                for scored in progress(judged, len(done), len(left)):
                     writer.write([scored])
     return read_scored(output)
 
 
-def _check_golds(pool: VerifierPool, questions: dict[str, LocatedQuestion], data: Path) -> None:
-    """Raises one UserError for all questions that the verifier cannot judge by."""
+def _bad_golds(pool: VerifierPool, questions: dict[str, LocatedQuestion]) -> dict[str, str]:
+    """Question's id -> why the verifier cannot judge by it."""
+    reasons = pool.check(question.row for question in questions.values())
+    return {name: reason for name, reason in zip(questions, reasons) if reason is not None}
+
+
+def _wrong_rows(bad: dict[str, str], questions: dict[str, LocatedQuestion], data: Path) -> WrongRows:
     wrong = WrongRows()
-    for question, reason in zip(questions.values(), pool.check(question.row for question in questions.values())):
-        if reason is not None:
-            wrong.add(data, question.line, reason)
-    wrong.raise_if_any()
+    for name, reason in bad.items():
+        wrong.add(data, questions[name].line, reason)
+    return wrong
 
 
 def _judge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -9,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_ssft.formats.rewards import is_unjudged
 from megatron_ssft.formats.rollouts import ScoredRollout
 from megatron_ssft.progress import Wording, track
+from megatron_ssft.scoring.run import Skipped
 
 _PROGRESS = Wording("scoring", "scored {done} of {total}", "scored {done} of {total} before", last_line=True)
 _MAX_VERDICTS = 12
@@ -19,6 +22,26 @@ _MAX_VERDICTS = 12
 def shown(console: Console, scored: Iterable[ScoredRollout], done: int, total: int) -> Iterator[ScoredRollout]:
     """Pass `scored` on: with a bar on a terminal, with a plain line now and then elsewhere."""
     return track(scored, console, _PROGRESS, done, total)
+
+
+def tell_skipped(skipped: Skipped) -> None:
+    """Say on standard error what was left out for want of usable gold answers, and why."""
+    print(skipped.reasons, file=sys.stderr)
+    counts = f"{_counted(skipped.questions, 'question')} with {_counted(skipped.rollouts, 'rollout')}"
+    print(f"--on-bad-gold skip: left out {counts}, for the reasons above", file=sys.stderr, flush=True)
+
+
+def tell_unjudged(scored: Sequence[ScoredRollout]) -> None:
+    """Say on standard error how many samples are wrong only because their verifier came to no verdict."""
+    counts = Counter(row.verdict for row in scored if is_unjudged(row))
+    if counts:
+        kinds = ", ".join(f"{verdict} {count:,}" for verdict, count in counts.most_common())
+        text = f"{_counted(counts.total(), 'sample')} of {len(scored):,} got no verdict ({kinds})"
+        print(f"{text}: they count as not correct; raise --timeout or --memory-mb", file=sys.stderr, flush=True)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def print_tables(

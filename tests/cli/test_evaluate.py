@@ -56,7 +56,7 @@ def test_the_tool_writes_its_files_and_prints_tables_that_fit(files, tmp_path):
 def test_the_tool_compares_answers_mathematically(files, tmp_path):
     pytest.importorskip("math_verify")
     rows = question("a", "3", "3") + [
-        scored("a", 2 + s, 0, a, gold=a) for s, a in enumerate(["1/2", "0.5", "\\frac{2}{4}"])
+        scored("a", 2 + s, 0, a, gold=a) for s, a in enumerate(["2\\sqrt{2}", "\\sqrt{8}", "\\sqrt{2}\\cdot 2"])
     ]
     write_scored(tmp_path / "s.jsonl", rows)
     done = run_tool(tmp_path / "s.jsonl", "--output", tmp_path, "--answers", "math")

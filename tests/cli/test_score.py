@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ssft.demo.data import make_demo_sets
+from megatron_ssft.formats.rewards import read_rewards
 from megatron_ssft.formats.rollouts import Rollout, read_scored
 from megatron_ssft.scoring.questions import LocatedQuestion
 from megatron_ssft.scoring.resume import Marks
 from megatron_ssft.scoring.sandbox import mechanisms
 from megatron_ssft.scoring.verifiers.common import Settings
+from tests.helpers.math_pairs import SLOW
 from tests.helpers.paths import ROOT
 
 
@@ -235,6 +237,44 @@ def test_unusable_gold_answers_are_errors_before_anything_is_scored(tmp_path):
     assert len(error) == 2
     assert error[0].startswith(f"{questions}:2: ") and error[1].startswith(f"{questions}:3: ")
     assert not output.exists()
+
+
+def test_unusable_gold_answers_can_be_left_out_with_their_counts(tmp_path):
+    gold = ["1", "\\frac{", None, "2"]
+    rows = [{"id": id, "question": "?", **({"answer": g} if g else {})} for id, g in zip("abcd", gold)]
+    questions = write(tmp_path / "q.jsonl", rows)
+    rollouts = write(tmp_path / "r.jsonl", [rollout(id, r"\boxed{1}", s, 0) for id in "abcd" for s in range(2)])
+    arguments = (rollouts, "--data", questions, "--verifier", "math", "--output", tmp_path / "s.jsonl")
+    done = score(*arguments, "--rewards", tmp_path / "w.jsonl", "--on-bad-gold", "skip")
+    lines = done.stderr.splitlines()
+    assert [line.rpartition(":")[0].startswith(f"{questions}:") for line in lines[:2]] == [True, True]
+    assert lines[2:] == ["--on-bad-gold skip: left out 2 questions with 4 rollouts, for the reasons above"]
+    assert [(row.id, row.correct) for row in read_scored(tmp_path / "s.jsonl")] == [
+        ("a", True), ("a", True), ("d", False), ("d", False)
+    ]  # fmt: skip
+    rewards = list(map(json.loads, (tmp_path / "w.jsonl").read_text().splitlines()))
+    assert [(row["id"], row["n"], row["sum"]) for row in rewards] == [("a", [1, 1], [1, 1]), ("d", [1, 1], [0, 0])]
+    before = (tmp_path / "s.jsonl").read_bytes()
+    assert score(*arguments, "--on-bad-gold", "skip").returncode == 0  # again: nothing is left to do
+    assert (tmp_path / "s.jsonl").read_bytes() == before
+    only_bad = write(tmp_path / "b.jsonl", [rollout("b", r"\boxed{1}")])
+    arguments = (only_bad, "--data", questions, "--verifier", "math", "--output", tmp_path / "t.jsonl")
+    assert len(score(*arguments, "--on-bad-gold", "skip", rc=2).stderr.splitlines()) == 2
+
+
+def test_a_verifier_without_a_verdict_is_counted(tmp_path):
+    questions = write(tmp_path / "q.jsonl", [{"id": "a", "question": "?", "answer": "7"}])
+    texts = [r"\boxed{7}", rf"\boxed{{{SLOW[0][1]}}}", r"\boxed{8}"]
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", text, tag) for tag, text in enumerate(texts)])
+    done = score(
+        rollouts, "--data", questions, "--verifier", "math", "--output", tmp_path / "s.jsonl", "--timeout", "4",
+        "--rewards", tmp_path / "w.jsonl",
+    )  # fmt: skip
+    told = "1 sample of 3 got no verdict (timeout 1): they count as not correct; raise --timeout or --memory-mb\n"
+    assert done.stderr == told
+    (row,) = map(json.loads, (tmp_path / "w.jsonl").read_text().splitlines())
+    assert (row["n"], row["sum"], row["unjudged"]) == ([1, 1, 1], [1, 0, 0], [0, 1, 0])
+    assert read_rewards(tmp_path / "w.jsonl", 3).unjudged == 1
 
 
 @pytest.mark.parametrize(

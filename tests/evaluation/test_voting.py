@@ -20,7 +20,10 @@ from megatron_ssft.evaluation.voting import (
     native_cons,
     published_vote,
 )
+from megatron_ssft.scoring.verifiers import mathematics
+from megatron_ssft.scoring.verifiers.answer_forms import are_apart, entries
 from megatron_ssft.scoring.verifiers.math_equivalence import MathEquivalence
+from tests.helpers.math_pairs import SLOW
 
 
 def draw_winner(labels, correct, rng):
@@ -147,11 +150,50 @@ def test_sets_of_the_interleaved_list_are_the_native_votes():
     assert sets == native_cons(labels, correct, majority_vote)
 
 
-def test_math_verify_decides_and_a_comparison_that_does_not_end_is_a_difference():
-    pytest.importorskip("math_verify")
-    with MathEquivalence(seconds=0.5) as equivalent:
+def test_the_math_verifier_decides_and_a_comparison_that_does_not_end_is_a_difference():
+    slow_gold, slow_answer = SLOW[0]
+    with MathEquivalence(seconds=1.0) as equivalent:
         assert equivalent("1/2", "0.5") and equivalent("007", "7") and not equivalent("1/2", "1/3")
+        assert equivalent.asked == 0  # forms decide
+        assert not equivalent("x=3", "y") and (equivalent.asked, equivalent.unsettled) == (1, 0)
         started = time.monotonic()
-        assert not equivalent("10^{10^{10}}", "1")
-        assert 0.5 <= time.monotonic() - started < 10
+        assert not equivalent(slow_gold, slow_answer) and equivalent.unsettled == 1
+        assert time.monotonic() - started >= 1.0
+        assert not equivalent(slow_gold, slow_answer) and equivalent.asked == 2  # not again
         assert equivalent("\\sqrt{8}", "2\\sqrt{2}")  # by another process
+
+
+ANSWERS = [
+    *["12", "012", "12.0", "\\frac{24}{2}", "1/3", "0.333333", "0.3334", "\\dfrac13", "2\\sqrt{2}", "\\sqrt{8}"],
+    *["3\\sqrt{2}", "x+1", "1+x", "x-1", "x=3", "3", "(1,2)", "(1, 2)", "(2,1)", "\\{1,2\\}", "30^\\circ", "30"],
+    *["45^\\circ", "50\\%", "0.5", "5\\text{ cm}", "5", "\\pi"],
+]
+
+
+@pytest.mark.slow
+def test_forms_and_signatures_change_no_comparison():
+    """All pairs as the verifier judges them one by one; most need not be asked for."""
+    pairs = list(itertools.combinations(ANSWERS, 2))
+    same = {pair for pair in pairs if mathematics.equal(*pair) or mathematics.equal(*pair[::-1])}
+    assert len(same) > 9
+    with MathEquivalence(seconds=60.0, workers=2) as equivalent:
+        pieces = []
+        equivalent.prepare([ANSWERS[:16], ANSWERS[8:], ANSWERS], lambda items, total: pieces.append(total) or items)
+        asked = equivalent.asked
+        labels = answer_labels(ANSWERS, equivalent)
+        direct = answer_labels(ANSWERS, lambda a, b: (a, b) in same or (b, a) in same)
+        assert labels == direct
+        assert equivalent.asked == asked < 0.4 * len(pairs) and equivalent.unsettled == 0
+    assert sum(pieces) >= asked
+
+
+def test_values_far_apart_are_told_apart_and_close_ones_are_asked_for():
+    rng = random.Random(2)
+    for _ in range(300):
+        value = rng.choice([rng.uniform(-1e6, 1e6), rng.uniform(-1, 1), rng.randrange(-50, 50)])
+        assert not are_apart([value], [value * (1 + 1e-12) + 4e-6])
+        assert are_apart([value], [value + 1e-3 * max(1, abs(value))])
+    assert are_apart([1, 2], [1, 3]) and not are_apart([1, 2], [2, 1]) and not are_apart([1, 1], [1])
+    assert entries("x=3") == ["3"] and entries("(1, x)") == ["1", "x"]
+    for doubtful in ("1 1/2", "4t", "10^{10^{10}}", "5 cm", "2, \\ldots, 8", "30^\\circ", "x=y", "x<3", "50\\%"):
+        assert entries(doubtful) is None, doubtful

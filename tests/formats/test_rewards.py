@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.rewards import read_rewards, read_source
+from megatron_ssft.formats.jsonl import to_line
+from megatron_ssft.formats.rewards import count_rewards, is_unjudged, read_rewards, read_source
+from tests.helpers.scored_rows import scored
 
 ROW = {
     "id": "q0",
@@ -124,3 +126,22 @@ def test_empty_file(tmp_path, content):
 def test_no_file(tmp_path, make):
     make(tmp_path / "W")
     assert refusal(tmp_path / "W").startswith(f"{tmp_path}/W: cannot read the rewards")
+
+
+def test_samples_without_a_verdict():
+    """The verifier's own failures are marked; a program that runs out of time is judged."""
+    rows = [scored("a", tag, 0, None, gold="1", verifier=verifier, verdict=verdict)
+            for tag, (verifier, verdict) in enumerate([("math", "timeout"), ("math", "memory"), ("math", "no answer"),
+                                                       ("exact", "crash: verifier, exit status 1")])]  # fmt: skip
+    assert [line.unjudged for line in count_rewards(rows)] == [[1, 1, 0, 1]]
+    program = [scored("a", 0, 0, None, verifier="code", verdict=v) for v in ("timeout", "memory", "crash: ValueError")]
+    assert not any(map(is_unjudged, program))
+    assert "unjudged" not in to_line(count_rewards(program)[0])
+
+
+@pytest.mark.parametrize("unjudged", [[1], [5, 5, 5], [-1, 0, 0], "1"])
+def test_wrong_counts_of_samples_without_a_verdict_are_refused(tmp_path, unjudged):
+    good = row(unjudged=[0, 1, 0])
+    assert read_rewards(write(tmp_path / "W", [good]), 3).unjudged == 1
+    with pytest.raises(UserError, match="unjudged"):
+        read_rewards(write(tmp_path / "W", [row(unjudged=unjudged)]), 3)

@@ -68,7 +68,7 @@ def test_scored_lines_drop_text_and_tokens_and_keep_the_rest(tmp_path):
     kept = json.loads(to_line(made))
     del kept["text"], kept["token_ids"]
     judged = {"correct": False, "answer": None, "verdict": "no answer", "verifier": "math"}
-    assert row == {**kept, **judged, "num_tokens": 2, "truncated": True}
+    assert row == {**kept, **judged, "num_tokens": 2, "truncated": True, "completion": mark(made.text)}
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,73 @@ def test_choice_extraction(text, letter):
     assert choice.extract(text) == letter
 
 
+CHOICES = ["a proton", "bicyclo", "12 m", "ene"]
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        # a stated answer stands, whatever is said of others behind it
+        ("Answer: D\n\nOption A: ignores friction.\nOption B is not aromatic.", "D"),
+        ("The answer is B.\nChoice C would be right in a vacuum.", "B"),
+        ("Answer: C\nIf the answer were A, energy would be lost.", "C"),
+        ("Answer: C. The answer would be A if the pressure was constant.", "C"),
+        ("The answer is C. Why is the answer B wrong?", "C"),
+        ("Answer: D" + "\nOption A is wrong." * 2000, "D"),
+        ("The answer is A, not B.", "A"),
+        ("Answer: B\n\nThe answer is either A or C.", None),
+        ("Answer: A\nNo. The correct option is D.", "D"),
+        # the first letter is read as the others are
+        ("Answer: A) twelve", "A"),
+        ("Answer: A. twelve", "A"),
+        ("Answer: A a proton", "A"),
+        ("Answer: D ene", "D"),
+        ("Answer: A neutron", None),
+        ("The correct answer is:\n\n**A)** twelve", "A"),
+        # wrapped letters
+        ("<answer>(B) bicyclo</answer>", "B"),
+        ("<think>Answer: A</think><answer>\nThe answer is C\n</answer> since A is wrong", "C"),
+        ("<answer>A and B</answer>", None),
+        ("The answer is ‘B’.", "B"),
+        ("Final answer: “c”", "C"),
+        ('{"reasoning": "option A fails", "final_answer": "B", "confidence": 0.9}', "B"),
+        ("{'answer': 'A'}", "A"),
+        ('{"answer": ["A", "B"]}', None),
+        ("故选：Ｃ。", "C"),
+        ("正确选项是（B）", "B"),
+        ("### Answer：（A）", "A"),
+        ("The answer is the letter A.", "A"),
+        # the text of a choice
+        ("The answer is bicyclo.", "B"),
+        ("Answer: $12$ m", "C"),
+        # conclusions and what is none
+        ("I would choose B.\nThanks for reading!", "B"),
+        ("Option B is the correct answer.\nIt is the only one with friction.", "B"),
+        ("Therefore, option D.\n\nDone.", "D"),
+        ("It's not C, so I think it's B", "B"),
+        ("The answer is for sure D, as A and C fail", "D"),
+        ("I would not choose A.", None),
+        ("Option A is wrong.", None),
+        ("Option A fails and option B is impossible.", None),
+        ("Statement A is correct.", None),
+    ],
+)
+def test_choice_reads_what_is_stated(text, letter):
+    assert choice.extract(text, "ABCD", choices=CHOICES) == letter
+
+
+def test_choice_of_any_letter_is_read_alike():
+    """No letter is favoured: the same sentence with each letter gives each letter."""
+    for form in (
+        "Answer: {}) of them",
+        "answer is {}",
+        "Answer: {}. of them",
+        '{{"answer": "{}"}}',
+        "so {} is correct",
+    ):
+        assert [choice.extract(form.format(letter)) for letter in "ABCD"] == list("ABCD"), form
+
+
 def test_choice_knows_the_choices():
     question = {"choices": ["10 m", "20 m", "30 m"], "answer": "(b)"}
     assert choice.judge(r"\boxed{20 m}", question, PLAIN).correct

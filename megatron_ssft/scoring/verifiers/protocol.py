@@ -43,7 +43,24 @@ class EqualTask(TypedDict):
     answer: str
 
 
-Task = CheckTask | JudgeTask | EqualTask
+class SameTask(TypedDict):
+    """Compare two answers in both directions, or a reference and an answer as the published judge; math only.
+
+    Answered by `equal`.
+    """
+
+    task: Literal["same", "published"]
+    answers: list[str]
+
+
+class FormTask(TypedDict):
+    """The published form of an answer, or its signature; math only. Answered by `form` or `signature`."""
+
+    task: Literal["form", "signature"]
+    answer: str
+
+
+Task = CheckTask | JudgeTask | EqualTask | SameTask | FormTask
 
 
 class Reply(TypedDict, total=False):
@@ -57,3 +74,6 @@ class Reply(TypedDict, total=False):
     failure: str
     """Why programs cannot be started."""
     equal: bool
+    form: str | None
+    signature: list[tuple[float, float]] | None
+    """Real and imaginary parts of the values."""

@@ -13,9 +13,9 @@ import psutil
 
 from megatron_ssft.scoring.sandbox.inside import restrictions
 from megatron_ssft.scoring.sandbox.programs import SandboxError
-from megatron_ssft.scoring.verifiers import choice, code, exact, mathematics
+from megatron_ssft.scoring.verifiers import answer_forms, choice, code, exact, mathematics
 from megatron_ssft.scoring.verifiers.common import Settings, UnusableQuestion, Verifier
-from megatron_ssft.scoring.verifiers.protocol import Reply, Setup, Task
+from megatron_ssft.scoring.verifiers.protocol import FormTask, Reply, SameTask, Setup, Task
 
 VERIFIERS: dict[str, Verifier] = {"exact": exact, "math": mathematics, "choice": choice, "code": code}
 
@@ -52,6 +52,8 @@ def answer(task: Task, verifier: Verifier, settings: Settings) -> Reply:
             return {}
         if task["task"] == "equal":
             return {"equal": mathematics.equal(task["gold"], task["answer"])}
+        if task["task"] != "judge":
+            return _compare(task)
         judgement = verifier.judge(task["text"], task["question"], settings)
         return {"verdict": judgement.verdict, "answer": judgement.answer}
     except UnusableQuestion as error:
@@ -60,6 +62,20 @@ def answer(task: Task, verifier: Verifier, settings: Settings) -> Reply:
         return {"failure": str(error)}
     except MemoryError:
         return {"verdict": "memory", "answer": None}
+
+
+def _compare(task: SameTask | FormTask) -> Reply:
+    """Carry out a task of the votes."""
+    if task["task"] == "same":
+        a, b = task["answers"]
+        return {"equal": mathematics.equal(a, b) or mathematics.equal(b, a)}
+    if task["task"] == "published":
+        gold, answer = task["answers"]
+        return {"equal": answer_forms.published_verdict(gold, answer)}
+    if task["task"] == "form":
+        return {"form": answer_forms.published_form(task["answer"])}
+    values = answer_forms.signature(task["answer"])
+    return {"signature": None if values is None else [(value.real, value.imag) for value in values]}
 
 
 def _limit_memory(more: int) -> None:

@@ -158,6 +158,10 @@ class VerifierPool:
         task: EqualTask = {"task": "equal", "gold": gold, "answer": answer}
         return next(self._in_order([task], self._settings.timeout)).get("equal", False)
 
+    def ask(self, tasks: Iterable[Task]) -> Iterator[Reply]:
+        """Carry out any tasks, in order; a reply with a `verdict` says that there is none, by the limits."""
+        return self._in_order(tasks, self._settings.timeout)
+
     def _in_order(self, tasks: Iterable[Task], seconds: float | None) -> Iterator[Reply]:
         """Yield the replies in the order of the tasks, of which only a few are taken ahead.
 
