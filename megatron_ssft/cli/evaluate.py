@@ -28,6 +28,7 @@ from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs, read_grou
 from megatron_ssft.evaluation.tables import all_tables, counted, to_markdown, to_rich, warnings
 from megatron_ssft.formats.documents import encode_document
 from megatron_ssft.formats.evaluation import EVALUATION
+from megatron_ssft.formats.failed_samples import missing_note, read_failed
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.scoring.verifiers.math_equivalence import MathEquivalence
 
@@ -86,6 +87,16 @@ def _tags_in_use(run: ScoredRun) -> str:
     return ", ".join(map(str, tags[:-1])) + (" and " if tags[:-1] else "") + str(tags[-1])
 
 
+def missing_samples(runs: Sequence[ScoredRun]) -> list[str]:
+    """A line per file that lacks samples because they could not be generated. Raises UserError."""
+    lines = []
+    for run in runs:
+        failed = read_failed(Path(run.file), {row.key for row in run.rows})
+        if failed:
+            lines.append(missing_note(Path(run.file), failed, "the figures are of the others"))
+    return lines
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, evaluate, write, print. Raises UserError."""
     flags = parse_options(EvaluateFlags, __doc__, argv, prog)
@@ -105,7 +116,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             groups=groups,
         )
         record = evaluate(runs, options)
-    tables, remarks = all_tables(record), warnings(record)
+    tables, remarks = all_tables(record), [*warnings(record), *missing_samples(runs)]
     try:
         flags.output.mkdir(parents=True, exist_ok=True)
         write_durably(flags.output / EVALUATION, encode_document(record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -20,9 +21,18 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, takes=PLAIN | EXTENDED, ids=True, models=("served",), trouble=()):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(
+        self, takes=PLAIN | EXTENDED, ids=True, models=("served",), trouble=(), poison=None, port=0, tokenizer=None
+    ):
+        super().__init__(("127.0.0.1", port), Handler)
         self.takes, self.ids, self.models = takes, ids, models
+        self.tokenizer = tokenizer or TOKENIZER
+        self.poison = poison or {}
+        """Seed of a request -> what it gets instead of an answer, every time."""
+        self.models_trouble = None
+        """What the list of models gets instead of an answer, every time."""
+        self.down_until = 0.0
+        """Until then (time.monotonic) connections are closed as they come: the server is starting again."""
         self.trouble = list(trouble)
         """What the next completions get instead of an answer."""
         self.bodies, self.under_way, self.most_under_way, self.lock = [], 0, 0, threading.Lock()
@@ -30,6 +40,12 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def verify_request(self, request, client_address):
+        return time.monotonic() >= self.down_until
+
+    def handle_error(self, request, client_address):
+        """Say nothing of clients that hang up."""
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -52,6 +68,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data if isinstance(data, bytes) else json.dumps(data).encode())
 
     def do_GET(self):
+        if self.server.models_trouble is not None:
+            self.server.models_trouble(self)
+            return
         self.send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self):
@@ -61,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
             trouble = server.trouble.pop(0) if server.trouble else None
+            trouble = server.poison.get(body["seed"], trouble)
         try:
             self.answer(server, body, trouble)
         finally:
@@ -75,16 +95,21 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(body["prompt"], list) and not server.ids:
             self.send(400, {"detail": "prompt must be a string."})
         else:
-            ids = body["prompt"] if isinstance(body["prompt"], list) else TOKENIZER.encode(body["prompt"])
-            text = (TOKENIZER.decode(ids)[-3:] + str(body["seed"]))[: body["max_tokens"]]
-            choice = {
-                "index": 0,
-                "text": text,
-                "finish_reason": "length" if len(text) == body["max_tokens"] else "stop",
-            }
-            if body.get("return_token_ids"):
-                choice["token_ids"] = TOKENIZER.encode(text) + [256] * (choice["finish_reason"] == "stop")
-            self.send(200, {"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
+            self.send(200, completion(body, trouble or {}, server.tokenizer))
+
+
+def completion(body, changes, tokenizer):
+    """The answer to `body`; `changes` replace fields of the only choice."""
+    ids = body["prompt"] if isinstance(body["prompt"], list) else tokenizer.encode(body["prompt"])
+    text = (tokenizer.decode(ids)[-3:] + str(body["seed"]))[: body["max_tokens"]]
+    choice = {
+        "index": 0,
+        "text": text,
+        "finish_reason": "length" if len(text) == body["max_tokens"] else "stop",
+    }
+    if body.get("return_token_ids"):
+        choice["token_ids"] = tokenizer.encode(text) + [tokenizer.eos_id] * (choice["finish_reason"] == "stop")
+    return {"choices": [choice | changes], "usage": {"prompt_tokens": len(ids)}}
 
 
 def status(code, text="no", headers=()):
@@ -101,3 +126,61 @@ def hang_up(handler):
 
 def slow(handler):
     time.sleep(1.0)
+
+
+def gives(answer):
+    """A trouble: this answer with status 200."""
+    return lambda handler: handler.send(200, answer)
+
+
+def ends_by(reason):
+    """A trouble: an answer like any other but for its finish_reason."""
+    return {"finish_reason": reason}
+
+
+def cut(handler):
+    """A body that ends before its length, in the middle of the JSON."""
+    body = json.dumps({"choices": [{"text": "cut", "finish_reason": "stop"}]}).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2])
+
+
+def cut_without_length(handler):
+    handler.send(200, b'{"choices": [{"text": "cut')
+
+
+def trickle(handler):
+    """A byte now and then, without an end."""
+    handler.send_response(200)
+    handler.end_headers()
+    _drip(handler)
+
+
+def trickle_head(handler):
+    """The same before the first header is over."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    _drip(handler)
+
+
+def _drip(handler):
+    for _ in range(600):
+        try:
+            handler.wfile.write(b" ")
+        except OSError:
+            return  # the client has hung up
+        time.sleep(0.05)
+
+
+def silence(handler):
+    """No byte for longer than anybody waits here, or until the client hangs up."""
+    handler.connection.settimeout(30)
+    with contextlib.suppress(OSError):
+        handler.connection.recv(1)
+
+
+def restart(handler):
+    """The connection is lost, and for a while so is every other one."""
+    handler.server.down_until = time.monotonic() + 0.15
+    hang_up(handler)
