@@ -102,13 +102,33 @@ class Summary:
     """Without loading the model."""
 
 
-def _notes(options: Options, model: ModelFolder, examples: Sequence[SetExample]) -> list[str]:
+def _notes(
+    options: Options, model: ModelFolder, examples: Sequence[SetExample], requests: Sequence[Request]
+) -> list[str]:
     """What is unusual about tokenizer and prompts."""
     spelled: Counter[str] = Counter()
     for example in examples:
         spelled += count_control_tokens(example, model.tokenizer)
     as_what = options.prompt_rules.control_tokens
-    return [*model.tokenizer.remarks, *control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what)]
+    notes = [*model.tokenizer.remarks, *control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what)]
+    prompts = {request.id: request.prompt for request in requests}
+    tag_ids = model.tags.ids if model.tags is not None else ()
+    same = sum(any(_contains(prompt, ids) for ids in tag_ids) for prompt in prompts.values())
+    if same:
+        notes.append(
+            f"data: {same} of {len(prompts)} prompts hold the very tokens of a tag; "
+            + (
+                "tags of format text are ordinary text, which a question may spell"
+                if as_what != "control"
+                else "they were written as control tokens, or as the ordinary text that tags of format text are"
+            )
+        )
+    return notes
+
+
+def _contains(ids: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether `part` stands somewhere in `ids`."""
+    return any(ids[i : i + len(part)] == part for i, first in enumerate(ids) if first == part[0])
 
 
 def generate_file(options: Options, console: Console) -> Summary:
@@ -119,7 +139,7 @@ def generate_file(options: Options, console: Console) -> Summary:
     )
     examples = read_questions(options.data)
     requests = build_requests(examples[: options.limit], model, plan, options.sampling, options.seed)
-    for note in _notes(options, model, examples[: options.limit]):
+    for note in _notes(options, model, examples[: options.limit], requests):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     backend = make_backend(options, model, console)
     settings = sampling_record(options, model, plan, backend)

@@ -22,11 +22,23 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, takes=PLAIN | EXTENDED, ids=True, models=("served",), trouble=(), poison=None, port=0, tokenizer=None
+        self,
+        takes=PLAIN | EXTENDED,
+        ids=True,
+        models=("served",),
+        trouble=(),
+        poison=None,
+        port=0,
+        tokenizer=None,
+        writes=None,
     ):
         super().__init__(("127.0.0.1", port), Handler)
         self.takes, self.ids, self.models = takes, ids, models
         self.tokenizer = tokenizer or TOKENIZER
+        self.writes = writes
+        """Seed of a request -> the ids that the model writes, which end by their number."""
+        self.honours_skip = True
+        """Whether it does what skip_special_tokens says, where it takes the field; else special tokens are left out."""
         self.poison = poison or {}
         """Seed of a request -> what it gets instead of an answer, every time."""
         self.models_trouble = None
@@ -94,8 +106,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send(422, {"detail": f"unexpected {sorted(set(body) - server.takes)}"})
         elif isinstance(body["prompt"], list) and not server.ids:
             self.send(400, {"detail": "prompt must be a string."})
+        elif server.writes is not None:
+            self.send(200, written(body, server))
         else:
             self.send(200, completion(body, trouble or {}, server.tokenizer))
+
+
+def written(body, server):
+    """What `server.writes` says, or the token that `logit_bias` asks for, as ids or as text."""
+    ids = [int(i) for i in body.get("logit_bias", {})] or list(server.writes(body["seed"]))[: body["max_tokens"]]
+    shows = server.honours_skip and body.get("skip_special_tokens") is False
+    decode = server.tokenizer.decode if shows else server.tokenizer.decode_without_special
+    choice = {"index": 0, "text": decode(ids), "finish_reason": "length"}
+    return {"choices": [choice | ({"token_ids": ids} if body.get("return_token_ids") else {})]}
 
 
 def completion(body, changes, tokenizer):
