@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,44 +158,45 @@ def generate_file(options: Options, console: Console) -> Summary:
         )
     pending = [request for request in requests if request.key not in done]
     maker = RolloutMaker(model, plan, settings)
+    noted = {row.key: row for row in read_failed(options.output, done)}
     if not pending:
         console.print(f"all {len(requests)} samples were there", highlight=False)
-        write_failed(options.output, [])
+        write_failed(options.output, [*noted.values()])
         return Summary()
     backend.load()
     generated = _generated(backend, model, plan, options.sampling, pending)
     results = (done if isinstance(done, Failed) else maker.rollout(done) for done in generated)
     shown = _shown(console, results, len(requests) - len(pending), len(requests))
-    summary = _write(options.output, shown, {request.key for request in pending})
+    summary = _write(options.output, shown, noted)
+    summary.failed = tuple(noted[request.key] for request in pending if request.key in noted)
     summary.unclear_tags = maker.unclear_tags
     return summary
 
 
-def _write(path: Path, results: Iterable[Rollout | Failed], missing: Collection[RolloutKey]) -> Summary:
+def _write(path: Path, results: Iterable[Rollout | Failed], noted: dict[RolloutKey, FailedSample]) -> Summary:
     """Write the samples as they come, and beside them which failed. Raises UserError.
 
-    `missing`: the samples that the file lacks. Those noted as failed earlier stay so until they are tried.
+    `noted`: samples that failed earlier, brought up to date. They stay noted until they are there, also those that this
+    call does not ask for.
     """
     summary, started = Summary(), time.monotonic()
-    failed = {row.key: row for row in read_failed(path) if row.key in missing}
     try:
         with RolloutWriter(path) as writer:
             for done in results:
                 if isinstance(done, Failed):
                     request = done.request
-                    failed[request.key] = FailedSample(
+                    noted[request.key] = FailedSample(
                         id=request.id, slot=request.slot, sample=request.sample, reason=done.reason
                     )
                     continue
                 writer.write([done])
-                failed.pop(done.key, None)
+                noted.pop(done.key, None)
                 summary.samples += 1
                 summary.tokens += len(done.token_ids)
                 summary.cut_off += done.finish_reason == "length"
                 summary.without_tag += done.tag is None and done.mode in OWN_MODES
     finally:
-        summary.failed = tuple(failed.values())
-        write_failed(path, summary.failed)
+        write_failed(path, [*noted.values()])
     summary.seconds = time.monotonic() - started
     return summary
 

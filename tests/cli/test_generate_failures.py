@@ -116,6 +116,17 @@ def test_a_note_whose_samples_are_there_goes(place):
     assert not (place.folder / "r.failed.jsonl").exists()
 
 
+def test_a_note_outlives_a_call_that_asks_for_less(place):
+    with place.server({("q2", 1, 1): ends_by("abort")}) as server:
+        assert place.generate(server, *EACH) == 3
+        assert place.generate(server, *EACH, "--limit", "1") == 0
+    assert [row.key for row in read_failed(place.output)] == [("q2", 1, 1)]
+    more = ("--tags", "each", "--samples-per-tag", "3", "--limit", "2")
+    with place.server() as server:
+        assert place.generate(server, *more) == 0
+    assert [row.key for row in read_failed(place.output)] == [("q2", 1, 1)]
+
+
 def test_no_sample_at_all_is_a_file_without_lines(place):
     with place.server({key: ends_by("content_filter") for key in ALL}) as server:
         assert place.generate(server, *EACH) == 3
