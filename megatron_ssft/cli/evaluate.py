@@ -30,6 +30,7 @@ from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs, read_gold
 from megatron_ssft.evaluation.tables import all_tables, counted, to_markdown, to_rich, warnings
 from megatron_ssft.formats.documents import encode_document
 from megatron_ssft.formats.evaluation import EVALUATION
+from megatron_ssft.formats.failed_samples import missing_note, read_failed
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.progress import Wording, track
 from megatron_ssft.scoring.verifiers.math_equivalence import SECONDS, MathEquivalence
@@ -121,6 +122,16 @@ def shown(console: Console, doing: str, items: Iterable[None], total: int) -> It
     return track(items, console, Wording(doing, f"{doing}: {{done}} of {{total}}", ""), 0, total) if total else items
 
 
+def missing_samples(runs: Sequence[ScoredRun]) -> list[str]:
+    """A line per file that lacks samples because they could not be generated. Raises UserError."""
+    lines = []
+    for run in runs:
+        failed = read_failed(Path(run.file), {row.key for row in run.rows})
+        if failed:
+            lines.append(missing_note(Path(run.file), failed, "the figures are of the others"))
+    return lines
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, evaluate, write, print. Raises UserError."""
     flags = parse_options(EvaluateFlags, __doc__, argv, prog)
@@ -145,7 +156,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             groups=groups,
         )
         record = evaluate(runs, options)
-    tables, remarks = all_tables(record), warnings(record)
+    tables, remarks = all_tables(record), [*warnings(record), *missing_samples(runs)]
     if equality.unsettled:
         unsettled = f"{counted(equality.unsettled, 'comparison')} of {equality.asked:,}"
         remarks.append(f"{unsettled} did not end within {SECONDS:g} s: those answers count as different")

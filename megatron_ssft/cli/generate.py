@@ -5,7 +5,9 @@
     megatron-ssft generate --model HF_DIR --data Q.jsonl --output R.jsonl --tags own-greedy --samples 32 \\
         --backend openai --base-url http://localhost:8000/v1
 
-Started again after a kill it goes on where it stopped. Tag modes:
+Started again after a kill it goes on where it stopped. Samples that a server never gives are noted in R.failed.jsonl,
+and the rest is finished; started again, only those are tried. Exit status: 0 when all samples are there, 3 when some
+failed, 2 for wrong input and for a server that gives nothing. Tag modes:
 
   each         every tag --samples-per-tag times
   fixed        one tag, --tag
@@ -99,9 +101,9 @@ class GenerateFlags:
     concurrency: Annotated[int, Flag(group=BACKEND)] = 16
     """openai: requests under way."""
     timeout: Annotated[float, Flag(group=BACKEND)] = 3600.0
-    """openai: seconds per request."""
+    """openai: seconds that one attempt of a request may take in all, from the connection to the last byte."""
     retries: Annotated[int, Flag(group=BACKEND)] = 5
-    """openai: retries per request."""
+    """openai: further attempts of a request, at most 30 s after the one before."""
 
     def options(self) -> Options:
         """Options of the library. Raises UserError."""
@@ -146,11 +148,12 @@ class GenerateFlags:
         )
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse, generate, print. Raises UserError."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse, generate, print; returns the exit status. Raises UserError."""
     flags = parse_options(GenerateFlags, __doc__, argv, prog)
     from rich.console import Console
 
+    from megatron_ssft.formats.failed_samples import FAILED_SAMPLES, failed_path, kinds
     from megatron_ssft.generation.run import generate_file
 
     options = flags.options()
@@ -158,10 +161,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     summary = generate_file(options, console)
     speed = f" in {summary.seconds:.1f} s: {summary.tokens / summary.seconds:.0f} tokens/s" if summary.samples else ""
     untagged = f"{summary.without_tag} without a tag; " if options.tags in ("own", "own-greedy") else ""
-    console.print(
+    if summary.unclear_tags:
+        untagged = (
+            f"{summary.without_tag} without a tag, {summary.unclear_tags} of them with one's letters behind their "
+            "beginning; "
+        )
+    text = (
         f"{summary.samples} samples, {summary.tokens} tokens{speed}; {summary.cut_off} cut off at their limit; "
-        f"{untagged}{options.output}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{untagged}{options.output}"
     )
+    if summary.failed:
+        text += (
+            f"\n{len(summary.failed)} samples failed: {kinds(summary.failed)}; they are noted in "
+            f"{failed_path(options.output)}; start again to try them alone"
+        )
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return FAILED_SAMPLES if summary.failed else 0

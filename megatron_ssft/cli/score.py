@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     flags = parse_options(ScoreFlags, __doc__, argv, prog)
     from rich.console import Console
 
+    from megatron_ssft.formats.failed_samples import carry_over, missing_note, without_samples
     from megatron_ssft.formats.rewards import write_rewards
     from megatron_ssft.scoring import run as scoring
     from megatron_ssft.scoring import tables as score_tables
@@ -95,8 +96,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         skip_bad_golds=flags.on_bad_gold == "skip",
         skipped=score_tables.tell_skipped,
     )
+    failed = carry_over(flags.rollouts, flags.output, {row.key for row in scored})
+    if failed:
+        print(missing_note(flags.rollouts, failed, "the figures are of the others; generate and score again"))
     if flags.rewards is not None:
-        write_rewards(flags.rewards, scored, flags.rollouts, flags.output)
+        empty = without_samples(scored, failed)
+        if empty:
+            print(f"{flags.rewards}: {len(empty)} questions left out, as all their samples under some tag are missing")
+        rewarded = [row for row in scored if row.id not in empty]
+        write_rewards(flags.rewards, rewarded, flags.rollouts, flags.output)
     rows = {name: question.row for name, question in questions.items()}
     score_tables.print_tables(console, scored, flags.group_by, rows)
     score_tables.tell_unjudged(scored)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from megatron_ssft.generation.requests import Generated, Origin, Request
+from megatron_ssft.generation.requests import Failed, Generated, Origin, Request
 
 Until = Callable[[Sequence[int]], bool]
 """Whether the tokens generated so far are enough."""
@@ -24,10 +24,10 @@ class Backend(Protocol):
     def load(self) -> None:
         """Get ready to generate, once. Raises UserError."""
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Generated]:
-        """Yield the samples as they get done. Raises UserError."""
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generated | Failed]:
+        """Yield the samples as they get done, each request exactly once. Raises UserError where no more can be made."""
 
-    def greedy(self, requests: Sequence[Request], until: Until) -> dict[str, tuple[int, ...]]:
+    def greedy(self, requests: Sequence[Request], until: Until) -> Mapping[str, tuple[int, ...] | Failed]:
         """Map questions to greedy tokens up to where `until` became true of them; one request per question.
 
         Questions where that did not happen within the request's limit are left out. Raises UserError.

@@ -12,7 +12,7 @@ from megatron_ssft.hf.fingerprints import model_fingerprint, tokenizer_fingerpri
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.data_text import DEFAULT_RULES, PromptRules
 from megatron_ssft.tokenizers.exported_tags import read_forking_tokens
-from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
+from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, reserve_tags
 from megatron_ssft.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
@@ -46,8 +46,8 @@ def open_model_folder(path: Path, flags: TagFlags, rules: PromptRules = DEFAULT_
     config = read_json(path / "config.json")
     tokenizer = HuggingFaceTokenizer(str(path), rules)
     tags = _forking_tokens(path, tokenizer, flags)
-    if tags is not None and tags.format == "special":
-        tokenizer.reserve(tags.strings)
+    if tags is not None:
+        reserve_tags(tokenizer, tags)
     rows = config.get("vocab_size")
     if tags is not None and isinstance(rows, int) and (last := max(map(max, tags.ids))) >= rows:
         raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, get_args
 
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.errors import UserError
@@ -21,6 +21,8 @@ from megatron_ssft.seeded import json_digest, whole_number
 
 TAG_MODES = ("each", "fixed", "round-robin", "own", "own-greedy", "none")
 FinishReason = Literal["stop", "length"]
+FINISH_REASONS = get_args(FinishReason)
+"""How a sample ends that is the model's own; with any other reason it was given up."""
 FREE_MODES = ("own", "own-greedy", "none")
 """Modes that append no tag to the prompt."""
 
@@ -150,6 +152,15 @@ class Generated:
     """Looked at only where `token_ids` is None."""
 
 
+@dataclass(frozen=True)
+class Failed:
+    """What a backend gives instead of a sample that it could not make, however often it tried."""
+
+    request: Request
+    reason: str
+    """One line; what stands before the first colon names the kind."""
+
+
 def sample_seed(base: int, name: str, slot: int | None, sample: int) -> int:
     """Draw the seed of one sample, in [0, 2^31): every server takes numbers of that size."""
     return whole_number(json_digest(base, name, slot, sample), bits=31)
@@ -233,6 +244,8 @@ class RolloutMaker:
         """`sampling`: the field of that name in every line, in general a SamplingRecord."""
         self._model, self._sampling = model, sampling
         self._own = OwnTags(model.tags, model.tokenizer) if plan.mode in ("own", "own-greedy") and model.tags else None
+        self.unclear_tags = 0
+        """Rollouts without a tag whose text names one: only its token would tell whether it is one."""
 
     def rollout(self, done: Generated) -> Rollout:
         """Make the line. `text` and `token_ids` follow the tag; the ids end with the stop token, if there is one.
@@ -245,6 +258,7 @@ class RolloutMaker:
         if ids is None:
             text = done.text
             if own is not None:
+                self.unclear_tags += own.is_unclear(text)
                 tag, text = own.split_text(text)
             ids = tuple(self._model.tokenizer.encode(text))
             ids += (self._model.tokenizer.eos_id,) * (done.finish_reason == "stop")

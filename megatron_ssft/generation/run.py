@@ -14,12 +14,14 @@ from rich.console import Console
 from megatron_ssft.data.prompt import control_token_notes, count_control_tokens
 from megatron_ssft.data.questions import read_questions
 from megatron_ssft.errors import UserError
+from megatron_ssft.formats.failed_samples import FailedSample, read_failed, write_failed
 from megatron_ssft.formats.rollout_writer import RolloutWriter, resume_rollouts
-from megatron_ssft.formats.rollouts import OWN_MODES, Rollout
+from megatron_ssft.formats.rollouts import OWN_MODES, Rollout, RolloutKey
 from megatron_ssft.generation.backend import Backend
 from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
 from megatron_ssft.generation.own_tags import OwnTags
 from megatron_ssft.generation.requests import (
+    Failed,
     Generated,
     Request,
     RolloutMaker,
@@ -92,17 +94,41 @@ class Summary:
     """Samples that ended at the limit."""
     without_tag: int = 0
     """Samples for which the model was free to write a tag and wrote none."""
+    unclear_tags: int = 0
+    """Those of them whose text names a tag, of which a text cannot tell whether it is one."""
+    failed: tuple[FailedSample, ...] = ()
+    """Samples that could not be made."""
     seconds: float = 0.0
     """Without loading the model."""
 
 
-def _notes(options: Options, model: ModelFolder, examples: Sequence[SetExample]) -> list[str]:
+def _notes(
+    options: Options, model: ModelFolder, examples: Sequence[SetExample], requests: Sequence[Request]
+) -> list[str]:
     """What is unusual about tokenizer and prompts."""
     spelled: Counter[str] = Counter()
     for example in examples:
         spelled += count_control_tokens(example, model.tokenizer)
     as_what = options.prompt_rules.control_tokens
-    return [*model.tokenizer.remarks, *control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what)]
+    notes = [*model.tokenizer.remarks, *control_token_notes(spelled["questions"], 0, spelled["prompts"], as_what)]
+    prompts = {request.id: request.prompt for request in requests}
+    tag_ids = model.tags.ids if model.tags is not None else ()
+    same = sum(any(_contains(prompt, ids) for ids in tag_ids) for prompt in prompts.values())
+    if same:
+        notes.append(
+            f"data: {same} of {len(prompts)} prompts hold the very tokens of a tag; "
+            + (
+                "tags of format text are ordinary text, which a question may spell"
+                if as_what != "control"
+                else "they were written as control tokens, or as the ordinary text that tags of format text are"
+            )
+        )
+    return notes
+
+
+def _contains(ids: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether `part` stands somewhere in `ids`."""
+    return any(ids[i : i + len(part)] == part for i, first in enumerate(ids) if first == part[0])
 
 
 def generate_file(options: Options, console: Console) -> Summary:
@@ -113,7 +139,7 @@ def generate_file(options: Options, console: Console) -> Summary:
     )
     examples = read_questions(options.data)
     requests = build_requests(examples[: options.limit], model, plan, options.sampling, options.seed)
-    for note in _notes(options, model, examples[: options.limit]):
+    for note in _notes(options, model, examples[: options.limit], requests):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     backend = make_backend(options, model, console)
     settings = sampling_record(options, model, plan, backend)
@@ -131,21 +157,47 @@ def generate_file(options: Options, console: Console) -> Summary:
             "another --output"
         )
     pending = [request for request in requests if request.key not in done]
-    summary, maker = Summary(), RolloutMaker(model, plan, settings)
-    with RolloutWriter(options.output) as writer:
-        if pending:
-            backend.load()
-            started = time.monotonic()
-            results = map(maker.rollout, _generated(backend, model, plan, options.sampling, pending))
-            for rollout in _shown(console, results, len(requests) - len(pending), len(requests)):
-                writer.write([rollout])
+    maker = RolloutMaker(model, plan, settings)
+    noted = {row.key: row for row in read_failed(options.output, done)}
+    if not pending:
+        console.print(f"all {len(requests)} samples were there", highlight=False)
+        write_failed(options.output, [*noted.values()])
+        return Summary()
+    backend.load()
+    generated = _generated(backend, model, plan, options.sampling, pending)
+    results = (done if isinstance(done, Failed) else maker.rollout(done) for done in generated)
+    shown = _shown(console, results, len(requests) - len(pending), len(requests))
+    summary = _write(options.output, shown, noted)
+    summary.failed = tuple(noted[request.key] for request in pending if request.key in noted)
+    summary.unclear_tags = maker.unclear_tags
+    return summary
+
+
+def _write(path: Path, results: Iterable[Rollout | Failed], noted: dict[RolloutKey, FailedSample]) -> Summary:
+    """Write the samples as they come, and beside them which failed. Raises UserError.
+
+    `noted`: samples that failed earlier, brought up to date. They stay noted until they are there, also those that this
+    call does not ask for.
+    """
+    summary, started = Summary(), time.monotonic()
+    try:
+        with RolloutWriter(path) as writer:
+            for done in results:
+                if isinstance(done, Failed):
+                    request = done.request
+                    noted[request.key] = FailedSample(
+                        id=request.id, slot=request.slot, sample=request.sample, reason=done.reason
+                    )
+                    continue
+                writer.write([done])
+                noted.pop(done.key, None)
                 summary.samples += 1
-                summary.tokens += len(rollout.token_ids)
-                summary.cut_off += rollout.finish_reason == "length"
-                summary.without_tag += rollout.tag is None and plan.mode in OWN_MODES
-            summary.seconds = time.monotonic() - started
-        else:
-            console.print(f"all {len(requests)} samples were there", highlight=False)
+                summary.tokens += len(done.token_ids)
+                summary.cut_off += done.finish_reason == "length"
+                summary.without_tag += done.tag is None and done.mode in OWN_MODES
+    finally:
+        write_failed(path, [*noted.values()])
+    summary.seconds = time.monotonic() - started
     return summary
 
 
@@ -185,6 +237,7 @@ def make_backend(options: Options, model: ModelFolder, console: Console) -> Back
         served_model=options.served_model,
         concurrency=options.concurrency,
         log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        seeks_tags=options.tags in OWN_MODES,
     )
 
 
@@ -208,7 +261,7 @@ def sampling_record(options: Options, model: ModelFolder, plan: TagPlan, backend
 
 def _generated(
     backend: Backend, model: ModelFolder, plan: TagPlan, sampling: Sampling, requests: list[Request]
-) -> Iterator[Generated]:
+) -> Iterator[Generated | Failed]:
     """Yield the samples; in mode own-greedy after the model has chosen a tag for each question."""
     if plan.mode != "own-greedy":
         yield from backend.generate(requests)
@@ -226,7 +279,13 @@ def _generated(
             for group in groups
         ]
         starts = backend.greedy(heads, lambda ids: own.ends_with_tag(ids) is not None)
-        chosen = [_started(request, starts.get(request.id), own, model, sampling) for g in groups for request in g]
+        chosen = []
+        for request in (request for group in groups for request in group):
+            start = starts.get(request.id)
+            if isinstance(start, Failed):  # sampled without it, it would be of another mode
+                yield Failed(request, start.reason)
+            else:
+                chosen.append(_started(request, start, own, model, sampling))
         yield from backend.generate(chosen)
 
 
@@ -240,17 +299,17 @@ def _started(
     return dataclasses.replace(request, start=start, chosen=own.ends_with_tag(start), limit=limit)
 
 
-def _shown(console: Console, rollouts: Iterable[Rollout], done: int, total: int) -> Iterator[Rollout]:
-    """Pass `rollouts` on: with a bar on a terminal, with a plain line now and then elsewhere."""
-    return track(rollouts, console, _PROGRESS, done, total, _Speed())
+def _shown(console: Console, results: Iterable[Rollout | Failed], done: int, total: int) -> Iterator[Rollout | Failed]:
+    """Pass `results` on: with a bar on a terminal, with a plain line now and then elsewhere."""
+    return track(results, console, _PROGRESS, done, total, _Speed())
 
 
 class _Speed:
-    """Tokens per second so far, told after every rollout."""
+    """Tokens per second so far, told after every sample."""
 
     def __init__(self) -> None:
         self._started, self._tokens = time.monotonic(), 0
 
-    def __call__(self, rollout: Rollout) -> str:
-        self._tokens += len(rollout.token_ids)
+    def __call__(self, done: Rollout | Failed) -> str:
+        self._tokens += 0 if isinstance(done, Failed) else len(done.token_ids)
         return f"{self._tokens / max(time.monotonic() - self._started, 1e-9):.0f} tokens/s"

@@ -21,6 +21,7 @@ from megatron_ssft.data.questions import read_questions
 from megatron_ssft.data.sampler import epoch_permutation
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.checkpoint_damage import sound_checkpoint
+from megatron_ssft.formats.failed_samples import FAILED_SAMPLES
 from megatron_ssft.formats.files import remove_parts, write_durably
 from megatron_ssft.formats.run_folder import checkpoint_folder
 from megatron_ssft.rounds.commands import Commands, Round
@@ -36,6 +37,9 @@ from megatron_ssft.rounds.processes import (
 from megatron_ssft.rounds.round_table import RoundRow, round_row
 from megatron_ssft.rounds.server import server_command, serving
 from megatron_ssft.rounds.stages import StageFile, newest_checkpoint, only_one, read_json
+
+GENERATE_TRIES = 3
+"""How often samples are asked for that a server does not give."""
 
 
 class Loop:
@@ -175,18 +179,36 @@ class Loop:
         return checkpoint_folder(run, iteration)
 
     def _generate(self, round_: Round, stages: StageFile, model: Path) -> None:
+        """Generate; what a server does not give is tried GENERATE_TRIES times in all, then done without.
+
+        score leaves out of the rewards the questions that lack all samples of a tag.
+        """
         command, options = self.commands.generate_command(round_, model), self.options
         if options.serve is None:
-            self._run("generate", round_, stages, command)
+            self._generate_by(command, round_, stages, None)
             return
         server = server_command(options.serve, model)
         log = round_.folder / "server.log"
         _say(round_, "server", server)
         try:
             with serving(self.children, server, str(options.base_url), log, options.serve_timeout) as watch:
-                self._run("generate", round_, stages, command, watch=watch)
+                self._generate_by(command, round_, stages, watch)
         finally:
             self.children.sweep()
+
+    def _generate_by(
+        self, command: list[str], round_: Round, stages: StageFile, watch: Callable[[], None] | None
+    ) -> None:
+        begin = time.monotonic()
+        for number in range(1, GENERATE_TRIES + 1):
+            if self._run("generate", round_, stages, command, watch=watch, partly_done=FAILED_SAMPLES) == 0:
+                return
+            name = f"round {round_.number}, generate: "
+            if number < GENERATE_TRIES:
+                print(f"{name}some samples failed; trying them again, {number} of {GENERATE_TRIES - 1}", flush=True)
+            else:
+                print(f"{name}some samples failed in {number} tries; going on without them", flush=True)
+        stages.finish("generate", time.monotonic() - begin)
 
     def _run(
         self,
@@ -196,8 +218,12 @@ class Loop:
         command: list[str],
         ask: Ask | None = None,
         watch: Callable[[], None] | None = None,
-    ) -> None:
-        """Run a stage's program to its end and note it. Raises StageFailure, Stopped."""
+        partly_done: int = 0,
+    ) -> int:
+        """Run a stage's program to its end and note it; returns its exit status, 0 or `partly_done`.
+
+        With `partly_done` nothing is noted. Raises StageFailure, Stopped.
+        """
         stop, name = self.children.stop, f"round {round_.number}, {stage}"
         raise_if_stopped(stop, f"before {name}")
         _say(round_, stage, command)
@@ -207,7 +233,7 @@ class Loop:
         finally:
             if watch is None:  # the server is still to run
                 self.children.sweep()
-        if status != 0:
+        if status not in (0, partly_done):
             raise_if_stopped(stop, f"in {name}")
             if watch is not None:
                 watch()  # the reason, where the server has ended
@@ -215,8 +241,10 @@ class Loop:
         if stage == "train" and not round_.is_done:
             raise_if_stopped(stop, f"in {name}")
             raise Stopped(f"{name}: was told to stop before its end", 143)
-        stages.finish(stage, time.monotonic() - begin)
+        if status == 0:
+            stages.finish(stage, time.monotonic() - begin)
         raise_if_stopped(stop, f"after {name}")
+        return status
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,14 @@ def build_forking_tokens(tokenizer: Tokenizer, num_tags: int, format: str, templ
     return ForkingTokens(strings=strings, ids=ids, format=format)
 
 
+def reserve_tags(tokenizer: Tokenizer, tags: ForkingTokens) -> None:
+    """See to it that no text of the data becomes a tag, where the tokenizer has entries for the tags.
+
+    Tags of format `text` may have them too: `<think1>` of a folder that was exported with special tags.
+    """
+    tokenizer.reserve({*tags.strings, *(string.strip() for string in tags.strings)})
+
+
 def vocab_size_with_tags(tokenizer: Tokenizer, tags: ForkingTokens) -> int:
     """Vocabulary entries including the ids that the tags add."""
     return max([tokenizer.vocab_size, *(1 + max(ids) for ids in tags.ids)])

@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
         """Text of `ids`, special tokens spelled out; ids from `vocab_size` on (forking tokens) are left out."""
         ...
 
+    def decode_without_special(self, ids: Iterable[int]) -> str:
+        """Text of `ids` as servers give it in general: special tokens are left out."""
+        ...
+
     def token_to_id(self, token: str) -> int | None:
         """Id of the vocabulary entry spelled `token`, None if there is none."""
         ...
@@ -138,6 +142,9 @@ class CharTokenizer(_WithoutControlTokens):
         pieces = (self._EOS.encode() if i == self.eos_id else bytes([i]) for i in ids if i < self.vocab_size)
         return b"".join(pieces).decode("utf-8", errors="replace")
 
+    def decode_without_special(self, ids: Iterable[int]) -> str:
+        return self.decode(i for i in ids if i != self.eos_id)
+
     def token_to_id(self, token: str) -> int | None:
         if token == self._EOS:
             return self.eos_id
@@ -190,6 +197,9 @@ class SentencePieceTokenizer(_WithoutControlTokens):
             else:
                 ordinary.append(i)
         return text + self._processor.decode(ordinary)
+
+    def decode_without_special(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def token_to_id(self, token: str) -> int | None:
         piece_id = self._processor.piece_to_id(token)  # the unknown piece for a stranger
@@ -263,8 +273,14 @@ class HuggingFaceTokenizer:
         return self._conversations.spelled(messages, tools)
 
     def decode(self, ids: Iterable[int]) -> str:
+        return self._decode(ids, skip_special_tokens=False)
+
+    def decode_without_special(self, ids: Iterable[int]) -> str:
+        return self._decode(ids, skip_special_tokens=True)
+
+    def _decode(self, ids: Iterable[int], *, skip_special_tokens: bool) -> str:
         own = [int(i) for i in ids if i < self.vocab_size]
-        text = self._tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(own, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         assert isinstance(text, str), "ids of one text make one text"
         return text
 

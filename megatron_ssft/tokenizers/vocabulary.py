@@ -8,7 +8,7 @@ from megatron_ssft.config import RunConfig, StartConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import ForkingTokens
 from megatron_ssft.tokenizers.data_text import PromptRules
-from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, vocab_size_with_tags
+from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens, reserve_tags, vocab_size_with_tags
 from megatron_ssft.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
 
@@ -44,7 +44,7 @@ def build_vocabulary(config: RunConfig, start: StartConfig | None = None) -> Voc
     tags = build_forking_tokens(
         tokenizer, forking.num_forking_tokens, forking.forking_token_format, forking.forking_token_template
     )
-    tokenizer.reserve(tags.strings if tags.format == "special" else ())
+    reserve_tags(tokenizer, tags)
     copy_id = None
     if start is not None and start.forking_token_init.startswith("copy:"):
         token = start.forking_token_init.removeprefix("copy:")

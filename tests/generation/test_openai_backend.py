@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.generation.http_client import HttpClient, Refused
+from megatron_ssft.generation.http_client import HttpClient, Refused, Unanswered
 from megatron_ssft.generation.model_folder import ModelFolder
 from megatron_ssft.generation.openai_backend import OpenAIBackend, text_of
-from megatron_ssft.generation.requests import Request, RolloutMaker, Sampling, TagPlan
+from megatron_ssft.generation.openai_protocol import CompletionBody
+from megatron_ssft.generation.requests import Failed, Generated, Request, RolloutMaker, Sampling, TagPlan
 from megatron_ssft.tokenizers.forking_tokens import build_forking_tokens
 from megatron_ssft.tokenizers.tokenizer import CharTokenizer
-from tests.helpers.completion_server import EXTENDED, PLAIN, TOKENIZER, Server, garbage, hang_up, slow, status
+from tests.helpers.completion_server import (
+    EXTENDED,
+    PLAIN,
+    TOKENIZER,
+    Server,
+    cut,
+    cut_without_length,
+    ends_by,
+    garbage,
+    gives,
+    hang_up,
+    restart,
+    silence,
+    slow,
+    status,
+    trickle,
+    trickle_head,
+)
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, top_k=0, max_new_tokens=8)
 MODEL = ModelFolder(
@@ -32,8 +53,10 @@ def connect(
     return OpenAIBackend(model, sampling, client, served_model=served_model, concurrency=concurrency, log=said.append)
 
 
-def requests(number=6, prompt="abc"):
-    return [Request(f"q{i}", tuple(TOKENIZER.encode(prompt)), (120,), 0, 0, i, 8) for i in range(number)]
+def requests(number=6, prompt="abc", first=0):
+    """Request i has the seed i."""
+    places = range(first, first + number)
+    return [Request(f"q{i}", tuple(TOKENIZER.encode(prompt)), (120,), 0, 0, i, 8) for i in places]
 
 
 def answers(backend, wanted):
@@ -179,23 +202,171 @@ def test_what_is_refused_is_not_tried_again():
         connect(server)
 
 
+def choice(**changes):
+    return {"text": "a", "finish_reason": "stop", "token_ids": [97]} | changes
+
+
+NO_RESULTS = [
+    ({}, "no usable completion: {}"),
+    ({"choices": []}, "0 choices instead of one"),
+    ({"choices": {"text": "a"}}, "no usable completion"),
+    ({"choices": [choice()] * 2}, "2 choices instead of one"),
+    ({"choices": [choice(finish_reason="content_filter")]}, 'finish_reason "content_filter"'),
+    ({"choices": [choice(finish_reason="abort")]}, 'finish_reason "abort"'),
+    ({"choices": [choice(finish_reason=None)]}, "finish_reason null"),
+    ({"choices": [choice(finish_reason="repetition")]}, 'finish_reason "repetition"'),
+    ({"choices": [choice(finish_reason=["stop"])]}, 'finish_reason ["stop"]'),
+    ({"choices": [choice(text=None)]}, "no usable completion"),
+    ({"choices": [choice(token_ids="x")]}, "no usable completion"),
+    ({"choices": [{"text": "a"}]}, "no usable completion"),
+    ({"choices": ["a"]}, "no usable completion"),
+    ({"error": {"message": "engine\ndied", "code": 500}}, "an error under status 200: "),
+    ({"object": "error", "message": "engine died"}, 'an error under status 200: "engine died"'),
+]
+
+
+@pytest.mark.parametrize(("answer", "reason"), NO_RESULTS)
+def test_an_answer_that_is_no_result_is_tried_again_then_noted(answer, reason):
+    with Server(trouble=[None, gives(answer)]) as server:
+        assert answers(connect(server, concurrency=1), requests(1))["q0"].text == "bcx0"
+    with Server(poison={21: gives(answer)}) as server:
+        backend = connect(server, concurrency=1, retries=2)
+        server.bodies.clear()
+        done = answers(backend, requests(3, first=20))
+        assert [body["seed"] for body in server.bodies] == [20, 21, 21, 21, 22]
+    assert isinstance(done["q21"], Failed) and reason in done["q21"].reason and "\n" not in done["q21"].reason
+    assert [done[name].text for name in ("q20", "q22")] == ["bcx20", "bcx22"]
+
+
+def test_answers_without_the_ids_that_came_before_end_the_run():
+    with Server(trouble=[None, gives({"choices": [{"text": "a", "finish_reason": "stop"}]})]) as server:
+        backend = connect(server)
+        with pytest.raises(UserError, match="token ids came with some"):
+            list(backend.generate(requests(1)))
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("trouble", "reason"),
     [
-        {},
-        {"choices": []},
-        {"choices": [{"text": "a", "finish_reason": "content_filter"}]},
-        {"choices": [{"text": None, "finish_reason": "stop"}]},
-        {"choices": [{"text": "a", "finish_reason": "stop"}] * 2},
-        {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": "x"}]},
-        {"choices": [{"text": "a", "finish_reason": "stop"}]},  # no ids, which came before
+        (status(500, "poison"), "status 500: "),
+        (status(429), "status 429: "),
+        (status(400, "too long"), "status 400: "),
+        (status(422), "status 422: "),
+        (hang_up, "connection"),
+        (cut, "the connection broke"),
+        (cut_without_length, "an answer that is not a JSON object"),
+        (silence, "no answer within 0.3 s"),
+        (trickle, "no answer within 0.3 s"),
+        (trickle_head, "no answer within 0.3 s"),
     ],
 )
-def test_answers_of_another_shape_are_an_error(answer):
-    with Server(trouble=[None, lambda handler: handler.send(200, answer)]) as server:
-        backend = connect(server)
-        with pytest.raises(UserError, match="no usable completion|token ids came with some"):
-            list(backend.generate(requests(1)))
+@pytest.mark.parametrize("place", [20, 21, 22])
+def test_one_request_that_never_passes_does_not_end_the_run(trouble, reason, place):
+    """Whether others were answered before it, after it or around it."""
+    with Server(poison={place: trouble}) as server:
+        done = answers(connect(server, concurrency=1, timeout=0.3, retries=1), requests(3, first=20))
+    assert isinstance(done[f"q{place}"], Failed) and reason in done[f"q{place}"].reason
+    assert sum(isinstance(d, Generated) for d in done.values()) == 2
+
+
+def test_many_requests_in_a_row_may_fail():
+    poison = {seed: status(500) for seed in range(21, 50)}
+    with Server(poison=poison) as server:
+        done = answers(connect(server, concurrency=8, retries=1), requests(32, first=20))
+    assert {int(name[1:]) for name, d in done.items() if isinstance(d, Failed)} == {*poison}
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_what_is_refused_to_everybody_ends_the_run(code):
+    with Server(poison={21: status(code)}) as server, pytest.raises(Refused, match=f"status {code}"):
+        list(connect(server, concurrency=1).generate(requests(3, first=20)))
+
+
+@pytest.mark.parametrize("trouble", [silence, trickle, trickle_head])
+@pytest.mark.parametrize("path", ["/completions", "/models"])
+def test_the_timeout_is_one_of_the_whole_request(trouble, path):
+    """A byte every twentieth of a second is never late for a socket."""
+    with Server(trouble=[trouble] * 9) as server:
+        server.models_trouble = trouble
+        client = HttpClient(server.url, 0.4, 1, first_delay=0.01)
+        started = time.monotonic()
+        with pytest.raises(Unanswered, match=r"no answer within 0.4 s \(2 attempts\)"):
+            if path == "/models":
+                client.get(path)
+            else:
+                body = CompletionBody(model="m", prompt=[1], max_tokens=1, temperature=0.0, top_p=1.0, seed=1)
+                client.post(path, body, lambda answer: answer)
+        taken = time.monotonic() - started
+    assert 0.8 <= taken < 3.0 < client.longest
+
+
+def test_the_timeout_holds_while_connecting():
+    """A listener whose queue is full lets nobody in."""
+    with socket.socket() as full, contextlib.ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        client = HttpClient(f"http://127.0.0.1:{full.getsockname()[1]}", 0.3, 0)
+        started = time.monotonic()
+        with pytest.raises(Unanswered, match="no answer within 0.3 s"):
+            client.get("/models")
+        assert time.monotonic() - started < 3.0
+
+
+def test_the_timeout_holds_while_a_name_is_looked_up(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    started = time.monotonic()
+    with pytest.raises(Unanswered, match="no answer within 0.2 s"):
+        HttpClient("http://127.0.0.1:9", 0.2, 0).get("/models")
+    assert time.monotonic() - started < 3.0
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1e8])
+def test_a_timeout_that_no_clock_has_is_refused(timeout):
+    with pytest.raises(UserError, match="--timeout"):
+        HttpClient("http://127.0.0.1:9", timeout, 0)
+
+
+MIX = [
+    *(status(429), status(500), status(503), cut, cut_without_length, trickle, trickle_head, silence, hang_up, garbage),
+    *(gives({"choices": []}), gives({"error": "no"}), ends_by("abort"), ends_by(None), ends_by("repetition"), restart),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_on_the_worst_of_days_no_sample_is_lost(seed):
+    """Every second answer is one of every kind of trouble, and some requests never pass. It ends in the stated time."""
+    draws = random.Random(seed)
+    trouble = [draws.choice(MIX) if draws.random() < 0.5 else None for _ in range(400)]
+    poison = {place: draws.choice(MIX[:-1]) for place in draws.sample(range(20, 60), 4)}
+    with Server(trouble=[None, *trouble], poison=poison) as server:
+        backend = connect(server, concurrency=8, timeout=0.25, retries=7)
+        started = time.monotonic()
+        done = list(backend.generate(requests(40, first=20)))
+        taken = time.monotonic() - started
+    assert sorted(d.request.id for d in done) == sorted(r.id for r in requests(40, first=20))
+    failed = {d.request.seed for d in done if isinstance(d, Failed)}
+    assert {*poison} <= failed and len(failed) <= 8, "the others have eight attempts"
+    assert all(d.text == f"bcx{d.request.seed}" for d in done if isinstance(d, Generated))
+    rounds = 40 / 8
+    assert taken < rounds * 8 * (0.25 + 1.28), "attempts, and the waits of a hundredth of a second doubled"
+
+
+def test_a_server_that_starts_again_is_waited_for():
+    with Server() as first:
+        backend = connect(first, concurrency=2, retries=8)
+        port = first.server_port
+    again = threading.Timer(0.3, lambda: servers.append(Server(port=port).__enter__()))
+    servers = []
+    again.start()
+    try:
+        assert {d.text for d in backend.generate(requests(4))} == {f"bcx{i}" for i in range(4)}
+    finally:
+        again.join()
+        servers[0].__exit__()
 
 
 def test_a_server_may_say_how_long_to_wait():

@@ -22,7 +22,8 @@ STAGES = ["generate", "score", "train"]
 """Stages of a round, in their order; an export comes before them where it is needed."""
 
 # All four programs. What they make follows from what they are given, as in the real ones, and is gone on with after a
-# kill. STUB_HOLD=stage:round stops one half-way, for ever and deaf to SIGTERM, until it is killed.
+# kill. STUB_HOLD=stage:round stops one half-way, for ever and deaf to SIGTERM, until it is killed. STUB_LACKS=n: the
+# first n programs that generate in a round lack samples.
 STATE = {
     "format": 1,
     "iteration": 0,
@@ -116,6 +117,9 @@ elif stage == "generate":
             time.sleep(60)
     ids = [json.loads(line)["id"] for line in Path(flags["data"]).read_text().splitlines()]
     gone_on_with(Path(flags["output"]), [f"{i} {digest(weights, flags['seed'], i)}" for i in ids])
+    begun = (here / "journal").read_text().count(f"begin generate {place} ")
+    if begun <= int(os.environ.get("STUB_LACKS", 0)):
+        sys.exit(3)
 elif stage == "score":
     rollouts = Path(argv[0]).read_text().splitlines()
     gone_on_with(Path(flags["output"]), [digest(line) for line in rollouts])

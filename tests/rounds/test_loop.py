@@ -62,6 +62,25 @@ def test_a_finished_loop_is_left_alone_and_rounds_can_be_added(whole, place):
     assert len(after["rounds.jsonl"].splitlines()) == 3
 
 
+@pytest.mark.parametrize("lacks", [1, 2])
+def test_samples_that_failed_are_tried_again(whole, place, lacks):
+    status, out, err = place.run(rounds=1, STUB_LACKS=str(lacks))
+    assert status == 0, err
+    assert place.journal("begin") == ["generate round_000"] * (1 + lacks) + ["score round_000", "train round_000"]
+    assert out.count("some samples failed; trying them again") == lacks and "going on without" not in out
+    same = whole[0].work / "round_000" / "rollouts.jsonl"
+    assert (place.work / "round_000" / "rollouts.jsonl").read_text() == same.read_text()
+
+
+def test_samples_that_always_fail_are_done_without(place):
+    status, out, err = place.run(rounds=1, STUB_LACKS="9")
+    assert status == 0, err
+    assert place.journal("begin") == ["generate round_000"] * 3 + ["score round_000", "train round_000"]
+    assert "some samples failed in 3 tries; going on without them" in out
+    stages = json.loads((place.work / "round_000" / "stages.json").read_text())
+    assert stages["generate"]["seconds"] > 0
+
+
 def test_weights_without_an_export_are_exported(whole, place):
     hf = place.folder / "start" / "iter_0000005" / "hf"
     (hf / "weights").unlink()
