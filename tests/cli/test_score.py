@@ -347,3 +347,24 @@ def test_programs_are_scored_in_the_sandbox(tmp_path):
     assert verdicts[0] == verdicts[2] == "correct"
     assert verdicts[1] in ("crash: PermissionError", "crash: FileNotFoundError")
     assert verdicts[3] == "no answer"
+
+
+def test_the_tolerance_of_floats_is_a_flag_and_part_of_the_scores(tmp_path):
+    tests = {"type": "stdin", "cases": [{"input": "1 3", "output": "0.333333"}]}
+    questions = write(tmp_path / "q.jsonl", [{"id": "a", "question": "?", "tests": tests}])
+    text = "```python\na, b = map(int, input().split())\nprint(a / b)\n```"
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", text)])
+    arguments = (rollouts, "--data", questions, "--unsafe-code", "--verifier", "code", "--output")
+    for flags, verdict in (((), "wrong"), (("--float-tolerance", "1e-5"), "correct")):
+        output = tmp_path / f"{verdict}.jsonl"
+        score(*arguments, output, *flags)
+        assert [row.verdict for row in read_scored(output)] == [verdict]
+    assert "--float-tolerance than now" in score(*arguments, output, rc=2).stderr
+    for words, message in (
+        (("code", "--float-tolerance", "-1"), "must be at least 0"),
+        (("math", "--float-tolerance", "0.1"), "math has no such tolerance"),
+    ):
+        error = score(
+            rollouts, "--data", questions, "--output", tmp_path / "x.jsonl", "--verifier", *words, rc=2
+        ).stderr
+        assert message in error and error.count("\n") == 1
