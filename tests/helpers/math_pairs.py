@@ -290,6 +290,10 @@ EQUAL: tuple[tuple[str, str], ...] = (
     (r"5, 10, \ldots, 95", r"5, 10, 15, \dots, 95"),
     (r"\{1, 4, 9, \ldots\}", r"\{1,4,9,...\}"),
     (r"x=\frac{1}{4}, x=\frac{2\pm\sqrt{7}}{3}", r"\frac14, \frac{2+\sqrt7}{3}, \frac{2-\sqrt7}{3}"),
+    # equations
+    (r"v=\begin{pmatrix}2\\1\end{pmatrix}t", r"v=\begin{pmatrix}2t\\t\end{pmatrix}"),
+    (r"x=\frac{1}{3}", "x=0.333333"),
+    ("x^2+4y^2=8", r"\frac{x^2}{8}+\frac{y^2}{2}=1"),
     # tiny numbers
     (r"10^{-30}", r"\frac{1}{10^{30}}"),
     (r"6.02\times 10^{-25}", r"60.2\times 10^{-26}"),
@@ -470,9 +474,17 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     (r"\{2, 3, \ldots, n\}", r"\{2, 3, \ldots, n+1\}"),
     (r"1+4+\cdots+k^2", r"1+4+\cdots+k^3"),
     ("95", r"5, 10, \ldots, 95"),
+    # equations that sympy cannot solve are not all the same
+    (
+        r"v=a\begin{pmatrix}2\\1\end{pmatrix}e^{t}+b\begin{pmatrix}0\\1\end{pmatrix}e^{2t}",
+        r"v=a\begin{pmatrix}1\\1\end{pmatrix}e^{t}+b\begin{pmatrix}0\\3\end{pmatrix}e^{3t}",
+    ),
+    ("e^x=0", "e^{2x}=0"),
     # what cannot be read is not its last number
     ("40", "between 30 and 40"),
     ("40", r"\square\ 40"),
+    ("40", r"40 \text{ but not } 41"),
+    ("40", r"40 \text{ or maybe } 41"),
     (r"(-\infty,-4]\cup[6,\infty)", r"x\le -4\text{ or }x> 6"),
     (r"\text{False}", "true"),
     ("3,14", "3.15"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_ssft.scoring.verifiers.math_library import library, read
@@ -39,14 +39,37 @@ def same(gold: tuple[object, ...], answer: tuple[object, ...]) -> bool:
     both = [item for item in (*gold, *answer) if isinstance(item, (sympy.Basic, sympy.MatrixBase))]
     if any(map(is_huge, both)) or (digits := sum(map(_digits, both))) > _MOST_DIGITS:
         return any(g == a for g in gold for a in answer)
-    return library().verify(
-        list(gold),
-        list(answer),
-        float_rounding=_FLOAT_DIGITS + max(map(_leading_zeros, both), default=0),
+    has_decimal = any(item.has(sympy.Float) for item in both)
+    verify = functools.partial(
+        library().verify,
+        float_rounding=_FLOAT_DIGITS + (max(map(_leading_zeros, both)) if has_decimal else 0),
         numeric_precision=20 + int(digits),
         allow_set_relation_comp=True,
         timeout_seconds=None,
     )
+    if len(both) == 2 and all(isinstance(item, sympy.Eq) for item in both) and both[0] != both[1]:
+        return _same_equations(both[0], both[1], verify)
+    return verify(list(gold), list(answer))
+
+
+def _same_equations(gold: sympy.Eq, answer: sympy.Eq, verify: Callable[[object, object], bool]) -> bool:
+    """Compare equations, which are all the same to math-verify if it can solve none, such as those of vectors."""
+    import sympy
+
+    nodes = (*sympy.preorder_traversal(gold), *sympy.preorder_traversal(answer))
+    if any(isinstance(node, (sympy.MatrixBase, sympy.MatrixExpr)) for node in nodes):
+        return verify(gold.lhs, answer.lhs) and verify(gold.rhs, answer.rhs)
+    if gold.lhs == answer.lhs and verify(gold.rhs, answer.rhs):
+        return True
+    if not verify(gold, answer):
+        return False
+    difference, other = gold.lhs - gold.rhs, answer.lhs - answer.rhs
+    if 0 in (sympy.simplify(difference - other), sympy.simplify(difference + other)):
+        return True
+    try:
+        return bool(sympy.solve(gold, gold.free_symbols))
+    except NotImplementedError:
+        return False
 
 
 def _read(answer: str) -> list[object]:
@@ -115,7 +138,9 @@ def _exact(expression: object) -> object:
         return expression
     larger = [element for element in _elements(expression) if not _is_decimal(element)]
     exact = {
-        element: element.xreplace({number: sympy.Rational(str(number)) for number in element.atoms(sympy.Float)})
+        element: element.xreplace(
+            {number: sympy.Rational(str(number)) for number in element.atoms(sympy.Float) if number.is_finite}
+        )
         for element in larger
         if element.has(sympy.Float)
     }
@@ -164,8 +189,8 @@ def _leading_zeros(expression: sympy.Basic | sympy.MatrixBase) -> int:
             try:
                 size = sympy.log(sympy.Abs(element.doit()).evalf(15), 10).evalf(15)
                 zeros = max(zeros, -int(sympy.floor(size)) - 1)
-            except (TypeError, ValueError, ArithmeticError):  # zero, or a number that sympy cannot place
-                continue
+            except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
+                continue  # zero, or a number that sympy cannot place
     return zeros
 
 
@@ -180,7 +205,8 @@ def _digits(expression: sympy.Basic | sympy.MatrixBase) -> float:
         elif isinstance(node, sympy.Float):
             total += abs(math.log10(_size(node) or 1))
         elif isinstance(node, sympy.Pow) and node.is_number:
-            total += _size(node.exp) * abs(math.log10(_size(node.base) or 1))
+            exponent, base = _size(node.exp), _size(node.base)
+            total += exponent * abs(math.log10(base)) if exponent and base else 0
         elif isinstance(node, (sympy.exp, sympy.sinh, sympy.cosh)) and node.is_number:
             total += _size(node.args[0])
         elif isinstance(node, sympy.factorial) and node.is_number:

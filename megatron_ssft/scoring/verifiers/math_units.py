@@ -57,7 +57,9 @@ _CURRENCIES |= dict.fromkeys(("$", "\\$", "us$", "s\\$", "usd"), "dollar")
 _NO_UNITS = frozenset(
     ("and", "or", "to", "mod", "pi", "sqrt", "base", "where", "if", "for", "is", "are", "undefined", "infinity", "inf")
 )
-"""Words that change what stands before them, or belong to it."""
+"""Words with which something else begins than a unit."""
+_OTHER_ANSWERS = frozenset(("and", "or", "not", "but", "no", "wrong", "plus", "minus", "times"))
+"""Words after which the answer goes on."""
 
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
@@ -78,7 +80,7 @@ _CURRENCY = re.compile(r"(-?)\s*((?:US)?\\?\$|[€£¥₹]|USD|EUR|GBP|Rs\.?)\s*
 _TEMPERATURE = re.compile(
     r"(?P<value>.*\d)\s*\^\s*\{?\s*\\circ\s*\}?[\s~]*(?:\\(?:text|mathrm)\s*\{\s*)?(?P<scale>[CF])\s*\}?", re.DOTALL
 )
-_TEXT_OF_UNIT = re.compile(r"[\s~A-Za-z.,'’°/*^0-9()-]+")
+_TEXT_OF_UNIT = re.compile(r"[\s~(]*[A-Za-z.'’]+(?:\^?\d)?(?:[\s~,/*(-]+[A-Za-z.'’]+(?:\^?-?\d)?){0,7}[\s~),.]*")
 
 
 class Quantity(NamedTuple):
@@ -108,24 +110,30 @@ def split_unit(answer: str) -> Quantity:
 
 
 def units_differ(one: Quantity, other: Quantity) -> bool:
-    """Whether both have a known unit and not the same."""
-    return one.unit is not None and other.unit is not None and one.unit != other.unit
+    """Whether both have a known unit and not the same; `degree` may be of any scale."""
+    units = {one.unit, other.unit}
+    return None not in units and len(units) == 2 and not ("degree" in units and all("degree" in unit for unit in units))
 
 
 def _is_upright_unit(unit: str, value: str) -> bool:
     """Whether an upright word behind a value is its unit, and no constant, condition or second value."""
     words = re.findall(r"[A-Za-z]+", unit)
-    if not words or not _TEXT_OF_UNIT.fullmatch(unit) or words[0].lower() in _NO_UNITS:
+    if not words or not _TEXT_OF_UNIT.fullmatch(unit) or _goes_on(words):
         return False
     if len(unit.strip()) == 1:
         return unit.strip().lower() in _UNITS and re.search(r"[\d}]\s*\Z", value) is not None
     return True
 
 
+def _goes_on(words: list[str]) -> bool:
+    """Whether words say more of the answer than what it is measured in."""
+    return words[0].lower() in _NO_UNITS or not _OTHER_ANSWERS.isdisjoint(word.lower() for word in words)
+
+
 def _is_spelled_unit(match: re.Match[str]) -> bool:
     """Whether words without markup are a unit: known ones behind any value, others behind a plain number."""
     words = re.findall(r"[A-Za-z]+", match["unit"])
-    if words[0].lower() in _NO_UNITS:
+    if _goes_on(words):
         return False
     if match["unit"].lower().strip(".") in ("a.m", "p.m"):
         return True
