@@ -66,12 +66,12 @@ def _value(node: ast.expr) -> object:
         return ast.literal_eval(node)
     text = ""
     for part in node.values:
-        if isinstance(part, ast.FormattedValue):
-            assert isinstance(part.value, ast.Call) and ast.unparse(part.value.func) == "math.sqrt", ast.unparse(node)
-            form = "".join(piece.value for piece in part.format_spec.values) if part.format_spec else ""
-            text += format(math.sqrt(ast.literal_eval(part.value.args[0])), form)
-        else:
-            text += part.value
+        if not isinstance(part, ast.FormattedValue):
+            text += str(ast.literal_eval(part))
+            continue
+        assert isinstance(part.value, ast.Call) and ast.unparse(part.value.func) == "math.sqrt", ast.unparse(node)
+        form = part.format_spec.values if isinstance(part.format_spec, ast.JoinedStr) else []
+        text += format(math.sqrt(ast.literal_eval(part.value.args[0])), "".join(map(str, map(ast.literal_eval, form))))
     return text
 
 

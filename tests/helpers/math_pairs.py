@@ -288,6 +288,7 @@ EQUAL: tuple[tuple[str, str], ...] = (
     (r"\text{False}", "false"),
     (r"\text{No}", "no"),
     (r"5, 10, \ldots, 95", r"5, 10, 15, \dots, 95"),
+    (r"1+4+\cdots+k^2", r"1 + 4 + \dots + k^2"),
     (r"\{1, 4, 9, \ldots\}", r"\{1,4,9,...\}"),
     (r"x=\frac{1}{4}, x=\frac{2\pm\sqrt{7}}{3}", r"\frac14, \frac{2+\sqrt7}{3}, \frac{2-\sqrt7}{3}"),
     # equations
@@ -473,6 +474,8 @@ DIFFERENT: tuple[tuple[str, str], ...] = (
     (r"5, 10, \ldots, 95", "95"),
     (r"\{2, 3, \ldots, n\}", r"\{2, 3, \ldots, n+1\}"),
     (r"1+4+\cdots+k^2", r"1+4+\cdots+k^3"),
+    (r"1+4+\cdots", r"1+5+\cdots"),
+    (r"2\cdot 4 \cdots 2n", r"2\cdot 4 \cdots 4n"),
     ("95", r"5, 10, \ldots, 95"),
     # equations that sympy cannot solve are not all the same
     (

@@ -84,8 +84,9 @@ def _solution_set(answer: str) -> sympy.Set | None:
     for joint, operation in ((_OR, sympy.Union), (_AND, sympy.Intersection)):
         parts = joint.split(answer)
         if len(parts) > 1 and all(map(_INEQUALITY.search, parts)):
-            relations = [next(iter(_read(part)), None) for part in parts]
-            if not all(isinstance(relation, sympy.Basic) for relation in relations):
+            readings = [next(iter(_read(part)), None) for part in parts]
+            relations = [reading for reading in readings if isinstance(reading, sympy.Basic)]
+            if len(relations) < len(parts):
                 return None
             symbols = {symbol for relation in relations for symbol in relation.free_symbols}
             if len(symbols) != 1:
@@ -147,7 +148,7 @@ def _exact(expression: object) -> object:
     return _replaced(expression, exact)
 
 
-def _replaced(expression: object, replacements: dict) -> object:
+def _replaced(expression: sympy.Basic | sympy.MatrixBase, replacements: dict) -> object:
     """Replace parts of an expression, which stays as it is where the new one makes no sense to sympy."""
     try:
         return expression.xreplace(replacements) if replacements else expression

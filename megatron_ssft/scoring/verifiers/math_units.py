@@ -111,8 +111,9 @@ def split_unit(answer: str) -> Quantity:
 
 def units_differ(one: Quantity, other: Quantity) -> bool:
     """Whether both have a known unit and not the same; `degree` may be of any scale."""
-    units = {one.unit, other.unit}
-    return None not in units and len(units) == 2 and not ("degree" in units and all("degree" in unit for unit in units))
+    if one.unit is None or other.unit is None or one.unit == other.unit:
+        return False
+    return not ("degree" in (one.unit, other.unit) and "degree" in one.unit and "degree" in other.unit)
 
 
 def _is_upright_unit(unit: str, value: str) -> bool:

@@ -37,6 +37,8 @@ _DECIMAL_COMMA = re.compile(r"-?(?:0,\d{2,}|\d+,\d{2}|\d+,\d{4,})")
 _CUT_OFF = re.compile(r"\A(-?\d+\.\d+)\s*(?:\\[lc]?dots|\.\.\.)\s*\Z")
 """A decimal with dots behind its last digit."""
 _ELLIPSIS = re.compile(r",?\s*(?:\\(?:[lc]|dotsc|dotsb)?dots[cbmi]?(?![A-Za-z])|\.\.\.)\s*,?")
+_CUT_SUM = re.compile(r"[-+*/=]\s*$|^\s*[+*/=]|\\(?:cdot|times)\s*$|^\s*\\(?:cdot|times)")
+"""Part of a sum or product, no expression of its own."""
 _IN_BASE = re.compile(r"\(?(\w+)\)?_\{?(?:\\text\{)?(\d{1,2}|\w+)\}{0,2}")
 _IN_TEXT = re.compile(r"\\text\s*\{\s*([A-Za-z][A-Za-z ,'’-]*?)\s*\}")
 _WORD = re.compile(r"[A-Za-z]{5,}(?: [A-Za-z]+)*")
@@ -166,8 +168,8 @@ def _ellipsis_parts(answer: str) -> list[list[str]] | None:
 
 def _progression(parts: list[list[str]]) -> tuple[object, ...] | None:
     """First element, step and last one of an arithmetic progression with one ellipsis; None for anything else."""
-    numbers = [[_plain_number(element) for element in part] for part in parts]
-    if len(numbers) != 2 or len(numbers[0]) < 2 or None in (*numbers[0], *numbers[1]):
+    numbers = [[number for element in part if (number := _plain_number(element)) is not None] for part in parts]
+    if len(numbers) != 2 or len(numbers[0]) < 2 or list(map(len, numbers)) != list(map(len, parts)):
         return None
     first, last = numbers
     steps = {after - before for before, after in zip(first, first[1:])} | {b - a for a, b in zip(last, last[1:])}
@@ -175,6 +177,6 @@ def _progression(parts: list[list[str]]) -> tuple[object, ...] | None:
 
 
 def _equal_elements(gold: str, answer: str) -> bool:
-    if re.search(r"[-+*/=]\s*$|^\s*[+*/=]", gold + answer):  # cut through a sum: no expression of its own
+    if any(_CUT_SUM.search(side) for side in (gold, answer)):
         return re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer)
     return equal(gold, answer)
