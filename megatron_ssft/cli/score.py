@@ -5,7 +5,7 @@
 
 Started again after a kill it goes on where it stopped. Verifiers:
 
-  exact    the text after the last # (or in the last \\boxed{}) equals the answer, but for spaces and 1,000 = 1000
+  exact    the text after the last # (or in the last \\boxed{}) equals the answer; numbers by value, 1,000.0 = 1000
   math     math-verify: the last \\boxed{} (or what looks like the final answer) equals the answer mathematically
   choice   the letter of a multiple-choice question
   code     the fenced Python program passes the question's tests, in a sandbox without files, network or children

@@ -37,6 +37,16 @@ def test_exact_judges_the_demo_as_the_demo_does():
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         ("<think>#1</think>it is #2", "2"),
         ("<think3>#1</think3>", "1"),
+        ("#### **45**", "45"),
+        ("**#### 45.**", "45"),
+        (r"\boxed{45{,}678}", "45678"),
+        (r"\boxed{45\,678}", "45678"),
+        (r"\boxed{\mathbf{45}}", "45"),
+        (r"\boxed{45}" + "\n\n## Proof\nas above", "45"),
+        ("#### 45\n## Proof\nas above", "45"),
+        ("## Work\n3+4\n#### 45", "45"),
+        ("<think>#1</think> <answer> 45 </answer>", "45"),
+        ("#### −45", "-45"),
         ("no marker 7", None),
         ("7#", None),
         ("", None),
@@ -52,17 +62,34 @@ def test_answer_after_takes_the_last_place_or_nothing():
     assert exact.extract("it is 4", "Answer:") is None
     assert exact.extract("it is 4", "") == "it is 4"
     assert mathematics.extract("x\nAnswer: $\\frac12$", "Answer:") == "$\\frac12$"
+    assert mathematics.extract("<think>a</think> <answer> 12 </answer> bye", "<answer>") == "12"
+    assert exact.extract("<result>12</result>", "<result>") == "12"
     assert choice.extract("C\nANSWER >> B", "ABCD", ">>") == "B"
 
 
-@pytest.mark.parametrize("answer", ["1,000", "$1000", "1000.", " 1000 "])
+@pytest.mark.parametrize(
+    "answer", ["1,000", "$1000", "1000.", " 1000 ", "1000.0", "1,000.00", "+1000", "01000", "1e3", "1.0E+3", "**1000**"]
+)
 def test_exact_forgives_how_a_number_is_written(answer):
     assert exact.judge(f"#{answer}", {"answer": "1000"}, PLAIN).correct
     assert exact.judge("#1000", {"answer": answer}, PLAIN).correct
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer"), [("1,2", "12"), ("1.5", "15"), ("a b", "ab"), ("7", "-7"), ("1,23", "123")]
+    ("gold", "answer"),
+    [
+        ("1,2", "12"),
+        ("1.5", "15"),
+        ("a b", "ab"),
+        ("7", "-7"),
+        ("1,23", "123"),
+        ("1.10", "1.01"),
+        ("70", "70%"),
+        ("1/2", "0.5"),
+        ("7", "7 dollars"),
+        ("1 234", "1234"),
+        ("7.0.0", "7.0"),
+    ],
 )
 def test_exact_forgives_nothing_else(gold, answer):
     judged = exact.judge(f"#{answer}", {"answer": gold}, PLAIN)
@@ -82,9 +109,30 @@ def test_boxes_are_found_in_one_pass():
     assert last_boxes(r"{ \boxed{5}")[1] == ["5"]
     assert last_boxes(r"\boxed 5")[1] == ["5"]
     assert last_boxes("none") == (-1, [])
+    assert last_boxes(r"\boxed{9}, I leave \boxed{ } out")[1] == ["9"]
     began = time.monotonic()
     last_boxes("\\boxed{" * 100_000 + "}" * 50_000)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        (r"\[ \boxed{-7} \quad \text{or} \quad \boxed{7} \]", ["-7", "7"]),
+        (r"\boxed{4};\; \boxed{5}", ["4", "5"]),
+        (r"\(\boxed{4}\), \(\boxed{5}\), and \(\boxed{6}\)", ["4", "5", "6"]),
+        (r"\(m = \boxed{4}\) and \(n = \boxed{5}\)", ["4", "5"]),
+        (r"\boxed{(0,4)} \text{ for part (b) and } \boxed{(0,5)}", ["(0,4)", "(0,5)"]),
+        (r"\boxed{4} boys and \boxed{5} girls", ["4", "5"]),
+        ("\\boxed{4}.\n\n\\boxed{5}", ["5"]),
+        (r"\boxed{4} is the first step and \boxed{5} the last", ["5"]),
+        (r"\boxed{4}, but no, \boxed{5}", ["5"]),
+        (r"\boxed{4} plus one is \boxed{5}", ["5"]),
+        (r"\boxed{4}. \boxed{4}", ["4"]),
+    ],
+)
+def test_boxes_of_one_answer(text, contents):
+    assert last_boxes(text)[1] == contents
 
 
 # ---- choice
@@ -265,6 +313,22 @@ def test_math_does_not_evaluate_huge_numbers(gold, answer):
         ("so the final answer is 12.", "12"),
         ("the answer 5 and 100% of 33.333...%\nA: 33", "33"),
         ("x = 4\n**Final Answer:** $x+1$", "$x+1$"),
+        ("So there are **57** ways.", "57"),
+        ("### Final Answer\n**57**", "57"),
+        ("**Answer:**\n\n57", "57"),
+        ("➡ Answer: **57**", "57"),
+        ("#### **57**", "57"),
+        ("#### Summary\nThe answer is 57.", "57"),
+        ("#### 57\nchecked", "57"),
+        ("The answer is −57.", "-57"),
+        ("The answer is 2⁵.", "2^{5}"),
+        ("Final answer: the least $k$ is 57.", "57."),
+        ("Work.\nAnswer: The perimeter is $57$", "$57$"),
+        (r"I get \boxed{3} first. Final Answer: The final answer is $57$. I hope it is correct.", "$57$"),
+        (r"\boxed{57}, and \boxed{} as asked.", "57"),
+        ("<think>\\boxed{1}</think><answer>57</answer>", "57"),
+        (r"<answer>It is \boxed{57}</answer>", "57"),
+        (r"$2-\frac{1}{\mathrm{e}}$", r"2-\frac{1}{ e }"),
         ("I cannot solve this", None),
         (r"\boxed{}", None),
         ("", None),
@@ -272,6 +336,18 @@ def test_math_does_not_evaluate_huge_numbers(gold, answer):
 )
 def test_math_extraction(text, answer):
     assert mathematics.extract(text) == answer
+
+
+def test_gold_answers_of_whole_solutions_are_what_they_box():
+    question = {"answer": r"Add $3$ and $4$ to get $\boxed{7}$, which is prime."}
+    mathematics.check_question(question)
+    assert mathematics.judge(r"\boxed{7}", question, PLAIN).correct
+    assert not mathematics.judge(r"\boxed{3}", question, PLAIN).correct
+
+
+@pytest.mark.parametrize("gold", [r"5i<x", r"-1<x \le 1:(-1,1]", r"4 = k = m"])
+def test_relations_that_sympy_refuses_do_not_end_the_process(gold):
+    mathematics.equal(gold, "x>2")
 
 
 @pytest.mark.parametrize("gold", ["?", "", " ", "\\frac{", "----", None, True, ["7"], "the #### "])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,10 +69,13 @@ def wrong_or_correct(is_correct: bool, answer: str) -> Judgement:
 def answer_part(text: str, answer_after: str | None) -> str | None:
     """Cut out where to look for the answer; None where `answer_after` is given and does not occur.
 
-    That is after `answer_after`, else after the last closing think tag, or before it if nothing follows.
+    That is after `answer_after` (up to the closing tag, where it ends with a tag), else after the last closing think
+    tag, or before it if nothing follows.
     """
     if answer_after:
         _, separator, rest = text.rpartition(answer_after)
+        if opening := re.search(r"<(\w+)>\s*\Z", answer_after):
+            rest = rest.partition(f"</{opening[1]}>")[0]
         return rest if separator else None
     if answer_after is None:
         start = text.rfind("</think")
@@ -79,6 +83,13 @@ def answer_part(text: str, answer_after: str | None) -> str | None:
         if end >= 0:
             return text[end + 1 :] if text[end + 1 :].strip() else text[:start]
     return text
+
+
+def tagged_answer(part: str) -> str | None:
+    """Cut out what stands between the last <answer> and </answer>; None where there is nothing."""
+    end = part.rfind("</answer>")
+    start = part.rfind("<answer>", 0, end) if end >= 0 else -1
+    return (part[start + 8 : end].strip() or None) if start >= 0 else None
 
 
 def string_gold(question: Question) -> str:

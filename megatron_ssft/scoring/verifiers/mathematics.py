@@ -1,10 +1,9 @@
 r"""Mathematical equality by math-verify, with what it gets wrong on final answers put right around it.
 
-The answer is the content of the last \boxed{...} (of several boxes joined by `and` or commas, all), else what follows
-the last `####`, else the last line if it is `Answer: ...`, else what math-verify finds near the end of the text. It is
-brought into a form that math-verify reads as a mathematician would (1e3, thousands separators, mixed numbers, degrees,
-units in words, bases). Plain numbers are compared exactly, and numbers too large to write down by their form alone, so
-that 10^{10^{10}} costs nothing.
+math_extraction.py finds the answer in the text, math_notation.py and math_units.py bring it into a form that
+math-verify reads as a mathematician would, math_expressions.py has it compared. Here stands what is decided before
+that: plain numbers are compared exactly, words by their letters, lists with an ellipsis by what is written, and numbers
+too large to write down by their form alone, so that 10^{10^{10}} costs nothing.
 
 math-verify guards itself with an alarm signal, which is switched off here: its exception passes through handlers that
 expect ordinary ones, and an alarm does not interrupt a long multiplication. The process around it is killed instead.
@@ -12,13 +11,8 @@ expect ordinary ones, and an alarm does not interrupt a long multiplication. The
 
 from __future__ import annotations
 
-import functools
-import logging
-import math
 import re
 from fractions import Fraction
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from megatron_ssft.boxed import last_boxes
 from megatron_ssft.scoring.verifiers.common import (
@@ -27,58 +21,33 @@ from megatron_ssft.scoring.verifiers.common import (
     Question,
     Settings,
     UnusableQuestion,
-    answer_part,
     string_gold,
     wrong_or_correct,
 )
+from megatron_ssft.scoring.verifiers.math_expressions import parsed, same, split_at_top
+from megatron_ssft.scoring.verifiers.math_extraction import extract
+from megatron_ssft.scoring.verifiers.math_notation import normalise
+from megatron_ssft.scoring.verifiers.math_units import split_unit, units_differ
 
-if TYPE_CHECKING:  # takes a second, and the other verifiers have no need of it
-    import sympy
+__all__ = ["check_question", "equal", "extract", "is_readable", "judge", "normalise"]
 
-MAX_ANSWER = 4000
-"""Characters; what is longer is no final answer."""
-_TAIL = 1500
-"""Characters in front of the end in which math-verify looks for an answer that is not boxed."""
-_HUGE_EXPONENT = 20_000
-
-_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
-_PLAIN_NUMBER = re.compile(_NUMBER)
-_SCIENTIFIC = re.compile(rf"({_NUMBER})[eE]([+-]?\d{{1,4}})")
-_MIXED = re.compile(r"(-?)(\d{1,9})\s+(\d{1,9})\s*/\s*(\d{1,9})")
-_SEPARATED = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\\[,;: ]|\{,\}|~|(?<=\d) (?=\d{3}\b))\d{3})+)(?!\d)")
+_PLAIN_NUMBER = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)")
+_GROUPED = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"-?(?:0,\d{2,}|\d+,\d{2}|\d+,\d{4,})")
+_CUT_OFF = re.compile(r"\A(-?\d+\.\d+)\s*(?:\\[lc]?dots|\.\.\.)\s*\Z")
+"""A decimal with dots behind its last digit."""
+_ELLIPSIS = re.compile(r",?\s*(?:\\(?:[lc]|dotsc|dotsb)?dots[cbmi]?(?![A-Za-z])|\.\.\.)\s*,?")
+_CUT_SUM = re.compile(r"[-+*/=]\s*$|^\s*[+*/=]|\\(?:cdot|times)\s*$|^\s*\\(?:cdot|times)")
+"""Part of a sum or product, no expression of its own."""
 _IN_BASE = re.compile(r"\(?(\w+)\)?_\{?(?:\\text\{)?(\d{1,2}|\w+)\}{0,2}")
-_UNIT = r"(?!and\b|or\b|to\b|mod\b|pi\b|sqrt\b)[A-Za-z]{3,20}(?:[ -][A-Za-z]{2,20}){0,3}"
-_IN_WORDS = re.compile(rf"((?:\\?\$)?\s*{_NUMBER})\s+({_UNIT})")
-_LAST_LINE = re.compile(r"[*_]*(?:final answer|answer|a)[*_]*\s?[:=][*_]*(.+?)[*_]*", re.IGNORECASE)
+_IN_TEXT = re.compile(r"\\text\s*\{\s*([A-Za-z][A-Za-z ,'’-]*?)\s*\}")
 _WORD = re.compile(r"[A-Za-z]{5,}(?: [A-Za-z]+)*")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})")
-_REPLACED = (
-    ("\\dfrac", "\\frac"),
-    ("\\tfrac", "\\frac"),
-    ("\\varnothing", "\\emptyset"),
-    ("\\text{-}", "-"),
-    ("\\textminus", "-"),
-    ("−", "-"),
-    ("–", "-"),
-    ("°", "^\\circ"),
-    ("×", "\\times "),
-    ("·", "\\cdot "),
-    ("π", "\\pi "),
-    ("∞", "\\infty "),
-    ("√", "\\sqrt "),
-    ("≤", "\\le "),
-    ("≥", "\\ge "),
-    ("∪", "\\cup "),
-    ("∅", "\\emptyset "),
-    ("½", "\\frac{1}{2}"),
-    ("\u00a0", " "),
-)
+_SHORT_WORDS = frozenset(("true", "yes", "no", "even", "odd", "none", "both", "only"))
 
 
 def check_question(question: Question) -> None:
     """Raises UnusableQuestion unless the gold answer can be read."""
-    gold = string_gold(question)
+    gold = _gold(question)
     if not is_readable(gold):
         raise UnusableQuestion(f"'answer' {gold[:80]!r} cannot be read as mathematics; write it in LaTeX")
 
@@ -88,135 +57,126 @@ def judge(text: str, question: Question, settings: Settings) -> Judgement:
     answer = extract(text, settings.answer_after)
     if answer is None:
         return NO_ANSWER
-    return wrong_or_correct(equal(string_gold(question), answer), answer)
-
-
-def extract(text: str, answer_after: str | None = None) -> str | None:
-    """Find the final answer as it stands in the text; None if there is none."""
-    part = answer_part(text, answer_after)
-    if part is None:
-        return None
-    _, boxes = last_boxes(part)
-    if boxes:
-        answer = ", ".join(box.strip() for box in boxes)
-    elif (marker := part.rfind("####")) >= 0:
-        answer = part[marker + 4 :].strip().partition("\n")[0]
-    elif last_line := _LAST_LINE.fullmatch(part[-_TAIL:].strip().rpartition("\n")[2]):
-        answer = last_line[1]
-    elif answer_after is not None and len(part) <= _TAIL and "\n" not in part.strip():
-        answer = part
-    else:
-        parsed = _library().parse(part[-_TAIL:], parsing_timeout=None)
-        answer = next((item for item in parsed if isinstance(item, str)), "")
-    answer = answer.strip()
-    return answer if answer and len(answer) <= MAX_ANSWER else None
+    return wrong_or_correct(equal(_gold(question), answer), answer)
 
 
 def equal(gold: str, answer: str) -> bool:
     """Whether `answer` is a right way to give `gold`. Not symmetric: `x=3` answers 3, but x>3 has to be said so."""
-    gold, answer = normalise(gold), normalise(answer)
+    gold, answer = normalise(_unboxed(gold)), normalise(_unboxed(answer))
     if gold == answer:
         return bool(gold)
-    numbers = _plain_number(gold), _plain_number(answer)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if _WORD.fullmatch(gold) and _WORD.fullmatch(answer):  # else products of letters, which may be swapped
-        return gold.casefold() == answer.casefold()
+    gold_quantity, answer_quantity = split_unit(gold), split_unit(answer)
+    if units_differ(gold_quantity, answer_quantity):
+        return False
+    gold, answer = (_CUT_OFF.sub(r"\1", normalise(side.value)) for side in (gold_quantity, answer_quantity))
+    if gold == answer:
+        return bool(gold)
+    for verdict in (_equal_numbers(gold, answer), _equal_words(gold, answer), _equal_lists(gold, answer)):
+        if verdict is not None:
+            return verdict
     if (gold_base := _IN_BASE.fullmatch(gold)) and (answer_base := _IN_BASE.fullmatch(answer)):
         return gold_base.groups() == answer_base.groups()
-    gold_parsed, answer_parsed = _parsed(gold), _parsed(answer)
-    if any(map(_is_huge, (*gold_parsed, *answer_parsed))):
-        return any(g == a for g in gold_parsed for a in answer_parsed)
-    return _library().verify(list(gold_parsed), list(answer_parsed), allow_set_relation_comp=True, timeout_seconds=None)
+    return same(parsed(gold), parsed(answer))
 
 
 def is_readable(gold: str) -> bool:
     """Whether an answer can be equal to `gold` other than by being the same text."""
-    gold = normalise(gold)
-    return _plain_number(gold) is not None or any(not isinstance(item, str) for item in _parsed(gold))
+    gold = normalise(split_unit(normalise(_unboxed(gold))).value)
+    if _plain_number(gold) is not None or _word(gold) is not None or _ellipsis_parts(gold) is not None:
+        return True
+    return any(not isinstance(item, str) for item in parsed(gold))
 
 
-def normalise(answer: str) -> str:
-    """Put the answer into words that math-verify understands; empty if nothing is left."""
-    answer = answer.strip()
-    for before, after in _REPLACED:
-        answer = answer.replace(before, after)
-    answer = re.sub(r"(?<!\\)[.;,]\s*$", "", answer).strip()
-    answer = _SEPARATED.sub(lambda number: number[1] + re.sub(r"\D", "", number[2]), answer)
-    if _TRIGONOMETRIC.search(answer):
-        answer = _DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", answer)
-    if mixed := _MIXED.fullmatch(answer):
-        return rf"{mixed[1]}({mixed[2]}+\frac{{{mixed[3]}}}{{{mixed[4]}}})"
-    if scientific := _SCIENTIFIC.fullmatch(answer):
-        return rf"{scientific[1]}\cdot 10^{{{int(scientific[2])}}}"
-    if worded := _IN_WORDS.fullmatch(answer):
-        return worded[1] + ("\\%" if worded[2].lower() in ("percent", "per cent") else "")
-    return answer
+def _gold(question: Question) -> str:
+    """The gold answer; of a whole solution, what it boxes."""
+    return _unboxed(string_gold(question))
+
+
+def _unboxed(answer: str) -> str:
+    _, boxes = last_boxes(answer)
+    return ", ".join(box.strip() for box in boxes) if boxes else answer
+
+
+def _equal_numbers(gold: str, answer: str) -> bool | None:
+    """Compare plain numbers and percentages; None where one of the two is something else."""
+    numbers = _plain_number(gold), _plain_number(answer)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0] == numbers[1]
+    percentages = _percentage(gold), _percentage(answer)
+    for (number, percentage), whole in zip(zip(numbers, reversed(percentages)), (gold, answer)):
+        if number is not None and percentage is not None:
+            return percentage == number or ("." in whole and percentage == 100 * number)
+    if percentages[0] is not None and percentages[1] is not None:
+        return percentages[0] == percentages[1]
+    for comma, point in ((gold, answer), (answer, gold)):
+        if _DECIMAL_COMMA.fullmatch(comma) and "." in point and (value := _plain_number(point)) is not None:
+            return value == Fraction(comma.replace(",", "."))
+    return None
 
 
 def _plain_number(answer: str) -> Fraction | None:
     """Read digits with at most a sign, a point and commas between thousands."""
-    answer = answer.replace("$", "").replace("\\!", "").replace("\\", "").strip().removeprefix("+")
-    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", answer):
+    answer = answer.replace("$", "").replace("\\", "").strip().removeprefix("+")
+    if _GROUPED.fullmatch(answer):
         answer = answer.replace(",", "")
     return Fraction(answer) if _PLAIN_NUMBER.fullmatch(answer) else None
 
 
-@functools.lru_cache(maxsize=64)
-def _parsed(answer: str) -> tuple[object, ...]:
-    """Let math-verify read a final answer: an expression, then the text itself."""
-    library = _library()
-    config = (library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig())
-    return tuple(map(_with_imaginary_unit, library.parse(rf"\boxed{{{answer}}}", config, parsing_timeout=None)))
+def _percentage(answer: str) -> Fraction | None:
+    """Read a plain number of percent."""
+    return _plain_number(answer.removesuffix("\\%")) if answer.endswith("\\%") else None
 
 
-def _with_imaginary_unit(expression: object) -> object:
-    """Replace `i`, a symbol like any other to math-verify, by the number."""
-    import sympy
-
-    if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)) or _is_huge(expression):
-        return expression
-    units = {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
-    return expression.xreplace(units) if units else expression
+def _equal_words(gold: str, answer: str) -> bool | None:
+    """Compare words without regard to case; None where one of the two is none, such as a product of letters."""
+    words = _word(gold), _word(answer)
+    if None in words and _IN_TEXT.fullmatch(gold) and re.fullmatch(r"[A-Za-z][A-Za-z ]+", answer):
+        words = words[0], answer
+    return None if words[0] is None or words[1] is None else words[0].casefold() == words[1].casefold()
 
 
-def _is_huge(expression: object) -> bool:
-    """Whether evaluating it would fill the memory: powers and factorials of enormous numbers."""
-    import sympy
+def _word(answer: str) -> str | None:
+    if in_text := _IN_TEXT.fullmatch(answer):
+        return in_text[1]
+    return answer if _WORD.fullmatch(answer) or answer.casefold() in _SHORT_WORDS else None
 
-    if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
+
+def _equal_lists(gold: str, answer: str) -> bool | None:
+    """Compare what is written before, between and after ellipses; None where there is none."""
+    gold_parts, answer_parts = _ellipsis_parts(gold), _ellipsis_parts(answer)
+    if gold_parts is None and answer_parts is None:
+        return None
+    if gold_parts is None or answer_parts is None or len(gold_parts) != len(answer_parts):
         return False
-    for node in sympy.preorder_traversal(expression):
-        if isinstance(node, sympy.Pow) and _size(node.exp) > _HUGE_EXPONENT and _size(node.base) != 1:
-            return True
-        if isinstance(node, (sympy.factorial, sympy.binomial)) and _size(node.args[0]) > _HUGE_EXPONENT:
-            return True
-    return False
+    progressions = _progression(gold_parts), _progression(answer_parts)
+    if progressions[0] is not None and progressions[1] is not None:
+        return progressions[0] == progressions[1]
+    return all(
+        len(gold_elements) == len(answer_elements) and all(map(_equal_elements, gold_elements, answer_elements))
+        for gold_elements, answer_elements in zip(gold_parts, answer_parts)
+    )
 
 
-def _size(expression: sympy.Basic) -> float:
-    """Estimate the absolute value, infinity where it does not fit a float; 0 for what is not a number."""
-    import sympy
-
-    try:
-        if isinstance(expression, sympy.Number):
-            return abs(float(expression))
-        sizes = [_size(part) for part in expression.args]
-        if isinstance(expression, sympy.Pow):
-            return sizes[0] ** sizes[1]
-        if isinstance(expression, sympy.factorial):
-            return math.gamma(sizes[0] + 1)
-        if isinstance(expression, sympy.Mul):
-            return math.prod(sizes)
-        return sum(sizes)
-    except (OverflowError, ZeroDivisionError, ValueError):
-        return math.inf
+def _ellipsis_parts(answer: str) -> list[list[str]] | None:
+    """Elements of a list between its ellipses; None where there is no ellipsis."""
+    inner = re.sub(r"^\s*(?:\\left)?\\\{|(?:\\right)?\\\}\s*$", "", answer)
+    parts = _ELLIPSIS.split(inner)
+    if len(parts) == 1:
+        return None
+    return [[element.strip() for element in split_at_top(part)] if part.strip() else [] for part in parts]
 
 
-@functools.cache
-def _library() -> ModuleType:
-    """Import math_verify when it is needed: it takes a second."""
-    import math_verify
+def _progression(parts: list[list[str]]) -> tuple[object, ...] | None:
+    """First element, step and last one of an arithmetic progression with one ellipsis; None for anything else."""
+    numbers = [[number for element in part if (number := _plain_number(element)) is not None] for part in parts]
+    if len(numbers) != 2 or len(numbers[0]) < 2 or list(map(len, numbers)) != list(map(len, parts)):
+        return None
+    first, last = numbers
+    steps = {after - before for before, after in zip(first, first[1:])} | {b - a for a, b in zip(last, last[1:])}
+    return (first[0], *steps, last[-1] if last else None) if len(steps) == 1 else None
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarm is off
-    return math_verify
+
+def _equal_elements(gold: str, answer: str) -> bool:
+    if any(_CUT_SUM.search(side) for side in (gold, answer)):
+        return re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer)
+    return equal(gold, answer)
