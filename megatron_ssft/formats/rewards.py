@@ -132,6 +132,14 @@ def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, s
         raise UserError(f"{path}: cannot write the rewards: {reason_of(error)}; give another --rewards") from error
 
 
+def without_signal(path: Path, questions: int) -> str:
+    """One line on rewards that say nothing about the choice of a tag."""
+    return (
+        f"{path}: all of its {questions} questions have the same reward under every tag, so there is nothing to learn "
+        "about their choice; give questions that some tags answer better than others, or more --samples-per-tag"
+    )
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 

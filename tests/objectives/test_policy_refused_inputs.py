@@ -42,6 +42,20 @@ def test_bad_rollout(tmp_path, name):
         assert line.startswith(str(bad.rollouts)) and inside in line
 
 
+@pytest.mark.parametrize("objective", ["gfpo-exact", "gfpo-sampled"])
+def test_rewards_that_say_nothing_about_the_choice(tmp_path, objective):
+    """Questions that every tag solves, that none does, and that all solve as often."""
+    files = write_files(tmp_path)
+    sums = {"q0": [0, 0, 0], "q1": [1, 1, 1]}
+    edit_lines(files.rewards, lambda row: row | {"sum": sums.get(row["id"], [2, 2, 2])})
+    line = refusal(files, objective=objective)
+    assert line.startswith(f"{files.rewards}: all of its 6 questions have the same reward under every tag")
+    edit_lines(files.rewards, lambda row: row | {"n": [2, 4, 6], "sum": [1, 2, 3]})
+    assert "the same reward under every tag" in refusal(files, objective=objective)
+    edit_lines(files.rewards, lambda row: row | {"sum": [1, 2, 3] if row["id"] != "q4" else [1, 2, 4]})
+    assert "5 of 6 questions have the same reward under every tag" in read(files, objective=objective).notes
+
+
 def test_longest_completion_that_fits(tmp_path):
     files = write_files(tmp_path, change=changed("token_ids", (65,) * 52))  # prompt 11, tag 1
     assert len(read(files).completions) == 36

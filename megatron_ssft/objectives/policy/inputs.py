@@ -11,9 +11,10 @@ import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
+from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source, without_signal
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from megatron_ssft.hf.folder import is_hf_folder
+from megatron_ssft.objectives.formulas.forking_policy import has_signal
 from megatron_ssft.objectives.policy.completions import Completion, StoredCompletions
 from megatron_ssft.objectives.policy.draws import first_draws
 from megatron_ssft.objectives.policy.prompts import read_prompts
@@ -161,9 +162,11 @@ def _for_tags(
     n_QN, sum_QN = np.stack([row.n_N for row in rows]), np.stack([row.sum_N for row in rows])
     samples_Q, truncated_Q = n_QN.sum(axis=1), np.array([row.truncated_N.sum() for row in rows])
     _account_truncated(table.path, samples_Q, truncated_Q, config.run.tokenizer.max_truncated_share, notes)
-    equal = int((np.ptp(sum_QN / n_QN, axis=1) == 0).sum())
-    if equal:
-        notes.append(f"{equal} of {len(questions)} questions have the same reward under every tag")
+    signal = int(has_signal(sum_QN / n_QN).sum())
+    if not signal:
+        raise UserError(without_signal(table.path, len(questions)))
+    if signal < len(questions):
+        notes.append(f"{len(questions) - signal} of {len(questions)} questions have the same reward under every tag")
     completions: tuple[Completion, ...] = ()
     path = _file_to_watch(policy, table, notes)
     if path is not None:
