@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.jsonl import Count, RowError, convert_row, parse_object, to_line
-from megatron_ssft.formats.rollouts import ScoredRollout
+from megatron_ssft.formats.rollouts import Mark, ScoredRollout
 
 _AGAIN = "write the file again with megatron-ssft score --rewards"
 _MOST = 2**53
@@ -40,6 +40,8 @@ class RewardLine(Struct, frozen=True, kw_only=True):
     verifier: str = ""
     model: Annotated[str, Meta(description="a string")]
     """Fingerprint of the model that made the samples."""
+    prompt: Mark | UnsetType = UNSET
+    """`mark` of the prompt that the samples were made from, without the tag; absent in files of earlier versions."""
     rollouts: File | UnsetType = UNSET
     """The rollout file they were counted in, seen from this file's folder."""
     scores: File | UnsetType = UNSET
@@ -63,6 +65,8 @@ class RewardRow:
     """float64: samples that ended at their token limit."""
     line: int
     """1-based."""
+    prompt: str | None = None
+    """`mark` of the prompt that the samples were made from; None in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,21 @@ def count_rewards(
             truncated=[sum(row.truncated for row in of_tag[tag]) for tag in tags],
             verifier=scored[0].verifier,
             model=scored[0].model,
+            prompt=_prompt([row for rows in of_tag.values() for row in rows]),
             rollouts=rollouts,
             scores=scores,
         )
         for name, of_tag in by_question.items()
     ]
+
+
+def _prompt(samples: Sequence[ScoredRollout]) -> str | UnsetType:
+    """The one prompt of a question's samples; unset where an earlier version left it out of some.
+
+    A file with two under one id is refused when it is read.
+    """
+    prompts = {row.prompt for row in samples}
+    return UNSET if len(prompts) > 1 or None in prompts else str(prompts.pop())
 
 
 def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, scores: Path) -> None:
@@ -233,7 +247,7 @@ def _spread_counts(row: RewardLine, line: int, num_tags: int) -> RewardRow:
             f"no samples under tag {missing[0]} (0-based), and the reward of every tag must be known: generate with "
             "--tags each, score all"
         )
-    return RewardRow(n_N, sum_N, truncated_N, line)
+    return RewardRow(n_N, sum_N, truncated_N, line, row.prompt or None)
 
 
 def _spread(name: str, values: Sequence[float], tags: list[int], num_tags: int) -> np.ndarray:

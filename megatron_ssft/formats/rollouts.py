@@ -5,8 +5,8 @@ refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot 
 where the model chose the tag itself, so that a resumed run knows what is left without knowing what the model chose.
 
 Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Two fields are marks of
-what a line was made from, 16 hexadecimal digits each: `prompt` in R.jsonl, `judged` in S.jsonl. Files without them can
-be read but not gone on with.
+what a line was made from, 16 hexadecimal digits each: `prompt` in both, `judged` in S.jsonl. Files of earlier versions
+lack them. They can be read but not gone on with, and whoever joins them with another file by their ids says so.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Fingerprint."""
     tokenizer: Name
     """Fingerprint."""
+    prompt: Mark = None
+    """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
 
     @property
     def mode(self) -> str:
@@ -72,8 +74,6 @@ class Rollout(Sample, frozen=True, kw_only=True):
 
     text: Annotated[str, Meta(description="a string")]
     token_ids: Annotated[tuple[Count, ...], Meta(description="a list of whole numbers from 0")]
-    prompt: Mark = None
-    """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
 
 
 class ScoredRollout(Sample, frozen=True, kw_only=True):
@@ -105,7 +105,7 @@ def mark(value: object) -> str:
 def score_rollout(
     rollout: Rollout, *, correct: bool, answer: str | None, verdict: str, verifier: str, judged: str | None = None
 ) -> ScoredRollout:
-    """The scored line of `rollout`: its own fields without text, tokens and prompt, and what the verifier said."""
+    """The scored line of `rollout`: its own fields without text and tokens, and what the verifier said."""
     return ScoredRollout(
         **{field: getattr(rollout, field) for field in Sample.__struct_fields__},
         correct=correct,
@@ -185,6 +185,8 @@ class FileChecks(Generic[Record]):
         self._first: dict[str, object] | None = None
         self.lines: dict[RolloutKey, int] = {}
         """Each sample's line."""
+        self._prompts: dict[str, tuple[str, int]] = {}
+        """Question's id -> mark of its prompt, and the line that has it."""
 
     def parse(self, number: int, raw: bytes) -> Record:
         """The record of line `number` (1-based). Raises UserError."""
@@ -202,6 +204,13 @@ class FileChecks(Generic[Record]):
             name = f"id {record.id!r}, tag {record.tag}, sample {record.sample}"
             raise UserError(f"{where}: {name} is already on line {self.lines[record.key]}; remove one of them")
         self.lines[record.key] = number
+        if record.prompt is not None:
+            prompt, line = self._prompts.setdefault(record.id, (record.prompt, number))
+            if prompt != record.prompt:
+                raise UserError(
+                    f"{where}: id {record.id!r} has another prompt here than on line {line}; keep the samples of two "
+                    "questions apart, and give each its own id"
+                )
         return record
 
 
