@@ -23,6 +23,7 @@ from megatron_ssft.objectives.formulas.forking_policy import (
     sample_tags,
     sampled_objective,
 )
+from megatron_ssft.objectives.formulas.outside_mass import hold
 from megatron_ssft.objectives.objective import Decision, Figures, Report, StepContext
 from megatron_ssft.objectives.policy.anchor_term import anchor_term
 from megatron_ssft.objectives.policy.draws import generator, nth_batch
@@ -61,7 +62,7 @@ class GFPO(PolicyObjective):
         logp_QNT = self.forks.planned_logp(step, planned)
         logp_QN = logp_QNT.sum(axis=2)
         objective = self._objective(step.iteration, questions, logp_QN)
-        mass_QNT, mass_value = self._outside_mass(logp_QNT)
+        mass_QNT, mass_value = self._outside_mass(questions, logp_QNT)
         terms = [fork_term(planned, objective.gradient_QN[:, :, None] + mass_QNT)]
         anchored: list[int] = []
         if policy.anchor == "kl":
@@ -115,12 +116,14 @@ class GFPO(PolicyObjective):
             logp_QN, self.old_logp_QN, tags_QG, reward_QG, reference_QN, self.coefficients, signal_Q
         )
 
-    def _outside_mass(self, logp_QNT: np.ndarray) -> tuple[np.ndarray, float]:
+    def _outside_mass(self, chosen: Sequence[int], logp_QNT: np.ndarray) -> tuple[np.ndarray, float]:
         """[Q, N, T]: what raises the tags' joint probability, of every question; and how much that is worth now."""
-        coef = self.policy.outside_mass_coef
-        assert coef is not None
-        log_mass_Q = log_policy(logp_QNT.sum(axis=2))[1]
-        return coef * self.forks.tree.push(logp_QNT) / len(logp_QNT), coef * float(log_mass_Q.mean())
+        coef, logp_QN = self.policy.outside_mass_coef, logp_QNT.sum(axis=2)
+        assert coef is not None and self.reference.fork_QN is not None
+        held_Q = ~has_signal(self.inputs.reward_QN[chosen])
+        hold_QN = hold(logp_QN, self.reference.fork_QN[chosen], held_Q)
+        weight_QNT = self.forks.tree.push(logp_QNT) + hold_QN[:, :, None]
+        return coef * weight_QNT / len(logp_QN), coef * float(log_policy(logp_QN)[1].mean())
 
     def _anchor_figures(self, sums: Mapping[str, float], anchored: Sequence[int]) -> Figures:
         """How far the stored completions have moved, in nats per token."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ssft.objectives.formulas.forking_policy import ForkCoefficients, exact_objective
-from megatron_ssft.objectives.formulas.outside_mass import TagTree
+from megatron_ssft.objectives.formulas.outside_mass import HOLD, TagTree, hold
 
 FLAT = ((5,), (3,), (4,))
 SHARED_START = ((1, 2, 5), (1, 2, 3), (1, 2, 0))
@@ -133,6 +133,68 @@ def test_weights_stand_at_tokens_alone_and_add_up_to_their_number():
     deep = TagTree(DEEP).push(Table(DEEP).logp())[0]
     assert not deep[0, 2:].any() and not deep[3, 3:].any() and (deep[1] > 0).all()
     np.testing.assert_allclose(deep[:, 0], 0.25, rtol=1e-12)  # copies of one token share its weight
+
+
+def kl(reference_N, logp_N):
+    p, q = np.exp(reference_N - np.log(np.exp(reference_N).sum())), np.exp(logp_N - np.log(np.exp(logp_N).sum()))
+    return float((p * np.log(p / q)).sum())
+
+
+def test_hold_is_the_slope_of_the_divergence_as_far_as_the_mass_lacks():
+    rng = np.random.default_rng(4)
+    logp, reference = rng.normal(-3, 1, (3, 4)), rng.normal(-3, 1, (3, 4))
+    found = hold(logp, reference, np.array([True, False, True]))
+    assert not found[1].any()
+    for q in (0, 2):
+        mass, slope = np.exp(logp[q]).sum(), []
+        for tag in range(4):
+            moved = [logp[q] + step * (np.arange(4) == tag) for step in (1e-5, -1e-5)]
+            slope.append(-(kl(reference[q], moved[0]) - kl(reference[q], moved[1])) / 2e-5)
+        np.testing.assert_allclose(found[q], HOLD * (1 - mass) * np.array(slope), atol=1e-8)
+    assert not hold(logp, logp + 2.0, np.ones(3, bool)).any()  # the same choice with another mass
+    assert not hold(np.log([[0.75, 0.25]]), np.log([[0.1, 0.2]]), np.ones(1, bool)).any()  # nothing is left to raise
+
+
+def shared_weights(steps, held, seed):
+    """Entropy of the choice and mass, before and after the push, where tags share a hidden layer. Adam, by hand."""
+    rng = np.random.default_rng(seed)
+    inputs, w1, w2 = rng.normal(size=(16, 8)), rng.normal(size=(8, 24)) / 3, 1.5 * rng.normal(size=(24, 40))
+    w2[:, :6] += rng.normal(size=6) / 3
+    weights, tree = [w1, w2], TagTree([(tag,) for tag in range(6)])
+    moments = [(np.zeros_like(w), np.zeros_like(w)) for w in weights]
+    reference = None
+    for step in range(1, steps + 2):
+        hidden = np.tanh(inputs @ weights[0])
+        logits = hidden @ weights[1]
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        logp = np.log(p[:, :6])
+        reference = logp if reference is None else reference
+        pi = p[:, :6] / p[:, :6].sum(axis=1, keepdims=True)
+        figures = entropy(pi) / 16, p[:, :6].sum(axis=1).mean(), kl_mean(reference, logp)
+        if step == 1:
+            before = figures
+        weight = tree.push(logp[:, :, None])[:, :, 0] + held * hold(logp, reference, np.ones(16, bool))
+        slope = -p * weight.sum(axis=1, keepdims=True)
+        slope[:, :6] += weight
+        back = (slope @ weights[1].T) * (1 - hidden**2)
+        for i, gradient in enumerate((inputs.T @ back, hidden.T @ slope)):
+            m, v = moments[i]
+            m[:], v[:] = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            weights[i] = weights[i] + 3e-3 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    return before, figures
+
+
+def kl_mean(reference, logp):
+    return float(np.mean([kl(r, z) for r, z in zip(reference, logp)]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_weights_do_not_move_the_choice_of_held_questions(seed):
+    (_, mass, _), (_, raised, moved) = shared_weights(300, 1.0, seed)
+    _, (_, _, moved_freely) = shared_weights(300, 0.0, seed)
+    assert mass < 0.2 and raised > 0.85
+    assert moved < 0.05 and moved_freely > 10 * moved
 
 
 def test_probabilities_beyond_one_by_rounding_push_nothing_down():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -124,7 +127,9 @@ def fork_loss(models, trainer):
         value_Q = value_Q.detach() + way_to_optimum(log_pi_QN, reference_QN, trainer)
     signal_Q = torch.tensor(np.ptp(inputs.reward_QN, axis=1) > 0)
     mass_Q = torch.stack([held_log_mass(of, vocabulary) for of in logits])
-    loss = -value_Q[signal_Q].mean() - policy.outside_mass_coef * mass_Q.mean()
+    divergence_Q = (reference_QN.exp() * (reference_QN - log_pi_QN)).sum(-1)
+    held_Q = 10 * (1 - logp_QN.detach().exp().sum(-1)) * ~signal_Q * (divergence_Q.detach() - divergence_Q)
+    loss = -value_Q[signal_Q].mean() - policy.outside_mass_coef * (mass_Q + held_Q).mean()
     if policy.anchor == "kl":
         kl = []
         for completion in inputs.completions:
@@ -213,8 +218,18 @@ PLAIN_CASES = {
 }
 
 
+def without_signal(rewards, ids):
+    """Another rewards file beside `rewards`, in which these questions have one reward under all tags."""
+    rows = [json.loads(line) for line in rewards.read_text().splitlines()]
+    rows = [row | {"sum": [1] * len(row["sum"])} if row["id"] in ids else row for row in rows]
+    path = rewards.with_name("SOME_EQUAL.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def test_gradient_is_that_of_the_objective(models, inputs, tmp_path):
     """The third step, whose weights are neither those of the start nor those of the reference, and clips something."""
+    inputs = inputs | {"rewards": str(without_signal(Path(inputs["rewards"]), ("q1", "q4")))}
     cases = [values_of(c, models, inputs, tmp_path / n, lr=1e-3) for n, c in PLAIN_CASES.items()]
     (found,) = run_ranks(1, against_autograd, cases)
     for name, (row, plain_loss, errors) in zip(PLAIN_CASES, found):

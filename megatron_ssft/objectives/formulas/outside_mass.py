@@ -18,6 +18,15 @@ joint probability Q_n. The same rule holds at each prefix, for the share r_n of 
 Prefixes that all tags share have r_n = 1. What tags have to themselves, after they part, is raised at one weight for
 all. There the choice moves as far as one tag's rest was less certain than another's, and no further.
 
+A network shares weights between tags, and there the choice moves although the logits are pushed alike: on the demo's
+model 60 steps without any signal took its entropy from .83 to 1.69 nats. So questions whose rewards say nothing are
+held: beside the push they get `HOLD` times its weight of
+
+    -(1 - mass) KL(pi_ref || pi),      derivative by logp_j, mass held:  (1 - mass) (pi_ref,j - pi_j)
+
+Where pi is pi_ref this is 0. It ends with the push: once the mass is there, what the model learns of questions with
+signal may carry over to the others.
+
 Shapes: Q questions, N tags, T tokens of the longest tag. All arrays are float64, logarithms are in nats.
 """
 
@@ -27,6 +36,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_ssft.objectives.formulas.forking_policy import log_policy
+
+HOLD = 10.0
+"""How much a nat of KL(pi_ref || pi) weighs beside a nat of log(mass), for questions without signal."""
+
+
+def hold(logp_QN: np.ndarray, reference_logp_QN: np.ndarray, held_Q: np.ndarray) -> np.ndarray:
+    """What keeps the choice of the held questions at the reference's while their mass is raised, [Q, N].
+
+    Args:
+        logp_QN: log-probability of each tag under the weights that are trained.
+        reference_logp_QN: the same under the frozen weights.
+        held_Q: bool; the other questions get zeros.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    (log_pi_QN, log_mass_Q), (reference_QN, _) = log_policy(logp_QN), log_policy(reference_logp_QN)
+    outside_Q = np.where(held_Q, np.maximum(0.0, -np.expm1(log_mass_Q)), 0.0)
+    return HOLD * outside_Q[:, None] * (np.exp(reference_QN) - np.exp(log_pi_QN))
 
 
 @dataclass(frozen=True)
