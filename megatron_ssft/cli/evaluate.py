@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     check_requests(flags, runs)
     groups = None
     if flags.data is not None and flags.group_by is not None:
-        groups = read_groups(flags.data, flags.group_by)
+        groups = read_groups(flags.data, flags.group_by, runs)
     with ExitStack() as stack:
         options = Options(
             protocol=flags.protocol,

@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         workers=flags.workers or len(os.sched_getaffinity(0)),
         progress=functools.partial(score_tables.shown, console),
     )
+    unmarked = sum(row.question is None or questions[row.id].mark is None for row in scored)
+    if unmarked:
+        print(f"{unmarked} of {len(scored)} samples joined by id alone: of an earlier version, or --data asks nothing")
     if flags.rewards is not None:
         write_rewards(flags.rewards, scored, flags.rollouts, flags.output)
     rows = {name: question.row for name, question in questions.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ssft.data.questions import mark_of_row
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.voting import interleaved
 from megatron_ssft.formats.rollouts import OWN_MODES, ScoredRollout, read_scored
@@ -93,9 +94,17 @@ def run_names(paths: Sequence[str | Path]) -> list[str]:
     return [f"{name} #{number}" for number, name in enumerate(both, start=1)]
 
 
-def read_groups(path: str | Path, field: str) -> dict[str, str]:
-    """Question's id -> value of `field`, of a JSONL file of questions. Raises UserError `file:line: ...`."""
+def read_groups(path: str | Path, field: str, runs: Sequence[ScoredRun] = ()) -> dict[str, str]:
+    """Question's id -> value of `field`, of a JSONL file of questions. Raises UserError `file:line: ...`.
+
+    `runs`: what the groups are for; a question that is another in one of these, under the same id, is refused.
+    """
     groups: dict[str, str] = {}
+    asked: dict[str, dict[str, str]] = defaultdict(dict)
+    for run in runs:
+        for row in run.rows:
+            if row.question is not None:
+                asked[row.id].setdefault(row.question, run.file)
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -109,6 +118,14 @@ def read_groups(path: str | Path, field: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: not valid JSON; repair or remove the line") from error
         if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
             raise UserError(f"{path}:{number}: expected an object with an 'id'; repair or remove the line")
+        marks = asked.get(str(row["id"]), {})
+        own = mark_of_row(line, Path(path), number) if marks else None
+        others = [file for mark, file in marks.items() if own not in (None, mark)]
+        if others:
+            raise UserError(
+                f"{path}:{number}: id {row['id']!r} is another question than in {others[0]}; give the questions that "
+                "the answers were generated from"
+            )
         value = row.get(field)
         if value is None or isinstance(value, dict | list):
             raise UserError(f"{path}:{number}: no plain value in {field!r}, the field to group by; add it")

@@ -4,9 +4,10 @@ A file holds the samples of one model with one tokenizer under one set of sampli
 refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
 where the model chose the tag itself, so that a resumed run knows what is left without knowing what the model chose.
 
-Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Two fields are marks of
-what a line was made from, 16 hexadecimal digits each: `prompt` in both, `judged` in S.jsonl. Files of earlier versions
-lack them. They can be read but not gone on with, and whoever joins them with another file by their ids says so.
+Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Some are marks of what
+a line was made from, 16 hexadecimal digits each: `prompt` and `question` in both, `judged` in S.jsonl. Files of earlier
+versions lack them. Those without `prompt` or `judged` can be read but not gone on with. Who joins files by their ids
+says where marks are missing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RolloutKey = tuple[str, "int | None", int]
 OWN_MODES = ("own", "own-greedy")
 """Sampling modes in which the model chooses its tag."""
 MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
-_OPTIONAL = ("prompt", "judged")
+_OPTIONAL = ("prompt", "question", "judged")
 
 
 Tag = Annotated[Count | None, Meta(description="a whole number from 0, or null")]
@@ -57,6 +58,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Fingerprint."""
     prompt: Mark = None
     """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
+    question: Mark = None
+    """`mark` of what the questions file asks, whatever the tokenizer; None in files of earlier versions."""
 
     @property
     def mode(self) -> str:
