@@ -1,6 +1,6 @@
 """GFPO beside fixed and uniform tags, its own ablations, and GRPO from mixed SFT: the demo's data, several seeds.
 
-    python benchmarks/gfpo.py --work DIR --seeds 1 2 3 [--ablations]
+    python benchmarks/gfpo.py --work DIR --seeds 1 2 3 [--variants "gfpo-exact" "natural" ...] [--ablations]
 
 Per seed: SSFT and single-target SFT on all questions; rewards of the first 256 of them, 6 tags x 2 samples (GFPO) or 12
 samples (GRPO: the same number of verified completions); training; then samples on the 256 held-out questions. What a
@@ -29,13 +29,20 @@ from megatron_ssft.cli.demo import CONSOLE, GFPO, SAMPLING, TAGS, launcher, tool
 from megatron_ssft.demo.data import write_demo_data  # noqa: E402
 
 QUESTIONS, SAMPLES_PER_TAG, HELD_OUT_SAMPLES = 256, 2, 4
+PLAIN = GFPO[: GFPO.index("--entropy-coef")]
+"""The demo's flags without its entropy bonus."""
+NATURAL = [*PLAIN, "--policy-gradient", "natural"]
 VARIANTS: dict[str, Sequence[str]] = {
-    "gfpo-exact": GFPO,
-    "gfpo-sampled": [*GFPO, "--objective", "gfpo-sampled"],
-    "last layer": [*GFPO, "--trainable", "last-1"],
-    "tag rows": [*GFPO, "--trainable", "tag-rows", "--lr", "5e-3"],
-    "tag rows, no anchor": [*GFPO, "--trainable", "tag-rows", "--lr", "5e-3", "--anchor", "none"],
-    "no anchor": [*GFPO, "--anchor", "none"],
+    "gfpo-exact": PLAIN,
+    "entropy .05": GFPO,
+    "KL .02": [*PLAIN, "--kl-coef", "0.02"],
+    "natural": NATURAL,
+    "natural, entropy .02": [*NATURAL, "--entropy-coef", "0.02"],
+    "gfpo-sampled": [*PLAIN, "--objective", "gfpo-sampled"],
+    "last layer": [*PLAIN, "--trainable", "last-1"],
+    "tag rows": [*PLAIN, "--trainable", "tag-rows", "--lr", "5e-3"],
+    "tag rows, no anchor": [*PLAIN, "--trainable", "tag-rows", "--lr", "5e-3", "--anchor", "none"],
+    "no anchor": [*PLAIN, "--anchor", "none"],
 }
 GRPO = ["--objective", "grpo", "--lr", "1e-3", "--questions-per-step", "64"]
 GRPO_STEPS, GRPO_ROUNDS = 60, 4
@@ -164,6 +171,7 @@ def by_key(record: dict, what: str, key: str) -> float:
 FIGURES: dict[str, Callable[[dict], float]] = {
     "own choice, sampled": lambda r: row_of(r, "own", "after"),
     "own choice, greedy": lambda r: row_of(r, "own_greedy", "after"),
+    "own choice, expected by policy.jsonl": lambda r: row_of(r, "expected", "after"),
     "best fixed tag g*, before": lambda r: row_of(r, "fixed", "before"),
     "uniform tags, before": lambda r: row_of(r, "uniform", "before"),
     "uniform tags, after": lambda r: row_of(r, "uniform", "after"),
@@ -181,16 +189,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where everything is kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--nproc", type=int, default=2, help="tensor-parallel ranks [%(default)s]")
-    parser.add_argument("--ablations", action="store_true", help="the other variants of GFPO too")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["gfpo-exact"], metavar="NAME",
+                        help=f"of GFPO: {', '.join(VARIANTS)} [gfpo-exact]")  # fmt: skip
+    parser.add_argument("--ablations", action="store_true", help="all variants of GFPO")
+    parser.add_argument("--no-grpo", action="store_true", help="without the runs of GRPO")
     args = parser.parse_args()
     train, _ = write_demo_data(args.work / "data")
     with open(train, encoding="utf-8") as file:
         first = list(itertools.islice(file, QUESTIONS))
     (args.work / "data" / "first.jsonl").write_text("".join(first), encoding="utf-8")
-    names = list(VARIANTS) if args.ablations else ["gfpo-exact"]
+    names = list(VARIANTS) if args.ablations else args.variants
     seeds = [Seed(args.work / f"seed_{seed}", seed, args.nproc) for seed in args.seeds]
     evaluated = [gfpo(seed, names) for seed in seeds]
-    compared = [grpo(seed) for seed in seeds]
+    compared = [{} if args.no_grpo else grpo(seed) for seed in seeds]
     console = Console(width=120)
     table = Table("pass@1 on 256 held-out questions", *names, box=box.SIMPLE, title=f"{len(seeds)} seeds, mean ± SE")
     for title, figure in FIGURES.items():

@@ -102,7 +102,7 @@ def published_judge(runs: Sequence[ScoredRun], data: Path | None, equality: Math
     Raises UserError where `data` lacks a question.
     """
     rows = [row for run in runs for row in run.rows if row.verifier in ("exact", "math")]
-    golds = read_golds(data) if data is not None and rows else {}
+    golds = read_golds(data, runs) if data is not None and rows else {}
     missing = next((row.id for row in rows if golds and row.id not in golds), None)
     if missing is not None:
         raise UserError(
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     flags = parse_options(EvaluateFlags, __doc__, argv, prog)
     runs = load_runs(flags.scored)
     check_requests(flags, runs)
-    groups = read_groups(flags.data, flags.group_by) if flags.data and flags.group_by else None
+    groups = read_groups(flags.data, flags.group_by, runs) if flags.data and flags.group_by else None
     console = Console() if sys.stdout.isatty() else Console(width=100)
     with MathEquivalence(workers=flags.workers or len(os.sched_getaffinity(0))) as equality:
         judge = Judge() if flags.protocol == "ours" else published_judge(runs, flags.data, equality, console)

@@ -27,7 +27,7 @@ from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
 from megatron_ssft.evaluation.policy_inputs import load_inputs
 from megatron_ssft.evaluation.policy_tables import policy_tables
-from megatron_ssft.evaluation.scored_runs import read_groups
+from megatron_ssft.evaluation.scored_runs import ScoredRun, read_groups
 from megatron_ssft.evaluation.tables import to_rich
 from megatron_ssft.formats.documents import encode_document
 from megatron_ssft.formats.files import write_durably
@@ -83,11 +83,11 @@ class EvaluatePolicyFlags:
         files: dict[str, Path | None] = {role: getattr(self, role) for role in ROLES}
         return {role: path for role, path in files.items() if path is not None}
 
-    def grouping(self) -> Grouping | None:
-        """Groups of the questions, where asked for. Raises UserError."""
+    def grouping(self, runs: Sequence[ScoredRun] = ()) -> Grouping | None:
+        """Groups of the questions of `runs`, where asked for. Raises UserError."""
         if self.group_by is None or self.data is None:
             return None
-        groups = read_groups(self.data, self.group_by)
+        groups = read_groups(self.data, self.group_by, runs)
         train = None if self.data_train is None else read_groups(self.data_train, self.group_by)
         return Grouping(self.group_by, groups, train)
 
@@ -95,8 +95,8 @@ class EvaluatePolicyFlags:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, evaluate, write, print. Raises UserError."""
     flags = parse_options(EvaluatePolicyFlags, __doc__, argv, prog)
-    grouping = flags.grouping()
     inputs = load_inputs(flags.scored(), flags.rewards, flags.policy)
+    grouping = flags.grouping(list(inputs.runs.values()))
     record = evaluate_policy(inputs, grouping)
     try:
         flags.output.mkdir(parents=True, exist_ok=True)

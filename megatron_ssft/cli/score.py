@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         skip_bad_golds=flags.on_bad_gold == "skip",
         skipped=score_tables.tell_skipped,
     )
+    unmarked = sum(row.question is None or questions[row.id].mark is None for row in scored)
+    if unmarked:
+        print(f"{unmarked} of {len(scored)} samples joined by id alone: of an earlier version, or --data asks nothing")
     failed = carry_over(flags.rollouts, flags.output, {row.key for row in scored})
     if failed:
         print(missing_note(flags.rollouts, failed, "the figures are of the others; generate and score again"))

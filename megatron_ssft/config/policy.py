@@ -32,8 +32,12 @@ class PolicyConfig:
     objective: str = "gfpo-exact"
     """gfpo-exact (expected policy gradient over all tags, from their mean rewards), gfpo-sampled (GRPO at the forking
     token, on tags drawn from the policy) or grpo (GRPO on every token of stored completions)."""
+    policy_gradient: str | None = None
+    """plain (the derivative, which dies as the policy becomes certain) or natural (through the inverse Fisher matrix of
+    the N tags: mirror descent) (gfpo-exact); default plain."""
     questions_per_step: int = 256
-    """Questions in an optimizer step; never more than there are."""
+    """Questions in an optimizer step; never more than there are. Those whose tags all have one reward only help to
+    raise the tags' joint probability (gfpo)."""
     group_normalization: bool = derived()
     """Divide advantages by the standard deviation of a question's rewards; default: with gfpo-sampled and grpo."""
     kl_coef: float = 0.0
@@ -41,7 +45,8 @@ class PolicyConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy of the tag distribution, which is rewarded (gfpo)."""
     outside_mass_coef: float | None = None
-    """Weight of -log(probability of all tags together), which is penalised (gfpo); default 0.1."""
+    """Weight of -log(probability of all tags together), which is penalised without a say in the choice among them
+    (gfpo); default 0.1."""
     clip_eps: float | None = None
     """Ratios of probabilities are clipped at 1 - this (gfpo-sampled, grpo); default 0.2."""
     clip_eps_high: float | None = None
@@ -107,6 +112,9 @@ class PolicyConfig:
         self._only_with("policy_epochs", self.objective == "gfpo-sampled", 4, here)
         self._only_with("token_normalization", grpo, "token", here)
         self._only_with("outside_mass_coef", not grpo, 0.1, here)
+        self._only_with("policy_gradient", self.objective == "gfpo-exact", "plain", here)
+        if self.policy_gradient is not None:
+            choice(self.policy_gradient, "policy-gradient", "plain", "natural")
         if self.group_normalization is None:
             self.group_normalization = self.objective in _OF_SAMPLES
         if grpo:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_ssft.data.examples import parse_row
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows, parse_json
+from megatron_ssft.formats.rollouts import mark
 from megatron_ssft.records import SetExample
 
 _FIELDS = ("id", "prompt", "question", "messages", "system", "tools", "chat_template_kwargs", "system_prompt")
@@ -41,6 +42,19 @@ def read_questions(path: Path, limit: int | None = None) -> list[SetExample]:
     if not examples:
         raise UserError(f"{path}:1: the file is empty; expected one JSON object a line")
     return list(examples.values())[:limit]
+
+
+def question_mark(example: SetExample) -> str:
+    """`mark` of what a row asks: prompt or chat turns, and tools. It does not depend on tokenizer or chat template."""
+    return mark([example.prompt, example.messages, example.tools])
+
+
+def mark_of_row(raw: bytes, path: Path, line: int) -> str | None:
+    """`question_mark` of a line of a questions file; None where it does not hold a question."""
+    try:
+        return question_mark(_parse_question(raw.removeprefix(codecs.BOM_UTF8), path, line))
+    except RowError:
+        return None
 
 
 def _parse_question(raw: bytes, path: Path, line: int) -> SetExample:

@@ -17,6 +17,9 @@ from megatron_ssft.evaluation.scored_runs import ScoredRun, load_runs
 from megatron_ssft.formats.policy import Policy, read_policy
 from megatron_ssft.formats.rewards import RewardTable, read_rewards
 from megatron_ssft.formats.rollouts import differences
+from megatron_ssft.formats.run_folder import checkpoint_folder
+from megatron_ssft.hf.fingerprints import model_fingerprint
+from megatron_ssft.hf.folder import is_hf_folder
 
 PAIRS = {"after": "before", "own": "own_before", "own_greedy": "own_greedy_before", "grpo": "grpo_before"}
 """Roles after and before the training."""
@@ -64,7 +67,8 @@ def load_inputs(scored: Mapping[str, Path], rewards: Path, policy: Path | None =
     _check_rewards(inputs)
     if policy is not None:
         _check_policy(inputs, policy)
-    return Inputs(inputs.runs, inputs.rewards, inputs.policy, tuple(_remarks(inputs)))
+    remarks = [*_remarks(inputs), *([] if policy is None else _check_policy_models(inputs, policy))]
+    return Inputs(inputs.runs, inputs.rewards, inputs.policy, tuple(remarks))
 
 
 def flag(role: str) -> str:
@@ -109,6 +113,25 @@ def _check_questions(runs: Mapping[str, ScoredRun]) -> None:
             parts += [f"{len(more)} are not in it, such as {more[0]!r}"] if more else []
             text = f"{run.file}: not the questions of --before: {', '.join(parts)}"
             raise UserError(f"{text}; generate and score {flag(role)} for the same questions")
+        _check_prompts(role, run, runs["before"])
+
+
+def _check_prompts(role: str, run: ScoredRun, before: ScoredRun) -> None:
+    """Raise UserError where the same ids stand for other prompts; under two tokenizers they cannot be compared."""
+    if run.rows[0].tokenizer != before.rows[0].tokenizer:
+        return
+    prompts, expected = prompts_of(run), prompts_of(before)
+    others = [id for id in prompts if id in expected and prompts[id] != expected[id]]
+    if others:
+        raise UserError(
+            f"{run.file}: {len(others)} of its questions were asked with another prompt than in {before.file}, such as "
+            f"{others[0]!r}; generate and score {flag(role)} for the same questions"
+        )
+
+
+def prompts_of(run: ScoredRun) -> dict[str, str]:
+    """Question's id -> mark of its prompt, of those that say it."""
+    return {row.id: row.prompt for row in run.rows if row.prompt is not None}
 
 
 def _check_tags(runs: Mapping[str, ScoredRun]) -> None:
@@ -173,6 +196,13 @@ def _check_policy(inputs: Inputs, path: Path) -> None:
                 f"{path}: step {iteration} lacks {len(lacks)} of the questions of --before, such as {lacks[0]!r}; "
                 "give the policy of the same questions"
             )
+        prompts = prompts_of(inputs.runs["before"])
+        others = [id for id in inputs.ids if _differ(snapshots[iteration][id].prompt, prompts.get(id))]
+        if others:
+            raise UserError(
+                f"{path}: step {iteration} is of another prompt than {inputs.runs['before'].file} for {len(others)} "
+                f"questions, such as {others[0]!r}; give the policy of the same questions"
+            )
         num_tags = len(snapshots[iteration][inputs.ids[0]].policy_N)
         if num_tags != len(inputs.tags):
             raise UserError(
@@ -180,8 +210,45 @@ def _check_policy(inputs: Inputs, path: Path) -> None:
             )
 
 
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one != other
+
+
+def _check_policy_models(inputs: Inputs, path: Path) -> Iterator[str]:
+    """Remarks where nothing tells whose policy it is. Raises UserError for that of another run than --before, --after.
+
+    The lines name the model that the run began with. The model that it ended with is its export, where that is there.
+    """
+    assert inputs.policy is not None
+    before, after = inputs.runs["before"], inputs.runs["after"]
+    steps = inputs.policy["eval"]
+    began = next((row.model for row in steps[min(steps)].values() if row.model is not None), None)
+    if began is None:
+        yield "The policy was written by an earlier version and does not say with which model its run began."
+    elif began != _model(before):
+        raise UserError(
+            f"{path}: of a run that began with another model ({began[:12]}) than that of {before.file} "
+            f"({_model(before)[:12]}); give the policy of the run between --before and --after"
+        )
+    export = checkpoint_folder(path.parent, max(steps)) / "hf"
+    if not is_hf_folder(export):
+        yield "Not checked: whether the policy's run ended with --after's model; its export is not beside it."
+    elif (ended := model_fingerprint(export)) != _model(after):
+        raise UserError(
+            f"{path}: its run ended with another model ({ended[:12]}) than that of {after.file} "
+            f"({_model(after)[:12]}); give the policy of the run between --before and --after"
+        )
+
+
 def _remarks(inputs: Inputs) -> Iterator[str]:
     before = inputs.runs["before"]
+    unmarked = sum(len(prompts_of(run)) < len(run.questions) for run in inputs.runs.values())
+    if unmarked:
+        yield f"{unmarked} of {len(inputs.runs)} scored files lack marks of prompts (older version): compared by ids."
+    asked = set(prompts_of(before).values())
+    both = sum(row.prompt in asked for row in inputs.rewards.rows.values() if row.prompt is not None)
+    if both:
+        yield f"{both} of the rewarded questions have the prompt of a held-out one: g* was chosen on them too."
     if inputs.rewards.model != _model(before):
         yield "The rewards are of another model than --before, so g* was chosen on answers of that one."
     for role, run in inputs.runs.items():

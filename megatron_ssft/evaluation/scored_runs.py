@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ssft.boxed import last_boxes
+from megatron_ssft.data.questions import mark_of_row
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.voting import interleaved
 from megatron_ssft.formats.rollouts import OWN_MODES, ScoredRollout, read_scored
@@ -94,10 +95,13 @@ def run_names(paths: Sequence[str | Path]) -> list[str]:
     return [f"{name} #{number}" for number, name in enumerate(both, start=1)]
 
 
-def read_groups(path: str | Path, field: str) -> dict[str, str]:
-    """Question's id -> value of `field`, of a JSONL file of questions. Raises UserError `file:line: ...`."""
+def read_groups(path: str | Path, field: str, runs: Sequence[ScoredRun] = ()) -> dict[str, str]:
+    """Question's id -> value of `field`, of a JSONL file of questions. Raises UserError `file:line: ...`.
+
+    `runs`: what the groups are for; a question that is another in one of these, under the same id, is refused.
+    """
     groups: dict[str, str] = {}
-    for number, name, row in _questions(path):
+    for number, name, row in _questions(path, runs):
         value = row.get(field)
         if value is None or isinstance(value, dict | list):
             raise UserError(f"{path}:{number}: no plain value in {field!r}, the field to group by; add it")
@@ -106,13 +110,13 @@ def read_groups(path: str | Path, field: str) -> dict[str, str]:
     return groups
 
 
-def read_golds(path: str | Path) -> dict[str, str]:
+def read_golds(path: str | Path, runs: Sequence[ScoredRun] = ()) -> dict[str, str]:
     """Question's id -> the reference of the published evaluation: the last box of `solution`, else `answer`.
 
-    Questions without either are left out. Raises UserError `file:line: ...`.
+    Questions without either are left out. `runs`: as for `read_groups`. Raises UserError `file:line: ...`.
     """
     golds: dict[str, str] = {}
-    for number, name, row in _questions(path):
+    for number, name, row in _questions(path, runs):
         solution = row.get("solution")
         _, boxes = last_boxes(solution) if isinstance(solution, str) else (-1, [])
         value = boxes[-1] if boxes else row.get("answer")
@@ -123,8 +127,13 @@ def read_golds(path: str | Path) -> dict[str, str]:
     return golds
 
 
-def _questions(path: str | Path) -> Iterator[tuple[int, str, dict[str, object]]]:
+def _questions(path: str | Path, runs: Sequence[ScoredRun]) -> Iterator[tuple[int, str, dict[str, object]]]:
     """(1-based line, id, row) of a file of questions. Raises UserError."""
+    asked: dict[str, dict[str, str]] = defaultdict(dict)
+    for run in runs:
+        for sample in run.rows:
+            if sample.question is not None:
+                asked[sample.id].setdefault(sample.question, run.file)
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -138,6 +147,14 @@ def _questions(path: str | Path) -> Iterator[tuple[int, str, dict[str, object]]]
             raise UserError(f"{path}:{number}: not valid JSON; repair or remove the line") from error
         if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
             raise UserError(f"{path}:{number}: expected an object with an 'id'; repair or remove the line")
+        marks = asked.get(str(row["id"]), {})
+        own = mark_of_row(line, Path(path), number) if marks else None
+        others = [file for mark, file in marks.items() if own not in (None, mark)]
+        if others:
+            raise UserError(
+                f"{path}:{number}: id {row['id']!r} is another question than in {others[0]}; give the questions that "
+                "the answers were generated from"
+            )
         yield number, str(row["id"]), row
 
 

@@ -176,6 +176,7 @@ def correct_shares(files: Sequence[Path], num_tags: int) -> tuple[Shares, list[s
     Samples under tags that the model chose itself are left out: it chooses by question, so the tags' questions differ.
     """
     flags: list[dict[str, list[bool]]] = [{} for _ in range(num_tags)]
+    prompts: dict[str, tuple[str, Path]] = {}
     left_out, model = 0, None
     for path in files:
         rows = read_scored(path)
@@ -188,6 +189,13 @@ def correct_shares(files: Sequence[Path], num_tags: int) -> tuple[Shares, list[s
                 continue
             if row.tag >= num_tags:
                 raise UserError(f"{path}: a sample of {row.id!r} has tag {row.tag}, the run's are 0 to {num_tags - 1}")
+            if row.prompt is not None:
+                prompt, first = prompts.setdefault(row.id, (row.prompt, path))
+                if prompt != row.prompt:
+                    raise UserError(
+                        f"{path}: id {row.id!r} was asked with another prompt than in {first}; give scored files of "
+                        "the same questions"
+                    )
             flags[row.tag].setdefault(row.id, []).append(row.correct)
     notes = [f"{left_out:,} samples are left out: the model chose their tags itself."] if left_out else []
     return [{id: sum(f) / len(f) for id, f in of_tag.items()} for of_tag in flags], notes

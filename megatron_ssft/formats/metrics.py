@@ -86,6 +86,9 @@ class GFPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Probability that an answer begins with a tag."""
     reward_uniform: float
     reward_best_fixed: float
+    signal_questions: int | UnsetType = UNSET
+    """Questions of the step whose tags differ in reward; the others raise the mass alone. Earlier versions did not
+    write it."""
     anchor_kl: Optional = UNSET
     completion_nll: Optional = UNSET
     completion_nll_shift: Optional = UNSET

@@ -1,4 +1,8 @@
-"""policy.jsonl: how probable each tag is under the learned policy, one line per question and evaluated step."""
+"""policy.jsonl: how probable each tag is under the learned policy, one line per question and evaluated step.
+
+Each line says which question it is of, by the mark of its prompt, and which model the training began with. Files of
+earlier versions lack both.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import REPAIR, Count, read_rows
+from megatron_ssft.formats.rollouts import Mark, mark
+from megatron_ssft.records import TokenizedSet
 
 Split = Literal["train", "eval"]
 _ROUNDED = 1e-3
@@ -30,6 +36,10 @@ class PolicyLine(Struct, frozen=True, kw_only=True):
     """[N], given that a tag is written."""
     mass: Share
     """Probability that one is written."""
+    prompt: Mark | UnsetType = UNSET
+    """`mark` of the question's prompt, as in rollouts."""
+    model: Annotated[str, Meta(description="a string")] | UnsetType = UNSET
+    """Fingerprint of the model whose rewards are learned from, with which the training began."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class PolicyRow:
     """float64 [N], sums to 1: probability of each tag, given that one is written."""
     mass: float
     """Probability that one is written."""
+    prompt: str | None = None
+    """`mark` of the question's prompt; None in files of earlier versions."""
+    model: str | None = None
+    """Fingerprint of the model that the training began with; None in files of earlier versions."""
 
 
 Policy = dict[str, dict[int, dict[str, PolicyRow]]]
@@ -47,11 +61,24 @@ Policy = dict[str, dict[int, dict[str, PolicyRow]]]
 
 
 def policy_lines(
-    iteration: int, split: Split, ids: Sequence[str], policy_QN: np.ndarray, mass_Q: Iterable[float]
+    iteration: int,
+    split: Split,
+    questions: Sequence[TokenizedSet],
+    policy_QN: np.ndarray,
+    mass_Q: Iterable[float],
+    model: str | None,
 ) -> Iterator[PolicyLine]:
     """The lines of one step."""
-    for id, policy_N, mass in zip(ids, policy_QN, mass_Q):
-        yield PolicyLine(iteration=iteration, split=split, id=id, policy=policy_N.tolist(), mass=float(mass))
+    for question, policy_N, mass in zip(questions, policy_QN, mass_Q):
+        yield PolicyLine(
+            iteration=iteration,
+            split=split,
+            id=question.id,
+            policy=policy_N.tolist(),
+            mass=float(mass),
+            prompt=mark(question.prompt_ids.tolist()),
+            model=UNSET if model is None else model,
+        )
 
 
 def read_policy(path: str | Path) -> Policy:
@@ -60,7 +87,7 @@ def read_policy(path: str | Path) -> Policy:
     A last line without its end, left by a writer that was killed, is skipped with a warning. Raises UserError.
     """
     snapshots: Policy = {}
-    num_tags = None
+    num_tags = model = None
     for number, row in read_rows(Path(path), PolicyLine, "the file; check the path", blank_lines=True):
         where = f"{path}:{number}"
         if not abs(sum(row.policy) - 1) <= _ROUNDED:
@@ -68,6 +95,12 @@ def read_policy(path: str | Path) -> Policy:
         num_tags = num_tags or len(row.policy)
         if len(row.policy) != num_tags:
             raise UserError(f"{where}: {len(row.policy)} tags, other lines have {num_tags}; keep one run in a file")
+        model = model or row.model or None
+        if row.model and row.model != model:
+            raise UserError(
+                f"{where}: of a run that began with model {row.model[:12]}, other lines with {str(model)[:12]}; keep "
+                "one run in a file"
+            )
         rows = snapshots.setdefault(row.split, {}).setdefault(row.iteration, {})
-        rows[row.id] = PolicyRow(np.array(row.policy, np.float64), row.mass)
+        rows[row.id] = PolicyRow(np.array(row.policy, np.float64), row.mass, row.prompt or None, row.model or None)
     return {split: dict(sorted(steps.items())) for split, steps in snapshots.items()}

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import write_durably
 from megatron_ssft.formats.jsonl import Count, RowError, convert_row, parse_object, to_line
-from megatron_ssft.formats.rollouts import ScoredRollout
+from megatron_ssft.formats.rollouts import Mark, ScoredRollout
 
 _AGAIN = "write the file again with megatron-ssft score --rewards"
 _MOST = 2**53
@@ -43,6 +43,8 @@ class RewardLine(Struct, frozen=True, kw_only=True):
     verifier: str = ""
     model: Annotated[str, Meta(description="a string")]
     """Fingerprint of the model that made the samples."""
+    prompt: Mark | UnsetType = UNSET
+    """`mark` of the prompt that the samples were made from, without the tag; absent in files of earlier versions."""
     rollouts: File | UnsetType = UNSET
     """The rollout file they were counted in, seen from this file's folder."""
     scores: File | UnsetType = UNSET
@@ -68,6 +70,8 @@ class RewardRow:
     """float64: samples that the verifier came to no verdict on, with reward 0."""
     line: int
     """1-based."""
+    prompt: str | None = None
+    """`mark` of the prompt that the samples were made from; None in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def count_rewards(
             unjudged=_unjudged([of_tag[tag] for tag in tags]),
             verifier=scored[0].verifier,
             model=scored[0].model,
+            prompt=_prompt([row for rows in of_tag.values() for row in rows]),
             rollouts=rollouts,
             scores=scores,
         )
@@ -139,6 +144,15 @@ def count_rewards(
 def _unjudged(rows_by_tag: Sequence[Sequence[ScoredRollout]]) -> list[int] | UnsetType:
     counts = [sum(map(is_unjudged, rows)) for rows in rows_by_tag]
     return counts if any(counts) else UNSET
+
+
+def _prompt(samples: Sequence[ScoredRollout]) -> str | UnsetType:
+    """The one prompt of a question's samples; unset where an earlier version left it out of some.
+
+    A file with two under one id is refused when it is read.
+    """
+    prompts = {row.prompt for row in samples}
+    return UNSET if len(prompts) > 1 or None in prompts else str(prompts.pop())
 
 
 def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, scores: Path) -> None:
@@ -153,6 +167,14 @@ def write_rewards(path: Path, scored: Sequence[ScoredRollout], rollouts: Path, s
         write_durably(path, "".join(map(to_line, count_rewards(scored, *places))))
     except OSError as error:
         raise UserError(f"{path}: cannot write the rewards: {reason_of(error)}; give another --rewards") from error
+
+
+def without_signal(path: Path, questions: int) -> str:
+    """One line on rewards that say nothing about the choice of a tag."""
+    return (
+        f"{path}: all of its {questions} questions have the same reward under every tag, so there is nothing to learn "
+        "about their choice; give questions that some tags answer better than others, or more --samples-per-tag"
+    )
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -251,7 +273,7 @@ def _spread_counts(row: RewardLine, line: int, num_tags: int) -> RewardRow:
             f"no samples under tag {missing[0]} (0-based), and the reward of every tag must be known: generate with "
             "--tags each, score all"
         )
-    return RewardRow(n_N, sum_N, truncated_N, unjudged_N, line)
+    return RewardRow(n_N, sum_N, truncated_N, unjudged_N, line, row.prompt or None)
 
 
 def _spread(name: str, values: Sequence[float], tags: list[int], num_tags: int) -> np.ndarray:

@@ -4,9 +4,10 @@ A file holds the samples of one model with one tokenizer under one set of sampli
 refused. Tags are 0-based. A sample's place is (id, tag slot, sample): the slot is the tag it was asked for, or None
 where the model chose the tag itself, so that a resumed run knows what is left without knowing what the model chose.
 
-Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Three fields are marks,
-16 hexadecimal digits each: `prompt` in R.jsonl and `judged` in S.jsonl of what a line was made from, `completion` in
-S.jsonl of the text. Files without the first two can be read but not gone on with.
+Lines of R.jsonl are `Rollout`, lines of S.jsonl `ScoredRollout`; their fields say what is what. Some are marks, 16
+hexadecimal digits each: `prompt` and `question` in both and `judged` in S.jsonl of what a line was made from,
+`completion` in S.jsonl of the text. Files of earlier versions lack them. Those without `prompt` or `judged` can be read
+but not gone on with. Who joins files by their ids says where marks are missing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RolloutKey = tuple[str, "int | None", int]
 OWN_MODES = ("own", "own-greedy")
 """Sampling modes in which the model chooses its tag."""
 MODES = ("each", "fixed", "round-robin", "none", *OWN_MODES)
-_OPTIONAL = ("prompt", "judged", "completion")
+_OPTIONAL = ("prompt", "question", "judged", "completion")
 
 
 Tag = Annotated[Count | None, Meta(description="a whole number from 0, or null")]
@@ -55,6 +56,10 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Fingerprint."""
     tokenizer: Name
     """Fingerprint."""
+    prompt: Mark = None
+    """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
+    question: Mark = None
+    """`mark` of what the questions file asks, whatever the tokenizer; None in files of earlier versions."""
 
     @property
     def mode(self) -> str:
@@ -72,8 +77,6 @@ class Rollout(Sample, frozen=True, kw_only=True):
 
     text: Annotated[str, Meta(description="a string")]
     token_ids: Annotated[tuple[Count, ...], Meta(description="a list of whole numbers from 0")]
-    prompt: Mark = None
-    """`mark` of the prompt's token ids, without the tag; None in files of earlier versions."""
 
 
 class ScoredRollout(Sample, frozen=True, kw_only=True):
@@ -111,7 +114,7 @@ EMPTY_COMPLETION = mark("")
 def score_rollout(
     rollout: Rollout, *, correct: bool, answer: str | None, verdict: str, verifier: str, judged: str | None = None
 ) -> ScoredRollout:
-    """The scored line of `rollout`: its own fields without text, tokens and prompt, and what the verifier said."""
+    """The scored line of `rollout`: its own fields without text and tokens, and what the verifier said."""
     return ScoredRollout(
         **{field: getattr(rollout, field) for field in Sample.__struct_fields__},
         correct=correct,
@@ -192,6 +195,8 @@ class FileChecks(Generic[Record]):
         self._first: dict[str, object] | None = None
         self.lines: dict[RolloutKey, int] = {}
         """Each sample's line."""
+        self._prompts: dict[str, tuple[str, int]] = {}
+        """Question's id -> mark of its prompt, and the line that has it."""
 
     def parse(self, number: int, raw: bytes) -> Record:
         """The record of line `number` (1-based). Raises UserError."""
@@ -209,6 +214,13 @@ class FileChecks(Generic[Record]):
             name = f"id {record.id!r}, tag {record.tag}, sample {record.sample}"
             raise UserError(f"{where}: {name} is already on line {self.lines[record.key]}; remove one of them")
         self.lines[record.key] = number
+        if record.prompt is not None:
+            prompt, line = self._prompts.setdefault(record.id, (record.prompt, number))
+            if prompt != record.prompt:
+                raise UserError(
+                    f"{where}: id {record.id!r} has another prompt here than on line {line}; keep the samples of two "
+                    "questions apart, and give each its own id"
+                )
         return record
 
 

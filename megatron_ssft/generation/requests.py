@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict, get_args
 
 from megatron_ssft.data.prompt import encode_prompt
+from megatron_ssft.data.questions import question_mark
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.formats.rollouts import Rollout, RolloutKey, mark
@@ -129,6 +130,8 @@ class Request:
     """Most tokens to generate, at least 1."""
     chosen: int | None = None
     """Mode `own-greedy`: the tag that `start` ends with."""
+    question: str | None = None
+    """`question_mark` of the row that asks it."""
 
     @property
     def key(self) -> RolloutKey:
@@ -185,7 +188,8 @@ def build_requests(
                 start = () if slot is None else tags[slot]
                 limit = token_limit(model, len(prompt) + len(start), sampling.max_new_tokens)
                 own_seed = sample_seed(seed, example.id, slot, sample)
-                requests.append(Request(example.id, prompt, start, slot, sample, own_seed, limit))
+                asked = question_mark(example)
+                requests.append(Request(example.id, prompt, start, slot, sample, own_seed, limit, question=asked))
         except UserError as error:
             wrong.add(example.file, example.line, error)
     wrong.raise_if_any()
@@ -282,4 +286,5 @@ class RolloutMaker:
             text=text,
             token_ids=ids,
             prompt=prompt_mark(request),
+            question=request.question,
         )

@@ -18,10 +18,12 @@ from megatron_ssft.objectives.formulas.forking_policy import (
     ForkCoefficients,
     ForkObjective,
     exact_objective,
+    has_signal,
     log_policy,
     sample_tags,
     sampled_objective,
 )
+from megatron_ssft.objectives.formulas.outside_mass import hold
 from megatron_ssft.objectives.objective import Decision, Figures, Report, StepContext
 from megatron_ssft.objectives.policy.anchor_term import anchor_term
 from megatron_ssft.objectives.policy.draws import generator, nth_batch
@@ -43,7 +45,7 @@ class GFPO(PolicyObjective):
         self.coefficients = ForkCoefficients(
             kl=policy.kl_coef,
             entropy=policy.entropy_coef,
-            outside_mass=policy.outside_mass_coef or 0.0,
+            natural=policy.policy_gradient == "natural",
             group_normalization=bool(policy.group_normalization),
             clip_low=policy.clip_eps or 0.0,
             clip_high=policy.clip_eps_high or 0.0,
@@ -57,9 +59,11 @@ class GFPO(PolicyObjective):
         number = step.iteration if self.is_exact else step.iteration // self._epochs_per_set
         questions = nth_batch(len(self.inputs.questions), policy.questions_per_step, number, seed, "questions")
         planned = self.forks.plan(step, [self.inputs.questions[q] for q in questions])
-        logp_QN = self.forks.planned_logp(step, planned)
+        logp_QNT = self.forks.planned_logp(step, planned)
+        logp_QN = logp_QNT.sum(axis=2)
         objective = self._objective(step.iteration, questions, logp_QN)
-        terms = [fork_term(planned, objective.gradient_QN)]
+        mass_QNT, mass_value = self._outside_mass(questions, logp_QNT)
+        terms = [fork_term(planned, objective.gradient_QN[:, :, None] + mass_QNT)]
         anchored: list[int] = []
         if policy.anchor == "kl":
             anchors = self.inputs.anchors
@@ -68,7 +72,8 @@ class GFPO(PolicyObjective):
             terms.append(anchor_term(step, self.scorer, self.reference, anchored, policy.anchor_coef))
 
         def figures(sums: Mapping[str, float]) -> Figures:
-            row = dict(objective.figures) | self._rewards(logp_QN, questions) | {"loss": -objective.value}
+            row = dict(objective.figures) | self._rewards(logp_QN, questions)
+            row |= {"loss": -objective.value - mass_value}
             if anchored:
                 row |= self._anchor_figures(sums, anchored)
                 row["loss"] += policy.anchor_coef * row["anchor_kl"]
@@ -106,7 +111,19 @@ class GFPO(PolicyObjective):
         n_QN, sum_QN = inputs.n_QN[chosen], inputs.sum_QN[chosen]
         assert self.policy.samples_per_question is not None
         tags_QG, reward_QG = sample_tags(self.old_logp_QN, n_QN, sum_QN, self.policy.samples_per_question, rngs)
-        return sampled_objective(logp_QN, self.old_logp_QN, tags_QG, reward_QG, reference_QN, self.coefficients)
+        signal_Q = has_signal(inputs.reward_QN[chosen])
+        return sampled_objective(
+            logp_QN, self.old_logp_QN, tags_QG, reward_QG, reference_QN, self.coefficients, signal_Q
+        )
+
+    def _outside_mass(self, chosen: Sequence[int], logp_QNT: np.ndarray) -> tuple[np.ndarray, float]:
+        """[Q, N, T]: what raises the tags' joint probability, of every question; and how much that is worth now."""
+        coef, logp_QN = self.policy.outside_mass_coef, logp_QNT.sum(axis=2)
+        assert coef is not None and self.reference.fork_QN is not None
+        held_Q = ~has_signal(self.inputs.reward_QN[chosen])
+        hold_QN = hold(logp_QN, self.reference.fork_QN[chosen], held_Q)
+        weight_QNT = self.forks.tree.push(logp_QNT) + hold_QN[:, :, None]
+        return coef * weight_QNT / len(logp_QN), coef * float(log_policy(logp_QN)[1].mean())
 
     def _anchor_figures(self, sums: Mapping[str, float], anchored: Sequence[int]) -> Figures:
         """How far the stored completions have moved, in nats per token."""
@@ -119,13 +136,14 @@ class GFPO(PolicyObjective):
         }
 
     def _rewards(self, logp_QN: np.ndarray, chosen: Sequence[int]) -> Figures:
-        """Expected reward of the policy before the step, of uniform choice, and of the best single tag."""
+        """Expected reward of the policy before the step, of uniform choice, of the best single tag; who has signal."""
         reward_QN = self.inputs.reward_QN[chosen]
         pi_QN = np.exp(log_policy(logp_QN)[0])
         return {
             "reward": float((pi_QN * reward_QN).sum(axis=1).mean()),
             "reward_uniform": float(reward_QN.mean()),
             "reward_best_fixed": float(reward_QN.mean(axis=0).max()),
+            "signal_questions": int(has_signal(reward_QN).sum()),
         }
 
     # -- the tags' probabilities ---------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def policy_line(fields: Mapping[str, object]) -> str:
     if "reward_uniform" in fields:
         others = f"(uniform {number('reward_uniform'):.4f}, best tag {number('reward_best_fixed'):.4f})"
         parts.append(f"reward {number('reward'):.4f} {others}")
+        if "signal_questions" in fields:
+            parts.append(f"signal in {number('signal_questions')} of {number('questions')}")
         parts.append(f"entropy {number('entropy'):.3f} kl {number('kl'):.3f} mass {number('mass'):.2g}")
     elif "reward_stored" in fields:
         parts.append(f"reward of the stored samples {number('reward_stored'):.4f} kl {number('kl'):.4f}")

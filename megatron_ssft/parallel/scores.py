@@ -47,6 +47,17 @@ class Scores:
                     sums[place[spec]] += total
         return sum_over_ranks(sums, self._topology)
 
+    def nll_tokens(self, longest: int) -> np.ndarray:
+        """float64 [S, T]: NLL of every scored token of every sequence of the plan, 0 behind its end. Collective.
+
+        The same on every rank, as `nll_sums`. `longest`: T, at least the scored tokens of any sequence.
+        """
+        place = {spec: number for number, spec in enumerate(self.planned.plan.sequences)}
+        tokens = np.zeros((len(place), longest))
+        for spec, output in self.of_sequences():
+            tokens[place[spec], : len(output)] += output
+        return sum_over_ranks(tokens.reshape(-1), self._topology).reshape(tokens.shape)
+
     def weighted_nll(self) -> float:
         """Sum of loss weight x NLL over all scored tokens of all ranks. Collective."""
         total = sum(float((s.output * s.model_input.weights.astype(np.float64)).sum()) for s in self.share)

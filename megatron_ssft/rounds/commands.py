@@ -185,6 +185,12 @@ class Commands:
         )
         return [*start, *self.tools.export, str(run), str(target), *own, *further]
 
+    @property
+    def chooses_tags(self) -> bool:
+        """Whether --train-args leave the objective to be one of the tags' choice."""
+        words = " ".join(self.options.further("train")).replace("=", " ").split()
+        return [after for word, after in zip(words, words[1:]) if word == "--objective"][-1:] != ["grpo"]
+
     def seed(self, round_: Round) -> int:
         """Seed of a round: its samples and steps are independent of those of other rounds."""
         return self.options.seed + SEEDS_BETWEEN_ROUNDS * round_.number

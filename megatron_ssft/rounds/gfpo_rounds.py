@@ -23,7 +23,9 @@ from megatron_ssft.errors import UserError
 from megatron_ssft.formats.checkpoint_damage import sound_checkpoint
 from megatron_ssft.formats.failed_samples import FAILED_SAMPLES
 from megatron_ssft.formats.files import remove_parts, write_durably
+from megatron_ssft.formats.rewards import read_reward_lines, without_signal
 from megatron_ssft.formats.run_folder import checkpoint_folder
+from megatron_ssft.objectives.formulas.forking_policy import has_signal
 from megatron_ssft.rounds.commands import Commands, Round
 from megatron_ssft.rounds.processes import (
     Ask,
@@ -127,12 +129,23 @@ class Loop:
             self._generate(round_, stages, model)
         if stages.begin("score", self.commands.score_arguments(round_), is_absent["scores"]):
             self._run("score", round_, stages, self.commands.score_command(round_))
+        self._refuse_without_signal(round_)
         has_checkpoint = newest_checkpoint(round_.run) is not None
         if stages.begin("train", self.commands.train_arguments(round_), left_nothing=not has_checkpoint):
             command = self.commands.train_command(round_, has_checkpoint)
             ask = terminate_ranks if self.options.stop_launched is None else asking_by(self.options.stop_launched)
             self._run("train", round_, stages, command, ask)
         self._write_rows()
+
+    def _refuse_without_signal(self, round_: Round) -> None:
+        """Raise UserError where the round's rewards say nothing about the choice of a tag, before ranks are started.
+
+        With grpo it is the completions that must differ, which its training sees to.
+        """
+        rows = read_reward_lines(round_.rewards).values() if self.commands.chooses_tags else []
+        if rows and not any(has_signal(row.mean_N[None])[0] for row in rows):
+            before = "" if not round_.number else f"; the weights of the rounds before are in {self.work}"
+            raise UserError(f"round {round_.number}: {without_signal(round_.rewards, len(rows))}{before}")
 
     def _choose_questions(self, round_: Round, stages: StageFile) -> None:
         """Write questions.jsonl: this round's lines of the data, in their order there."""

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
+from megatron_ssft.errors import UserError
 from megatron_ssft.formats.metrics import METRICS, Metrics, load_metrics
 from megatron_ssft.formats.policy import PolicyRow, read_policy
 from megatron_ssft.formats.rewards import RewardLine, read_reward_lines
@@ -46,6 +47,8 @@ def round_row(number: int, folder: Path) -> RoundRow:
     run, rewards = folder / "run", _rewards(folder / "rewards.jsonl")
     ending, metrics = read_record(run / FINISHED, _Ending), _metrics(run)
     steps = list(_policies(run / POLICY).items())
+    for _, rows in steps:
+        _refuse_others(run / POLICY, rows, folder / "rewards.jsonl", rewards)
     before = next((rows for iteration, rows in steps if iteration == 0), {})
     after = steps[-1][1] if steps else {}
     return RoundRow(
@@ -84,6 +87,20 @@ def _metrics(run: Path) -> Metrics:
 def _policies(path: Path) -> dict[int, dict[str, PolicyRow]]:
     """Iteration, ascending -> policies of the training questions; empty if the file is not there. Raises UserError."""
     return read_policy(path).get("train", {}) if path.exists() else {}
+
+
+def _refuse_others(log: Path, policies: Mapping[str, PolicyRow], path: Path, rewards: Mapping[str, RewardLine]) -> None:
+    """Raise UserError where policies and rewards of the same ids are of two models or two prompts."""
+    for id, row in policies.items():
+        line = rewards.get(id)
+        if line is None:
+            continue
+        for what, own, other in (("model", row.model, line.model), ("prompt", row.prompt, line.prompt)):
+            if own and other and own != other:
+                raise UserError(
+                    f"{log}: id {id!r} is of {what} {own[:12]}, in {path} of {other[:12]}: not of one round; remove "
+                    "the round's folder to begin the round again"
+                )
 
 
 def expected_reward(policies: Mapping[str, PolicyRow], rewards: Mapping[str, RewardLine]) -> float | None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ssft.data.questions import mark_of_row
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import RowError, WrongRows
 from megatron_ssft.scoring.verifiers.common import Question
@@ -18,6 +19,8 @@ class LocatedQuestion:
     row: Question
     line: int
     """1-based."""
+    mark: str | None = None
+    """`question_mark` of the row; None where it has gold answers without a question."""
 
 
 def read_questions(path: Path) -> dict[str, LocatedQuestion]:
@@ -34,7 +37,7 @@ def read_questions(path: Path) -> dict[str, LocatedQuestion]:
                     name = str(row["id"])
                     if name in questions:
                         raise RowError(f"id {name!r} is already used on line {questions[name].line}")
-                    questions[name] = LocatedQuestion(row, line)
+                    questions[name] = LocatedQuestion(row, line, mark_of_row(raw, path, line))
                 except RowError as error:
                     wrong.add(path, line, error)
     except OSError as error:

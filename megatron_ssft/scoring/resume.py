@@ -55,7 +55,7 @@ def expected_scores(
 ) -> dict[RolloutKey, Expected]:
     """Map every rollout's key to what its scored line must say, in the order of the file.
 
-    Raises UserError for a rollout of another question; `data` is where the questions came from.
+    Raises UserError for a rollout of another question, also under the same id; `data` is where the questions came from.
     """
     expected: dict[RolloutKey, Expected] = {}
     names = Sample.__struct_fields__
@@ -64,6 +64,12 @@ def expected_scores(
         if rollout.id not in questions:
             raise UserError(
                 f"{path}: id {rollout.id!r} is not in {data}; give the questions the rollouts were made from"
+            )
+        question = questions[rollout.id]
+        if rollout.question is not None and question.mark not in (None, rollout.question):
+            raise UserError(
+                f"{path}: id {rollout.id!r} was asked another question than {data}:{question.line} holds; give the "
+                "questions the rollouts were made from"
             )
         sampling = sampling or rollout.sampling  # equal in the whole file: keep one
         fields = {name: getattr(rollout, name) for name in names}

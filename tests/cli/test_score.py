@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ssft.data.questions import question_mark, read_questions
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.formats.rewards import read_rewards
 from megatron_ssft.formats.rollouts import Rollout, read_scored
@@ -178,6 +179,40 @@ def test_scores_of_other_rollouts_are_refused(tmp_path):
     ]:
         write(rollouts, changed)
         refused_and_kept(output, again, line, reason)
+
+
+def test_other_questions_under_the_same_ids_are_refused(tmp_path):
+    """Whatever else the row holds: what is asked must be what the rollouts were made from."""
+    rows = [
+        {"id": "a", "question": "1 + 1?", "answer": "2"},
+        {"id": "b", "messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"},
+        {"id": "c", "prompt": "3 + 3 =", "answer": "6"},
+    ]
+    asked = {e.id: question_mark(e) for e in read_questions(write(tmp_path / "q.jsonl", rows))}
+    rollouts = write(tmp_path / "r.jsonl", [rollout(id, "#2", question=asked[id]) for id in asked])
+    flags = (rollouts, "--verifier", "exact", "--output", tmp_path / "s.jsonl", "--data")
+    others = {"a": {"question": "1 + 2?"}, "b": {"messages": [{"role": "user", "content": "?"}]}, "c": {"prompt": "3"}}
+    for line, (id, change) in enumerate(others.items(), start=1):
+        path = write(tmp_path / "other.jsonl", [row | (change if row["id"] == id else {}) for row in rows])
+        error = score(*flags, path, rc=2).stderr
+        assert error == (
+            f"{rollouts}: id {id!r} was asked another question than {path}:{line} holds; give the questions the "
+            "rollouts were made from\n"
+        )
+        assert not (tmp_path / "s.jsonl").exists()
+    annotated = write(tmp_path / "more.jsonl", [{"level": 3, "traces": [], **row} for row in reversed(rows)])
+    assert "id alone" not in score(*flags, annotated).stdout
+    assert {row.id: row.question for row in read_scored(tmp_path / "s.jsonl")} == asked
+
+
+@pytest.mark.parametrize("lacks", ["the rollouts", "the questions"])
+def test_what_is_joined_by_ids_alone_is_said_once(tmp_path, lacks):
+    question = {} if lacks == "the questions" else {"question": "1 + 1?"}
+    questions = write(tmp_path / "q.jsonl", [{"id": "a", "answer": "2", **question}])
+    marked = {"question": "0" * 16} if lacks == "the questions" else {}
+    rollouts = write(tmp_path / "r.jsonl", [rollout("a", "#2", tag, **marked) for tag in range(3)])
+    shown = score(rollouts, "--data", questions, "--verifier", "exact", "--output", tmp_path / "s.jsonl").stdout
+    assert shown.count("3 of 3 samples joined by id alone") == 1
 
 
 def test_scores_by_other_gold_answers_are_refused(tmp_path):

@@ -145,6 +145,8 @@ USELESS = [
     ("gfpo-exact", {"samples_per_question": 8}, "--objective gfpo-exact"),
     ("gfpo-exact", {"policy_epochs": 2}, "--objective gfpo-exact"),
     ("gfpo-exact", {"token_normalization": "token"}, "--objective gfpo-exact"),
+    ("gfpo-sampled", {"policy_gradient": "natural"}, "--objective gfpo-sampled"),
+    ("grpo", {"policy_gradient": "plain"}, "--objective grpo"),
     ("gfpo-sampled", {"token_normalization": "token"}, "--objective gfpo-sampled"),
     ("grpo", {"samples_per_question": 8}, "--objective grpo"),
     ("grpo", {"policy_epochs": 2}, "--objective grpo"),
@@ -180,6 +182,7 @@ WRONG = [
     ({"objective": "grpo", "anchor": "kl"}, "--anchor kl: grpo"),
     ({"objective": "grpo", "token_normalization": "words"}, "--token-normalization words"),
     ({"scores": "S"}, "--scores is for grpo"),
+    ({"policy_gradient": "steepest"}, "--policy-gradient steepest: choose one of plain, natural"),
     ({"anchor": "l2"}, "--anchor l2: choose one of kl, none"),
     ({"anchor": "none", "rescore_interval": 0, "rollouts": "R"}, "--rollouts has no use"),
     ({"trainable": "last-0"}, "--trainable last-0"),
@@ -215,6 +218,7 @@ def test_wrong_setting(changes, inside):
 def test_defaults_depend_on_the_objective():
     assert [policy(o).group_normalization for o in ("gfpo-exact", "gfpo-sampled", "grpo")] == [False, True, True]
     assert [policy(o).clip_eps for o in ("gfpo-exact", "gfpo-sampled", "grpo")] == [None, 0.2, 0.2]
+    assert [policy(o).policy_gradient for o in ("gfpo-exact", "gfpo-sampled", "grpo")] == ["plain", None, None]
     assert policy("grpo", clip_eps=0.3).clip_eps_high == 0.3
     assert [policy(trainable=t).anchor for t in ("all", "last-2", "tag-rows")] == ["kl", "kl", "kl"]
     assert policy("grpo").anchor == "none"

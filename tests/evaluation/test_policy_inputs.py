@@ -5,11 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import msgspec
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from megatron_ssft.data.questions import question_mark, read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
 from megatron_ssft.evaluation.policy_inputs import load_inputs
+from megatron_ssft.evaluation.scored_runs import read_groups
+from megatron_ssft.formats.rollouts import mark
+from megatron_ssft.hf.fingerprints import model_fingerprint
 from tests.helpers.paths import ROOT
 from tests.helpers.policy_evaluations import (
     AFTER,
@@ -29,6 +36,7 @@ from tests.helpers.policy_evaluations import (
     plain,
     policy_rows,
     reward_rows,
+    rows_of_all,
     write_lines,
 )
 
@@ -77,6 +85,22 @@ REFUSED = {
         {"policy": policy_rows({0: POLICY[0], 5: {"a": [1, 0]}})},
         "step 5 lacks 3 of the questions of --before, such as 'b'",
     ),
+    "a policy of the same ids but other prompts": (
+        {"policy": [row | {"prompt": "0" * 16} if row["id"] == "c" else row for row in policy_rows()]},
+        "policy.jsonl: step 0 is of another prompt than .*before.jsonl for 1 questions, such as 'c'",
+    ),
+    "a policy of another run": (
+        {"policy": policy_rows(model="odd" * 16)},
+        "policy.jsonl: of a run that began with another model .oddoddoddodd. than that of .*before.jsonl .oldold",
+    ),
+    "other questions under the same ids": (
+        {"own": began("own", OWN, prompt="0" * 16)},
+        "own.jsonl: 4 of its questions were asked with another prompt than in .*before.jsonl, such as 'a'",
+    ),
+    "one other question under the same id": (
+        {"after": [*each("after", {q: AFTER[q] for q in "abc"}), *each("after", {"d": AFTER["d"]}, prompt="1" * 16)]},
+        "after.jsonl: 1 of its questions were asked with another prompt than in .*before.jsonl, such as 'd'",
+    ),
     "a policy of three tags": (
         {"policy": policy_rows({k: dict.fromkeys("abcd", [1, 0, 0]) for k in (0, 1)})},
         "a policy of 3 tags",
@@ -109,7 +133,70 @@ def test_what_need_not_be_wrong_is_remarked(tmp_path):
     record = evaluated(tmp_path, ("before", "after", "own", "own_greedy"), own=own, rewards=reward_rows(model="b" * 9))
     assert any("rewards are of another model" in line for line in record["remarks"])
     assert any(line.startswith("--own was generated with temperature 1.0 instead of 0.7") for line in record["remarks"])
-    assert len(record["remarks"]) == 2
+    assert any(line.startswith("Not checked: whether the policy's run ended") for line in record["remarks"])
+    assert len(record["remarks"]) == 3
+
+
+def test_files_of_earlier_versions_are_joined_by_ids_and_that_is_said_once(tmp_path):
+    def older(rows):
+        return [msgspec.structs.replace(row, prompt=None) for row in rows]
+
+    rows = {role: older(of) for role, of in rows_of_all().items()}
+    policy = [{name: row[name] for name in row if name not in ("prompt", "model")} for row in policy_rows()]
+    record = evaluated(tmp_path, ("before", "after", "own", "own_greedy"), policy=policy, **rows)
+    (marks, policy_model, _) = record["remarks"]
+    assert marks == "4 of 4 scored files lack marks of prompts (older version): compared by ids."
+    assert (
+        policy_model == "The policy was written by an earlier version and does not say with which model its run began."
+    )
+    assert record["rows"] == evaluated(tmp_path / "new", ("before", "after", "own", "own_greedy"))["rows"]
+
+
+def test_two_tokenizers_mark_the_same_question_differently(tmp_path):
+    """A baseline of another family is no other set of questions."""
+    grpo = began("grpo", plain(GREEDY), prompt="0" * 16, tokenizer="u")
+    baseline = began("grpo_before", plain(OWN_BEFORE), prompt="0" * 16, tokenizer="u")
+    evaluated(tmp_path, grpo=grpo, grpo_before=baseline)
+    with pytest.raises(UserError, match="grpo.jsonl: 4 of its questions were asked with another prompt"):
+        evaluated(tmp_path, grpo=began("grpo", plain(GREEDY), prompt="0" * 16))
+
+
+def test_the_policy_is_that_of_the_run_that_ended_with_the_model_after(tmp_path):
+    """Two runs from one model over the same questions: only the export tells them apart."""
+    hf = tmp_path / "iter_0000005" / "hf"
+    hf.mkdir(parents=True)
+    (hf / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"weight": torch.arange(6.0).reshape(3, 2)}, hf / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"policy.jsonl: its run ended with another model .* than that of .*after.jsonl"
+    ):
+        evaluated(tmp_path)
+    new = model_fingerprint(hf)
+    roles = ("before", "after", "own", "own_greedy")
+    rows = {role: [msgspec.structs.replace(r, model=new) for r in rows_of_all()[role]] for role in roles[1:]}
+    assert evaluated(tmp_path, roles, **rows)["remarks"] == []
+
+
+def test_rewarded_prompts_among_the_held_out_ones_are_remarked(tmp_path):
+    rewards = [row | {"prompt": mark("b")} if row["id"] == "t2" else row for row in reward_rows()]
+    record = evaluated(tmp_path, rewards=rewards)
+    assert (
+        "1 of the rewarded questions have the prompt of a held-out one: g* was chosen on them too." in record["remarks"]
+    )
+
+
+def test_groups_of_other_questions_under_the_same_ids(tmp_path):
+    rows = [{"id": id, "question": f"what is {id}?", "operation": GROUPS[id]} for id in "abcd"]
+    data = write_lines(tmp_path / "H.jsonl", rows)
+    asked = {e.id: question_mark(e) for e in read_questions(data)}
+    before = [msgspec.structs.replace(row, question=asked[row.id]) for row in rows_of_all()["before"]]
+    scored, rewards, policy = make_files(tmp_path, before=before)
+    runs = list(load_inputs(scored, rewards, policy).runs.values())
+    assert read_groups(data, "operation", runs) == GROUPS
+    write_lines(data, [row | {"question": "what else?"} if row["id"] == "c" else row for row in rows])
+    with pytest.raises(UserError, match=r"H.jsonl:3: id 'c' is another question than in .*before.jsonl"):
+        read_groups(data, "operation", runs)
+    assert read_groups(data, "operation") == GROUPS  # where there is nothing to compare with
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -35,3 +35,15 @@ def test_a_policy_cut_off_by_a_kill(tmp_path):
         read_policy(path)
     path.write_bytes(whole + whole.replace(b"0.5, 0.5", b"0.1, 0.9"))  # written again: the later one counts
     assert read_policy(path)["eval"][0]["a"].policy_N.tolist() == [0.1, 0.9]
+
+
+def test_lines_of_two_runs(tmp_path):
+    """Lines of earlier versions, which name no model, may stand before those of the run that goes on."""
+    older = {name: GOOD[name] for name in GOOD if name not in ("prompt", "model")}
+    path = write_lines(tmp_path / "policy.jsonl", [older, GOOD, {**GOOD, "id": "b", "model": "other"}])
+    with pytest.raises(
+        UserError, match=r"policy.jsonl:3: of a run that began with model other, other lines with oldold"
+    ):
+        read_policy(path)
+    rows = read_policy(write_lines(path, [{**older, "id": "b"}, GOOD]))["eval"][0]
+    assert [(row.model, row.prompt) for row in rows.values()] == [(None, None), (GOOD["model"], GOOD["prompt"])]

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.jsonl import to_line
-from megatron_ssft.formats.rewards import count_rewards, is_unjudged, read_rewards, read_source
+from megatron_ssft.formats.rewards import count_rewards, is_unjudged, read_rewards, read_source, write_rewards
+from megatron_ssft.formats.rollouts import ScoredRollout
 from tests.helpers.scored_rows import scored
 
 ROW = {
@@ -48,6 +49,21 @@ def test_counts_stand_under_their_tags(tmp_path):
     np.testing.assert_array_equal(table.rows["q1"].sum_N, [3, 1, 0])
     np.testing.assert_array_equal(table.rows["q1"].truncated_N, [0, 0, 1])
     assert table.rows["q1"].line == 2 and table.model == "abc"
+
+
+def test_rewards_say_which_prompt_they_were_measured_with(tmp_path):
+    """As their samples do; not where one sample of a question does not."""
+    origin = {"model": "m", "tokenizer": "t", "sampling": {"mode": "each"}, "seed": 1, "finish_reason": "stop"}
+    judged = {"correct": True, "answer": "1", "verdict": "correct", "verifier": "exact", "num_tokens": 1}
+
+    def sample(id, tag, prompt):
+        return ScoredRollout(id=id, tag=tag, sample=0, prompt=prompt, truncated=False, **origin, **judged)
+
+    scored = [sample("a", 0, "a" * 16), sample("a", 1, "a" * 16), sample("b", 0, "b" * 16), sample("b", 1, None)]
+    write_rewards(tmp_path / "W", scored, tmp_path / "R", tmp_path / "S")
+    rows = read_rewards(tmp_path / "W", 2).rows
+    assert {id: row.prompt for id, row in rows.items()} == {"a": "a" * 16, "b": None}
+    assert "prompt" not in json.loads((tmp_path / "W").read_text().splitlines()[1])
 
 
 def test_partial_rewards_are_taken(tmp_path):

@@ -103,7 +103,7 @@ def test_wrong_fields_are_named_with_their_line(tmp_path, change, reason):
     assert message.startswith(f"{path}:3: ") and reason in message
 
 
-@pytest.mark.parametrize("field", [name for name in Rollout.__struct_fields__ if name != "prompt"])
+@pytest.mark.parametrize("field", sorted({*Rollout.__struct_fields__} - {"prompt", "question"}))
 def test_missing_fields_are_named(tmp_path, field):
     row = json.loads(to_line(rollout()))
     del row[field]
@@ -169,6 +169,19 @@ def test_two_origins_are_refused_by_name_in_one_file_and_on_resuming(tmp_path, c
     message = refusal(resume_rollouts, path, **{**ORIGIN, **change})
     assert message.startswith(f"{path}:1: ") and all(name in message for name in named)
     assert path.read_bytes() == before  # nothing was cut off a file that is refused
+
+
+def test_one_id_stands_for_one_prompt(tmp_path):
+    """In rollouts, in scores and on resuming; lines of earlier versions, without a mark, may stand between them."""
+    records = [rollout("q1", 0, prompt="a" * 16), rollout("q1", 1), rollout("q1", 2, prompt="b" * 16)]
+    path = write(tmp_path / "r.jsonl", records)
+    said = f"{path}:3: id 'q1' has another prompt here than on line 1"
+    assert refusal(read_rollouts, path).startswith(said)
+    assert refusal(resume_rollouts, path, **ORIGIN).startswith(said)
+    scored = [score_rollout(r, correct=True, answer="1", verdict="correct", verifier="exact") for r in records]
+    assert [row.prompt for row in scored] == ["a" * 16, None, "b" * 16]
+    assert refusal(read_scored, write(path, scored)).startswith(said)
+    assert len(read_scored(write(path, scored[:2]))) == 2
 
 
 def test_lines_without_marks_can_be_read(tmp_path):

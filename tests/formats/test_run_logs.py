@@ -6,13 +6,16 @@ import json
 
 import numpy as np
 import pytest
+from msgspec import UNSET
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import load_assignments
 from megatron_ssft.formats.jsonl import RowError, convert_row, to_line
 from megatron_ssft.formats.metrics import GFPOMetrics, GRPOMetrics, SSFTMetrics, load_metrics
 from megatron_ssft.formats.policy import PolicyLine, policy_lines
+from megatron_ssft.formats.rollouts import mark
 from megatron_ssft.formats.run_logs import load_run
+from megatron_ssft.records import TokenizedSet
 
 SSFT = (
     '{"iteration": 1, "loss": 5.587, "lr": 0.01, "grad_norm": 3.495, "matching_cost": 16.8538, "matching_gap": null, '
@@ -56,8 +59,13 @@ def test_lines_of_metrics_are_those_of_before(line, kind):
 
 
 def test_lines_of_policies_are_those_of_before():
-    (line,) = policy_lines(4, "eval", ["a"], np.array([[0.25, 0.75]]), np.array([0.5]))
-    assert to_line(line) == POLICY and convert_row(json.loads(POLICY), PolicyLine) == line
+    question = TokenizedSet("a", "Q", 1, np.array([7, 8], np.int32), (), ())
+    (line,) = policy_lines(4, "eval", [question], np.array([[0.25, 0.75]]), np.array([0.5]), "m")
+    fields = json.loads(to_line(line))
+    assert (fields.pop("prompt"), fields.pop("model")) == (mark([7, 8]), "m")  # what earlier versions did not write
+    assert fields == json.loads(POLICY)
+    before = convert_row(json.loads(POLICY), PolicyLine)
+    assert to_line(before) == POLICY and (before.prompt, before.model) == (UNSET, UNSET)
 
 
 def test_a_run_is_read_back(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import tokenize_examples
-from megatron_ssft.data.questions import read_questions
+from megatron_ssft.data.questions import question_mark, read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
 from megatron_ssft.generation.own_tags import OwnTags
@@ -282,6 +282,8 @@ def test_text_leaves_out_prompt_tag_and_stop_token(tmp_path):
     assert (done.tag, done.text, done.token_ids) == (None, "", (eos,))
     done = rollout_of(tmp_path, "own-greedy", (a, tag, eos), chosen=1)  # a later tag is part of the text
     assert (done.tag, done.token_ids, done.key) == (1, (a, tag, eos), ("a", None, 0))
+    (asked,) = {question_mark(example) for example in read_questions(tmp_path / "q.jsonl") if example.id == done.id}
+    assert done.question == asked
     assert done.prompt == prompt_mark(requests_of(char_model(), tmp_path, TagPlan("each", 1))[0])
     done = rollout_of(tmp_path, "none", (a, eos))
     assert (done.tag, done.text) == (None, "a")

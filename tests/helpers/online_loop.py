@@ -125,7 +125,7 @@ elif stage == "score":
     gone_on_with(Path(flags["output"]), [digest(line) for line in rollouts])
     rows = []
     for line in rollouts:
-        good = int(digest(line)[:4], 16) % 3
+        good = 1 if os.environ.get("STUB_EQUAL") == place else int(digest(line)[:4], 16) % 3
         rows.append({"id": line.split()[0], "tags": [0, 1], "n": [2, 2], "sum": [good, 2 - good],
                      "truncated": [0, 0], "model": "stub"})
     Path(flags["rewards"]).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -23,6 +23,7 @@ CASES = {
         "untied text",
         EXACT | {"anchor_completions": 20, "entropy_coef": 0.1, "group_normalization": True},
     ),
+    "natural, text": ("tied text", EXACT | {"policy_gradient": "natural", "kl_coef": 0.1, "anchor_completions": 20}),
     "sampled": ("untied special", SAMPLED | NO_ANCHOR | {"policy_epochs": 2, "kl_coef": 0.1}),
     "sampled, text": ("tied text", SAMPLED | {OTHER: True, "policy_epochs": 2, "anchor_completions": 9}),
     "grpo": ("untied special", GRPO | {OTHER: True, "kl_coef": 0.1}),

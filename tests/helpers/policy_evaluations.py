@@ -7,7 +7,7 @@ import json
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
 from megatron_ssft.evaluation.policy_inputs import load_inputs
 from megatron_ssft.evaluation.policy_tables import policy_tables
-from megatron_ssft.formats.rollouts import ScoredRollout, write_scored
+from megatron_ssft.formats.rollouts import ScoredRollout, mark, write_scored
 
 MODES = {"own": "own", "own_greedy": "own-greedy", "own_before": "own", "own_greedy_before": "own-greedy",
          "grpo": "none", "grpo_before": "none"}  # fmt: skip
@@ -42,6 +42,7 @@ def sample(id, tag, number, right, role, **fields):
         "verifier": "exact",
         "num_tokens": 5,
         "truncated": False,
+        "prompt": mark(id),
     }
     return ScoredRollout(id=id, tag=tag, sample=number, **{**defaults, **fields})
 
@@ -88,13 +89,15 @@ def write_lines(path, rows):
 def reward_rows(rewards=None, model="old" * 16):
     return [
         {"id": id, "tags": [0, 1], "n": [2, 2], "sum": right, "truncated": [0, 0], "verifier": "exact", "model": model}
+        | {"prompt": mark(id)}
         for id, right in (rewards or REWARDS).items()
     ]
 
 
-def policy_rows(policy=None, split="eval"):
+def policy_rows(policy=None, split="eval", model="old" * 16):
     return [
         {"iteration": step, "split": split, "id": id, "policy": pi, "mass": MASS.get(step, 1.0)}
+        | {"prompt": mark(id), "model": model}
         for step, of in (policy or POLICY).items()
         for id, pi in of.items()
     ]

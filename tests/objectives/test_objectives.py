@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from megatron_ssft.objectives.formulas.forking_policy import (
     ForkCoefficients,
     exact_objective,
+    has_signal,
     log_policy,
     sample_advantages,
     sample_tags,
@@ -38,7 +40,7 @@ def regularisers(logp, reference, coefficients):
     entropy = -sum(p * math.log(p) for p in pi)
     mass = sum(math.exp(z) for z in logp)
     return (
-        -coefficients.kl * kl + coefficients.entropy * entropy + coefficients.outside_mass * math.log(mass),
+        -coefficients.kl * kl + coefficients.entropy * entropy,
         {"kl": kl, "entropy": entropy, "mass": mass},
     )
 
@@ -55,8 +57,8 @@ def differences(function, logp_QN, step=1e-5):
 
 
 COEFFICIENTS = [
-    ForkCoefficients(kl=kl, entropy=entropy, outside_mass=mass, group_normalization=normalize)
-    for kl, entropy, mass, normalize in itertools.product((0.0, 0.3), (0.0, 0.2), (0.0, 0.7), (False, True))
+    ForkCoefficients(kl=kl, entropy=entropy, group_normalization=normalize)
+    for kl, entropy, normalize in itertools.product((0.0, 0.3), (0.0, 0.2), (False, True))
 ]
 
 
@@ -134,11 +136,116 @@ def test_nothing_to_gain_is_no_gradient():
         assert abs(objective.figures["kl"]) < 1e-15
 
 
-def test_mass_term_raises_all_tags():
-    rng = np.random.default_rng(0)
-    logp = random_logp(rng, 2, 4)
-    objective = exact_objective(logp, np.zeros((2, 4)), logp, ForkCoefficients(outside_mass=0.5))
-    assert np.allclose(objective.gradient_QN, 0.5 * softmax(logp) / 2, atol=1e-15)
+@pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=str)
+@pytest.mark.parametrize("natural", [False, True])
+def test_questions_of_equal_rewards_have_no_part(coefficients, natural):
+    rng = np.random.default_rng(1)
+    coefficients = dataclasses.replace(coefficients, natural=natural)
+    logp, reference, reward = random_logp(rng, 5, 4), random_logp(rng, 5, 4), rng.random((5, 4))
+    reward[1], reward[3] = 0.0, [0.3, 0.1 + 0.2, 0.3, 0.3]  # equal but for rounding
+    some = [0, 2, 4]
+    assert has_signal(reward).tolist() == [True, False, True, False, True]
+    mixed = exact_objective(logp, reward, reference, coefficients)
+    alone = exact_objective(logp[some], reward[some], reference[some], coefficients)
+    np.testing.assert_allclose(mixed.gradient_QN[some], alone.gradient_QN, rtol=1e-12)
+    assert not mixed.gradient_QN[[1, 3]].any() and mixed.value == pytest.approx(alone.value, rel=1e-12)
+    none = exact_objective(logp[[1, 3]], reward[[1, 3]], reference[[1, 3]], coefficients)
+    assert none.value == 0.0 and not none.gradient_QN.any()
+    assert none.figures["reward"] == pytest.approx(0.15)  # of all questions, as entropy, KL and mass
+
+
+def test_sampled_questions_without_signal_have_no_part():
+    rng = np.random.default_rng(2)
+    logp, old, reference = (random_logp(rng, 4, 3) for _ in range(3))
+    tags, reward = rng.integers(0, 3, (4, 6)), rng.integers(0, 2, (4, 6)).astype(float)
+    coefficients, some = ForkCoefficients(kl=0.2, entropy=0.1), [0, 3]
+    signal = np.array([True, False, False, True])
+    mixed = sampled_objective(logp, old, tags, reward, reference, coefficients, signal)
+    alone = sampled_objective(*(a[some] for a in (logp, old, tags, reward, reference)), coefficients)
+    np.testing.assert_allclose(mixed.gradient_QN[some], alone.gradient_QN, rtol=1e-12)
+    assert not mixed.gradient_QN[[1, 2]].any() and mixed.value == pytest.approx(alone.value, rel=1e-12)
+
+
+# -- the natural gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=str)
+def test_natural_direction_is_the_gradient_through_the_inverse_fisher_matrix(coefficients):
+    """Both from finite differences: F is the second derivative of KL(pi || pi moved) at pi."""
+    rng = np.random.default_rng(7)
+    logp, reference, reward = random_logp(rng, 1, 4), random_logp(rng, 1, 4), rng.random((1, 4))
+    mean = float(softmax(logp[0]) @ reward[0])
+    scale = 1 / (math.sqrt(mean * (1 - mean)) + 1e-4) if coefficients.group_normalization else 1.0
+
+    def value(moved):
+        return scale * (softmax(moved[0]) @ reward[0]) + regularisers(moved[0], reference[0], coefficients)[0]
+
+    def divergence_slope(moved):
+        pi = softmax(logp[0])
+        return lambda place: (softmax(moved[0]) - pi)[place]  # d KL(pi || pi_moved) / d logp
+
+    fisher = np.stack([differences(lambda m, i=i: divergence_slope(m)(i), logp)[0] for i in range(4)])
+    direction = exact_objective(logp, reward, reference, dataclasses.replace(coefficients, natural=True)).gradient_QN[0]
+    np.testing.assert_allclose(4 * fisher @ direction, differences(value, logp)[0], atol=1e-8)
+    assert abs(direction.sum()) < 1e-15  # and pushes no tag but against the others
+
+
+def test_natural_and_plain_gradient_are_one_where_the_policy_is_uniform():
+    rng = np.random.default_rng(8)
+    reference, reward = random_logp(rng, 3, 5), rng.random((3, 5))
+    for coefficients in COEFFICIENTS:
+        plain, natural = (
+            exact_objective(
+                np.full((3, 5), -2.0), reward, reference, dataclasses.replace(coefficients, natural=natural)
+            )
+            for natural in (False, True)
+        )
+        np.testing.assert_allclose(natural.gradient_QN, plain.gradient_QN, atol=1e-15)
+        assert natural.value == plain.value and natural.figures == plain.figures
+
+
+def test_natural_ascent_is_mirror_descent():
+    """Without regularisers the policy after steps of total length t is pi_0 exp(t R / N), to rounding."""
+    rng = np.random.default_rng(9)
+    logp, reward = random_logp(rng, 3, 6), rng.random((3, 6))
+    moved = logp
+    for _ in range(50):
+        moved = moved + 3 * exact_objective(moved, reward, logp, ForkCoefficients(natural=True)).gradient_QN * 6 / 1.5
+    expected = softmax(logp) * np.exp(50 * 3 / 1.5 * reward / 3)  # the mean is over 3 questions
+    np.testing.assert_allclose(softmax(moved), expected / expected.sum(axis=1, keepdims=True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kl, entropy", [(0.02, 0.0), (0.0, 0.02), (0.1, 0.05), (1.0, 0.0)])
+def test_natural_ascent_reaches_the_tabular_optimum_from_near_certainty(kl, entropy):
+    """It does so from a policy that is nearly certain of a bad tag, which the plain gradient hardly leaves."""
+    rng = np.random.default_rng(10)
+    reward, reference = rng.random((4, 6)), random_logp(rng, 4, 6)
+    start = np.full((4, 6), -12.0)
+    start[np.arange(4), reward.argmin(axis=1)] = -0.1
+    optimum = softmax((reward + kl * np.log(softmax(reference))) / (kl + entropy))
+    ended = {}
+    for natural in (False, True):
+        moved, coefficients = start, ForkCoefficients(kl=kl, entropy=entropy, natural=natural)
+        for _ in range(100):
+            gradient = exact_objective(moved, reward, reference, coefficients).gradient_QN
+            moved = moved + 4 * 6 * 0.2 / (kl + entropy) * gradient
+        ended[natural] = np.abs(softmax(moved) - optimum).max()
+    assert ended[True] < 1e-8
+    assert ended[False] > 1e-3 or kl == 1.0
+    assert (
+        not np.abs(
+            exact_objective(
+                np.log(optimum), reward, reference, ForkCoefficients(kl=kl, entropy=entropy, natural=True)
+            ).gradient_QN
+        ).max()
+        > 1e-12
+    )
+
+
+def test_drawn_tags_have_no_natural_gradient():
+    logp = np.log([[0.4, 0.2]])
+    with pytest.raises(AssertionError, match="no natural gradient"):
+        sampled_objective(logp, logp, np.zeros((1, 2), int), np.zeros((1, 2)), logp, ForkCoefficients(natural=True))
 
 
 def test_bad_values_name_the_row():
@@ -178,7 +285,7 @@ def test_sampled_gradients_average_to_the_exact_one(samples):
     rng = np.random.default_rng(11)
     logp, reference = random_logp(rng, 1, num_tags), random_logp(rng, 1, num_tags)
     n, total = np.array([[4, 2, 8, 5]]), np.array([[4, 1, 2, 0]])
-    coefficients = ForkCoefficients(kl=0.1, entropy=0.05, outside_mass=0.2)
+    coefficients = ForkCoefficients(kl=0.1, entropy=0.05)
     exact = exact_objective(logp, total / n, reference, coefficients)
 
     def repeat(row):
@@ -200,7 +307,7 @@ def test_sampled_gradients_average_to_the_exact_one(samples):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_sampled_value_and_gradient(normalize):
     rng = np.random.default_rng(5)
-    coefficients = ForkCoefficients(0.3, 0.2, 0.7, normalize, clip_low=0.1, clip_high=0.3)
+    coefficients = ForkCoefficients(0.3, 0.2, group_normalization=normalize, clip_low=0.1, clip_high=0.3)
     old, reference = random_logp(rng, 8, 4), random_logp(rng, 8, 4)
     logp = old + rng.normal(0, 0.4, old.shape)
     tags, reward = rng.integers(0, 4, (8, 6)), rng.integers(0, 2, (8, 6)).astype(float)

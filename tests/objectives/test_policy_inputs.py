@@ -218,7 +218,11 @@ def replace_token(row):
 
 
 CHANGES = {
-    "a question": ("data", lambda row: row | {"question": row["question"].replace("?", "!")}, {"anchor": "none"}),
+    "a question": (
+        "data",
+        lambda row: row | {"question": row["question"].replace("?", "!")},
+        {"anchor": "none", "older": True},  # rewards that say which prompt they are of are refused
+    ),
     "an id": ("data", lambda row: row, {"rename": True}),
     "a sum": ("rewards", lambda row: row | {"sum": [0, 0, 1]}, {}),
     "a count": ("rewards", lambda row: row | {"n": [2, 2, 3]}, {}),
@@ -235,6 +239,8 @@ def test_fingerprint_changes_with_whatever_decides_a_step(tmp_path, name):
     changes = dict(changes)
     if changes.get("anchor") == "none":
         changes["rescore_interval"] = 0
+    if changes.pop("older", False):
+        edit_lines(files.rewards, lambda row: {key: value for key, value in row.items() if key != "prompt"})
     renamed = changes.pop("rename", False)
     before = read(files, **changes).fingerprint
     if renamed:

@@ -24,7 +24,11 @@ def changed(field, value, tag=1):
 
 
 BAD_ROLLOUTS = {
-    "another prompt": (changed("prompt", "0" * 16), "id 'q3', tag 1, sample 0: made from another prompt"),
+    "another prompt": (
+        lambda r: msgspec.structs.replace(r, prompt="0" * 16) if r.id == "q3" else r,
+        "id 'q3', tag 0, sample 0: made from another prompt",
+    ),
+    "two prompts": (changed("prompt", "0" * 16), ":21: id 'q3' has another prompt here than on line 19"),
     "token beyond the vocabulary": (changed("token_ids", (65, 600)), "token 600, the vocabulary has 260"),
     "foreign tag": (changed("tag", 7), "tag 7, sample 0: not one of the model's 3 tags"),
     "tag missing": (changed("tag", None), "tag None, sample 0: not one of the model's 3 tags"),
@@ -42,10 +46,70 @@ def test_bad_rollout(tmp_path, name):
         assert line.startswith(str(bad.rollouts)) and inside in line
 
 
+@pytest.mark.parametrize("objective", ["gfpo-exact", "gfpo-sampled"])
+def test_rewards_that_say_nothing_about_the_choice(tmp_path, objective):
+    """Questions that every tag solves, that none does, and that all solve as often."""
+    files = write_files(tmp_path)
+    sums = {"q0": [0, 0, 0], "q1": [1, 1, 1]}
+    edit_lines(files.rewards, lambda row: row | {"sum": sums.get(row["id"], [2, 2, 2])})
+    line = refusal(files, objective=objective)
+    assert line.startswith(f"{files.rewards}: all of its 6 questions have the same reward under every tag")
+    edit_lines(files.rewards, lambda row: row | {"n": [2, 4, 6], "sum": [1, 2, 3]})
+    assert "the same reward under every tag" in refusal(files, objective=objective)
+    edit_lines(files.rewards, lambda row: row | {"sum": [1, 2, 3] if row["id"] != "q4" else [1, 2, 4]})
+    assert "5 of 6 questions have the same reward under every tag" in read(files, objective=objective).notes
+
+
 def test_longest_completion_that_fits(tmp_path):
     files = write_files(tmp_path, change=changed("token_ids", (65,) * 52))  # prompt 11, tag 1
     assert len(read(files).completions) == 36
     assert "--seq-length 64, not 63" in refusal(files, seq_length=63)
+
+
+@pytest.mark.parametrize("anchor", ["none", "kl"])
+@pytest.mark.parametrize("objective", ["gfpo-exact", "gfpo-sampled"])
+def test_other_questions_under_the_same_ids(tmp_path, anchor, objective):
+    files = write_files(tmp_path)
+    edit_lines(files.data, lambda row: row | {"question": "how much is this?"} if row["id"] in ("q2", "q3") else row)
+    changes = {"anchor": anchor, "objective": objective} | ({"rescore_interval": 0} if anchor == "none" else {})
+    line = refusal(files, **changes)
+    assert line.startswith(
+        f"{files.rewards}:3: id 'q2' was measured with another prompt than {files.data}:3 gives, as 2 of 6"
+    )
+
+
+def test_rewards_of_an_earlier_version_do_not_say_which_questions_they_are_of(tmp_path):
+    files = write_files(tmp_path)
+    older = {"q1", "q4"}
+
+    def without_prompt(row):
+        return {name: row[name] for name in row if name != "prompt" or row["id"] not in older}
+
+    edit_lines(files.rewards, without_prompt)
+    (note,) = [note for note in read(files, anchor="none", rescore_interval=0).notes if "earlier version" in note]
+    assert note.startswith(f"{files.rewards}: 2 of 6 rewards were written by an earlier version")
+    edit_lines(files.rollouts, without_prompt)
+    notes = [note for note in read(files).notes if "earlier version" in note]
+    assert len(notes) == 2 and notes[1].startswith(f"{files.rollouts}: 12 completions were written by an earlier")
+    edit_lines(files.data, lambda row: row | {"question": "another?"} if row["id"] == "q0" else row)
+    assert "id 'q0' was measured with another prompt" in refusal(files)
+
+
+def test_scores_of_other_completions(tmp_path):
+    """Made by the same model with the same settings, at the same places: of another seed, length or question."""
+    files = write_files(tmp_path / "a")
+    changes = {"seed": 4000, "token_ids": (65, 66, 67, 256), "prompt": "0" * 16}
+    for name, value in changes.items():
+
+        def change(rollout, name=name, value=value):
+            return msgspec.structs.replace(rollout, **{name: value}) if rollout.id == "q3" else rollout
+
+        other = write_files(tmp_path / name, change=change)
+        line = refusal(files, objective="grpo", scores=str(other.scores))
+        assert line.startswith(f"{other.scores}: id 'q3', tag 0, sample 0: scored for another completion than ")
+        assert str(files.rollouts) in line
+    older = edit_lines(files.scores, lambda row: {k: v for k, v in row.items() if k != "prompt"})
+    assert len(read(files, objective="grpo", scores=str(older)).completions) > 0
 
 
 def test_rollouts_of_another_model(tmp_path):

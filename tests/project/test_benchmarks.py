@@ -44,3 +44,17 @@ def test_without_a_gpu_it_says_so():
         pytest.skip("there is a GPU")
     done = run("benchmarks/gpu.py")
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_without_signal_the_choice_stays(tmp_path):
+    """The gradient of log(mass), on the same toy, drives it into one tag."""
+    done = run("benchmarks/gfpo_signal.py", "--seeds", 1, "--shares", "none", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    runs = {row["form"]: row["runs"][0] for row in json.loads((tmp_path / "figures.json").read_text())}
+    assert {run["entropy before"] for run in runs.values()} == {runs["plain"]["entropy before"]}
+    assert runs["gradient of log(mass)"]["entropy after"] < 0.1 < 1.0 < runs["plain"]["entropy before"]
+    for form in ("plain", "natural", "natural, entropy .02"):
+        assert abs(runs[form]["entropy after"] - runs[form]["entropy before"]) < 0.1
+        assert abs(runs[form]["reward after"] - runs[form]["reward before"]) < 0.02
+        assert runs[form]["mass before"] < 0.05 and runs[form]["mass after"] > 0.95

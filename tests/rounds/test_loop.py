@@ -98,6 +98,25 @@ def test_weights_without_an_export_are_exported(whole, place):
     ).read_text()
 
 
+def test_a_round_without_signal_stops_the_loop_before_training(place):
+    status, out, err = place.run(STUB_EQUAL="round_001")
+    rewards = place.work / "round_001" / "rewards.jsonl"
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith(f"round 1: {rewards}: all of its 6 questions have the same reward under every tag")
+    assert f"the weights of the rounds before are in {place.work}" in err
+    assert place.journal("begin") == [f"{stage} round_000" for stage in STAGES] + [
+        "generate round_001", "score round_001"
+    ]  # fmt: skip
+    assert not (place.work / "round_001" / "run").exists() and not (place.work / "finished.json").exists()
+    assert place.run(STUB_EQUAL="round_001")[2] == err  # as long as the rewards stay as they are
+
+
+@pytest.mark.parametrize("flags", ["--objective grpo", "--objective=grpo", "--objective gfpo-exact --objective grpo"])
+def test_grpo_judges_by_completions_and_not_by_tags(place, flags):
+    status, _, err = place.run(f"--train-args={flags}", rounds=1, STUB_EQUAL="round_000")
+    assert status == 0, err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_is_handed_on_and_waited_for(whole, place, number):
     process = place.start(STUB_SLOW="1")

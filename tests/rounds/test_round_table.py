@@ -63,3 +63,20 @@ def test_damaged_files_are_one_line(tmp_path):
             round_row(0, run.parent)
         assert "\n" not in str(error.value)
         path.unlink() if before is None else path.write_text(before)
+
+
+@pytest.mark.parametrize("field", ["model", "prompt"])
+def test_policies_and_rewards_of_two_rounds(tmp_path, field):
+    run, marks = tmp_path / "round_000" / "run", {"model": "m", "prompt": "a" * 16}
+    run.mkdir(parents=True)
+    (run / "finished.json").write_text('{"iteration": 1, "reason": "done"}')
+    reward = {"id": "a", "tags": [0, 1], "n": [2, 2], "sum": [1, 0], "truncated": [0, 0]} | marks
+    policy = {"iteration": 0, "split": "train", "id": "a", "policy": [0.5, 0.5], "mass": 0.5} | marks
+    (run.parent / "rewards.jsonl").write_text(json.dumps(reward) + "\n")
+    (run / "policy.jsonl").write_text(json.dumps(policy) + "\n")
+    assert round_row(0, run.parent).reward_before == 0.25
+    (run / "policy.jsonl").write_text(json.dumps(policy | {field: "0" * 16}) + "\n")
+    with pytest.raises(
+        UserError, match=rf"policy.jsonl: id 'a' is of {field} 0000.*rewards.jsonl of .*: not of one round"
+    ):
+        round_row(0, run.parent)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -29,13 +32,21 @@ from tests.helpers.policy_runs import (
 from tests.helpers.training_runs import MODEL, assemble, weight_shards
 
 
+def plain_logits(plain, vocabulary, question):
+    """Per tag [its tokens, vocabulary]: what the model says at each of its tokens, every tag a sequence of its own."""
+    prompt = question.prompt_ids.tolist()
+    return [plain.logits(prompt + list(tag[:-1]), vocabulary.size)[len(prompt) - 1 :] for tag in vocabulary.tags.ids]
+
+
+def logp_of(logits, vocabulary):
+    """[N]: log-probability of each tag's ids."""
+    tags = vocabulary.tags.ids
+    return torch.stack([of.log_softmax(-1)[range(len(tag)), tag].sum() for of, tag in zip(logits, tags)])
+
+
 def plain_logp(plain, vocabulary, question):
-    """[N]: log-probability of each tag's ids behind the prompt, every tag a sequence of its own."""
-    prompt, found = question.prompt_ids.tolist(), []
-    for tag in vocabulary.tags.ids:
-        log_p = plain.logits(prompt + list(tag[:-1]), vocabulary.size).log_softmax(-1)
-        found.append(sum(log_p[len(prompt) - 1 + i, token] for i, token in enumerate(tag)))
-    return torch.stack(found)
+    """[N]: log-probability of each tag's ids behind the prompt."""
+    return logp_of(plain_logits(plain, vocabulary, question), vocabulary)
 
 
 def plain_completion(plain, vocabulary, question, completion):
@@ -67,11 +78,42 @@ def sampled_rewards(logp_QN, old_QN, trainer):
     return torch.minimum(ratio_QG * advantage_QG, clipped_QG * advantage_QG).mean(-1)
 
 
+def way_to_optimum(log_pi_QN, reference_QN, trainer):
+    """[Q], 0 in value: minus the variance over the tags of R - kl log(pi / pi_ref) - entropy log pi, which is 0 at the
+    optimum, scaled so that its derivative by log pi is the natural gradient over N."""
+    policy = trainer.config.policy
+    reward_QN = torch.tensor(trainer.objective.inputs.reward_QN)
+    worth_QN = reward_QN - policy.kl_coef * (log_pi_QN - reference_QN) - policy.entropy_coef * log_pi_QN
+    variance_Q = worth_QN.var(-1, correction=0) / (2 * (policy.kl_coef + policy.entropy_coef))
+    return variance_Q.detach() - variance_Q
+
+
+def held_log_mass(logits_of_tags, vocabulary):
+    """log(mass) of a question's tags, whose gradient moves the logits of a prefix's tokens together.
+
+    Under every prefix of the tags: the log-probability of all tokens that tags have there, with its gradient by their
+    logits averaged over them, times the share of the tags that have the prefix.
+    """
+    tags = vocabulary.tags.ids
+    log_mass = torch.logsumexp(logp_of(logits_of_tags, vocabulary), 0).detach()
+    held = 0.0
+    for prefix in sorted({tag[:place] for tag in tags for place in range(len(tag))}):
+        below = [tag for tag in tags if tag[: len(prefix)] == prefix]
+        tokens = sorted({tag[len(prefix)] for tag in below})
+        logits = logits_of_tags[tags.index(below[0])][len(prefix)]
+        together = logits.detach()[tokens] + (logits[tokens] - logits[tokens].detach()).mean()
+        logits = logits.index_put((torch.tensor(tokens),), together)
+        log_q = torch.logsumexp(logits[tokens], 0) - torch.logsumexp(logits, 0)
+        held = held + len(below) / len(tags) * log_q
+    return log_mass + held - held.detach()
+
+
 def fork_loss(models, trainer):
     """The whole objective of GFPO, minus, with the anchor."""
     plain, start, frozen = models
     policy, inputs, vocabulary = trainer.config.policy, trainer.objective.inputs, trainer.vocabulary
-    logp_QN = torch.stack([plain_logp(plain, vocabulary, q) for q in inputs.questions])
+    logits = [plain_logits(plain, vocabulary, q) for q in inputs.questions]
+    logp_QN = torch.stack([logp_of(of, vocabulary) for of in logits])
     with torch.no_grad():
         old_QN = torch.stack([plain_logp(start, vocabulary, q) for q in inputs.questions])
         reference_QN = torch.stack([plain_logp(frozen, vocabulary, q) for q in inputs.questions]).log_softmax(-1)
@@ -81,8 +123,13 @@ def fork_loss(models, trainer):
     kl_Q = (log_pi_QN.exp() * (log_pi_QN - reference_QN)).sum(-1)
     entropy_Q = -(log_pi_QN.exp() * log_pi_QN).sum(-1)
     value_Q = value_Q - policy.kl_coef * kl_Q + policy.entropy_coef * entropy_Q
-    value_Q = value_Q + policy.outside_mass_coef * logp_QN.exp().sum(-1).log()
-    loss = -value_Q.mean()
+    if policy.policy_gradient == "natural":
+        value_Q = value_Q.detach() + way_to_optimum(log_pi_QN, reference_QN, trainer)
+    signal_Q = torch.tensor(np.ptp(inputs.reward_QN, axis=1) > 0)
+    mass_Q = torch.stack([held_log_mass(of, vocabulary) for of in logits])
+    divergence_Q = (reference_QN.exp() * (reference_QN - log_pi_QN)).sum(-1)
+    held_Q = 10 * (1 - logp_QN.detach().exp().sum(-1)) * ~signal_Q * (divergence_Q.detach() - divergence_Q)
+    loss = -value_Q[signal_Q].mean() - policy.outside_mass_coef * (mass_Q + held_Q).mean()
     if policy.anchor == "kl":
         kl = []
         for completion in inputs.completions:
@@ -158,6 +205,11 @@ def plain_model(engine, config):
 EVERYTHING = {"questions_per_step": 99, "anchor_completions": 999, "anchor_top_k": 999}
 PLAIN_CASES = {
     "exact": ("tied special", EXACT | EVERYTHING | {OTHER: True, "kl_coef": 0.2, "entropy_coef": 0.1}),
+    "natural": (
+        "untied special",
+        EXACT | EVERYTHING | {"policy_gradient": "natural", OTHER: True, "kl_coef": 0.2, "entropy_coef": 0.1},
+    ),
+    "natural, text": ("tied text", EXACT | EVERYTHING | {"policy_gradient": "natural", "entropy_coef": 0.2}),
     "normalised": ("untied text", EXACT | EVERYTHING | {"group_normalization": True}),
     "sampled": ("tied text", SAMPLED | NO_ANCHOR | {"questions_per_step": 99, OTHER: True, "kl_coef": 0.2}),
     "sampled, anchor": ("untied special", SAMPLED | EVERYTHING | {"clip_eps": 0.1, "clip_eps_high": 0.15}),
@@ -166,8 +218,18 @@ PLAIN_CASES = {
 }
 
 
+def without_signal(rewards, ids):
+    """Another rewards file beside `rewards`, in which these questions have one reward under all tags."""
+    rows = [json.loads(line) for line in rewards.read_text().splitlines()]
+    rows = [row | {"sum": [1] * len(row["sum"])} if row["id"] in ids else row for row in rows]
+    path = rewards.with_name("SOME_EQUAL.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def test_gradient_is_that_of_the_objective(models, inputs, tmp_path):
     """The third step, whose weights are neither those of the start nor those of the reference, and clips something."""
+    inputs = inputs | {"rewards": str(without_signal(Path(inputs["rewards"]), ("q1", "q4")))}
     cases = [values_of(c, models, inputs, tmp_path / n, lr=1e-3) for n, c in PLAIN_CASES.items()]
     (found,) = run_ranks(1, against_autograd, cases)
     for name, (row, plain_loss, errors) in zip(PLAIN_CASES, found):

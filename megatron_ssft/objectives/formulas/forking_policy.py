@@ -10,8 +10,20 @@ expected reward J and its gradient, without sampling noise over the tags:
 
     J = sum_i pi_i R_i,                dJ / dlogp_i = pi_i (R_i - J)
 
-What is maximised is J - kl KL(pi || pi_ref) + entropy H(pi) + outside_mass log(mass), averaged over questions. With
-the KL term alone its optimum over all policies is pi_i proportional to pi_ref,i exp(R_i / kl).
+What is maximised is J - kl KL(pi || pi_ref) + entropy H(pi), averaged over the questions with signal: those whose tags
+differ in reward. The others have no part in it, neither in the sum nor in the number it is divided by. With the KL term
+alone the optimum over all policies is pi_i proportional to pi_ref,i exp(R_i / kl).
+
+The plain gradient of a tag dies with its pi_i: once a policy is nearly certain, a better tag is hardly heard. The
+natural gradient (Amari 1998; Kakade, "A Natural Policy Gradient", 2001) is the plain one through the inverse of the
+Fisher matrix diag(pi) - pi pi'. Over N tags it has a closed form, up to a constant that no softmax sees:
+
+    D_i = R_i - kl log(pi_i / pi_ref,i) - entropy log pi_i,      direction_i = (D_i - mean_j D_j) / N
+
+It vanishes exactly at the optimum, and is mirror descent towards it: its flow from pi_0 without the last two terms is
+pi_i proportional to pi_0,i exp(t R_i / N). The 1 / N makes it the plain gradient where pi is uniform.
+
+What raises the mass is another file's business: outside_mass.py.
 
 The idea, policy gradients at the global forking token only, is that of arXiv 2510.05132. No official formula of its
 loss, KL, clip or normalisation is published: those here are ours, and no parity is claimed. The sampled form follows
@@ -31,20 +43,23 @@ import numpy as np
 NORMALIZATION_EPS = 1e-4
 """Added to the standard deviation that advantages are divided by, in units of the reward."""
 
+SAME_REWARD = 1e-9
+"""Mean rewards that differ by no more are the same: sums of fractions are rounded."""
+
 MAX_LOG_RATIO = 700.0
 """Of a sample, in nats: the exponential of more is no longer a float64."""
 
 
 @dataclass(frozen=True)
 class ForkCoefficients:
-    """Weights of the terms beside the expected reward."""
+    """Weights of the terms beside the expected reward, and how the gradient is taken."""
 
     kl: float = 0.0
     """Of KL(pi || pi_ref), subtracted. At 1 a nat of divergence costs as much as a whole point of reward."""
     entropy: float = 0.0
     """Of the entropy of pi, added."""
-    outside_mass: float = 0.0
-    """Of log(mass), added: a penalty on probability outside the tags."""
+    natural: bool = False
+    """Go in the direction of the natural gradient instead of the plain one (the exact form alone)."""
     group_normalization: bool = False
     """Divide a question's advantages by the standard deviation of its rewards, plus 1e-4."""
     clip_low: float = 0.2
@@ -58,11 +73,11 @@ class ForkObjective:
     """What is maximised, where it stands and where it goes."""
 
     value: float
-    """Mean over questions of what is maximised."""
+    """Mean over the questions with signal of what is maximised; 0 where there are none."""
     gradient_QN: np.ndarray
-    """Derivative of `value` by logp_QN; the division by Q is in it."""
+    """Derivative of `value` by logp_QN, or the natural direction; the division by the number of questions is in it."""
     figures: dict[str, float]
-    """Means over questions: reward, entropy (nats), kl (nats), mass; of samples also clip_fraction."""
+    """Means over all questions: reward, entropy (nats), kl (nats), mass; of samples also clip_fraction."""
 
 
 def log_policy(logp_QN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,10 +98,15 @@ def log_policy(logp_QN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return shifted_QN - log_sum_Q1, (top_Q1 + log_sum_Q1)[:, 0]
 
 
+def has_signal(reward_QN: np.ndarray) -> np.ndarray:
+    """bool [Q]: whether the tags of a question differ in reward, so that there is something to choose."""
+    return np.ptp(np.asarray(reward_QN, dtype=np.float64), axis=1) > SAME_REWARD
+
+
 def exact_objective(
     logp_QN: np.ndarray, reward_QN: np.ndarray, reference_logp_QN: np.ndarray, coefficients: ForkCoefficients
 ) -> ForkObjective:
-    """The expected reward over all N tags with its regularisers, and their exact gradient.
+    """The expected reward over all N tags with its regularisers, and their exact gradient, plain or natural.
 
     With group normalisation the advantages R_i - J are divided by sigma + 1e-4, sigma = sqrt(J (1 - J)): the standard
     deviation of a 0/1 reward when the tag is drawn from pi, so that questions that are nearly always or nearly never
@@ -114,8 +134,14 @@ def exact_objective(
         advantage_QN = advantage_QN / (np.sqrt(np.maximum(expected_Q1 * (1.0 - expected_Q1), 0.0)) + NORMALIZATION_EPS)
         value_Q = np.zeros_like(value_Q)
     figures = {"reward": float(expected_Q1.mean())}
-    return _with_regularisers(
-        value_Q, pi_QN * advantage_QN, figures, log_pi_QN, log_mass_Q, reference_logp_QN, coefficients
+    regularised = _regularise(log_pi_QN, log_mass_Q, reference_logp_QN, coefficients)
+    worth_QN = advantage_QN + regularised.worth_QN
+    if coefficients.natural:
+        gradient_QN = (worth_QN - worth_QN.mean(axis=1, keepdims=True)) / worth_QN.shape[1]
+    else:
+        gradient_QN = pi_QN * (worth_QN - (pi_QN * worth_QN).sum(axis=1, keepdims=True))
+    return _mean_over_signal(
+        value_Q + regularised.value_Q, gradient_QN, figures | regularised.figures, has_signal(reward_QN)
     )
 
 
@@ -126,6 +152,7 @@ def sampled_objective(
     reward_QG: np.ndarray,
     reference_logp_QN: np.ndarray,
     coefficients: ForkCoefficients,
+    signal_Q: np.ndarray | None = None,
 ) -> ForkObjective:
     """The reward's part estimated from G tags per question drawn from an older policy; the regularisers exact as above.
 
@@ -140,10 +167,14 @@ def sampled_objective(
         tags_QG: integers, 0-based.
         reward_QG: reward of each sample.
         reference_logp_QN: under the frozen weights.
+        coefficients: without the natural gradient, which takes the rewards of all tags.
+        signal_Q: bool, `has_signal` of the stored rewards; None: all questions have signal. Not to be judged by the
+            draws: samples that happen to be equal say as much as others.
 
     Raises:
         ValueError: a value is NaN or infinite.
     """
+    assert not coefficients.natural, "of drawn tags there is no natural gradient"
     log_pi_QN, log_mass_Q = log_policy(logp_QN)
     old_log_pi_QN, _ = log_policy(old_logp_QN)
     reward_QG, tags_QG = finite_rows("rewards", reward_QG), np.asarray(tags_QG)
@@ -167,7 +198,11 @@ def sampled_objective(
     gradient_QN = -np.exp(log_pi_QN) * passed_QG.sum(axis=1, keepdims=True)
     np.add.at(gradient_QN, (np.arange(num_questions)[:, None], tags_QG), passed_QG)
     figures = {"reward": float(reward_QG.mean()), "clip_fraction": float(clipped_QG.mean())}
-    return _with_regularisers(value_Q, gradient_QN, figures, log_pi_QN, log_mass_Q, reference_logp_QN, coefficients)
+    regularised = _regularise(log_pi_QN, log_mass_Q, reference_logp_QN, coefficients)
+    worth_QN, pi_QN = regularised.worth_QN, np.exp(log_pi_QN)
+    gradient_QN += pi_QN * (worth_QN - (pi_QN * worth_QN).sum(axis=1, keepdims=True))
+    signal_Q = np.ones(num_questions, dtype=bool) if signal_Q is None else signal_Q
+    return _mean_over_signal(value_Q + regularised.value_Q, gradient_QN, figures | regularised.figures, signal_Q)
 
 
 def sample_advantages(reward_QG: np.ndarray, normalize: bool) -> np.ndarray:
@@ -247,21 +282,25 @@ def finite_rows(what: str, values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _with_regularisers(
-    value_Q: np.ndarray,
-    gradient_QN: np.ndarray,
-    figures: dict[str, float],
-    log_pi_QN: np.ndarray,
-    log_mass_Q: np.ndarray,
-    reference_logp_QN: np.ndarray,
-    coefficients: ForkCoefficients,
-) -> ForkObjective:
-    """Add to the reward's part, of each question, the exact KL, entropy and mass terms; average over questions.
+@dataclass(frozen=True)
+class _Regularised:
+    """KL and entropy of each question."""
+
+    value_Q: np.ndarray
+    """-kl KL(pi || pi_ref) + entropy H(pi)"""
+    worth_QN: np.ndarray
+    """-kl log(pi / pi_ref) - entropy log pi, added to a tag's reward. The gradient is pi (worth - mean under pi)."""
+    figures: dict[str, float]
+
+
+def _regularise(
+    log_pi_QN: np.ndarray, log_mass_Q: np.ndarray, reference_logp_QN: np.ndarray, coefficients: ForkCoefficients
+) -> _Regularised:
+    """The exact KL and entropy terms.
 
     From dlog pi_i / dlogp_j = delta_ij - pi_j follow
 
-        dKL/dlogp_j = pi_j (log pi_j - log pi_ref,j - KL)
-        dH/dlogp_j = -pi_j (log pi_j + H),     dlog mass/dlogp_j = pi_j
+        dKL/dlogp_j = pi_j (log pi_j - log pi_ref,j - KL),      dH/dlogp_j = -pi_j (log pi_j + H)
     """
     reference_log_pi_QN, _ = log_policy(reference_logp_QN)
     assert reference_log_pi_QN.shape == log_pi_QN.shape, (reference_log_pi_QN.shape, log_pi_QN.shape)
@@ -269,17 +308,23 @@ def _with_regularisers(
     log_ratio_QN = log_pi_QN - reference_log_pi_QN
     kl_Q = (pi_QN * log_ratio_QN).sum(axis=1)
     entropy_Q = -(pi_QN * log_pi_QN).sum(axis=1)
-    value_Q = (
-        value_Q - coefficients.kl * kl_Q + coefficients.entropy * entropy_Q + coefficients.outside_mass * log_mass_Q
-    )
-    gradient_QN = gradient_QN + pi_QN * (
-        -coefficients.kl * (log_ratio_QN - kl_Q[:, None])
-        - coefficients.entropy * (log_pi_QN + entropy_Q[:, None])
-        + coefficients.outside_mass
-    )
-    figures = figures | {
+    figures = {
         "entropy": float(entropy_Q.mean()),
         "kl": float(kl_Q.mean()),
         "mass": float(np.exp(log_mass_Q).mean()),
     }
-    return ForkObjective(float(value_Q.mean()), gradient_QN / len(value_Q), figures)
+    return _Regularised(
+        value_Q=coefficients.entropy * entropy_Q - coefficients.kl * kl_Q,
+        worth_QN=-coefficients.kl * log_ratio_QN - coefficients.entropy * log_pi_QN,
+        figures=figures,
+    )
+
+
+def _mean_over_signal(
+    value_Q: np.ndarray, gradient_QN: np.ndarray, figures: dict[str, float], signal_Q: np.ndarray
+) -> ForkObjective:
+    """The mean over the questions with signal; the others get no gradient."""
+    assert signal_Q.shape == value_Q.shape and signal_Q.dtype == bool, (signal_Q.shape, signal_Q.dtype)
+    count = max(1, int(signal_Q.sum()))
+    value = float(value_Q[signal_Q].sum()) / count
+    return ForkObjective(value, np.where(signal_Q[:, None], gradient_QN, 0.0) / count, figures)

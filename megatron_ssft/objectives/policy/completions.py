@@ -54,6 +54,20 @@ class Place(NamedTuple):
     sample: int
 
 
+class _Made(NamedTuple):
+    """How a completion was made, as far as its score says it too."""
+
+    seed: int
+    tokens: int
+    finish_reason: str
+    prompt: str | None
+
+    def differs(self, other: _Made) -> bool:
+        """Prompts are compared where both are known."""
+        prompts = {self.prompt, other.prompt} - {None}
+        return self[:3] != other[:3] or len(prompts) > 1
+
+
 class StoredCompletions:
     """A rollout file, as far as it is about the given questions."""
 
@@ -62,6 +76,8 @@ class StoredCompletions:
     """Completions that can be trained on, ascending."""
     left_out: int
     """Completions without tokens."""
+    unmarked: int
+    """Completions that do not say from which prompt they were made."""
     truncated: set[Place]
     """Completions that ended at their token limit."""
     tagged: bool
@@ -74,7 +90,8 @@ class StoredCompletions:
         self.path, self._vocabulary = path, vocabulary
         self._number = {question.id: i for i, question in enumerate(questions)}
         marks = [mark(question.prompt_ids.tolist()) for question in questions]
-        self.places, self.left_out, self.truncated = [], 0, set()
+        self.places, self.left_out, self.unmarked, self.truncated = [], 0, 0, set()
+        self._made: dict[Place, _Made] = {}
         longest, first = 0, None
         for rollout in read_rollouts(path):
             if first is None:  # the others are of the same origin
@@ -91,6 +108,8 @@ class StoredCompletions:
             tag_ids = vocabulary.tags.ids[place.tag] if self.tagged else ()
             longest = max(longest, len(questions[number].prompt_ids) + len(tag_ids) + len(rollout.token_ids))
             self.places.append(place)
+            self.unmarked += rollout.prompt is None
+            self._made[place] = _Made(rollout.seed, len(rollout.token_ids), rollout.finish_reason, rollout.prompt)
             if rollout.finish_reason == "length":
                 self.truncated.add(place)
         if not self.places:
@@ -108,7 +127,20 @@ class StoredCompletions:
         difference = differences(sample_origin(rows[0]), self._origin)
         if difference:
             raise UserError(f"{scores}: not the scores of {self.path}: {difference} there; score that file")
-        reward = {self._place(row): float(row.correct) for row in rows if row.id in self._number}
+        reward = {}
+        for row in rows:
+            if row.id not in self._number:
+                continue
+            made, scored = (
+                self._made.get(self._place(row)),
+                _Made(row.seed, row.num_tokens, row.finish_reason, row.prompt),
+            )
+            if made is not None and made.differs(scored):
+                raise UserError(
+                    f"{scores}: id {row.id!r}, tag {row.tag}, sample {row.sample}: scored for another completion than "
+                    f"{self.path} holds there; score that file"
+                )
+            reward[self._place(row)] = float(row.correct)
         missing = sum(place not in reward for place in self.places)
         if missing:
             raise UserError(

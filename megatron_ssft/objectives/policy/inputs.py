@@ -11,9 +11,11 @@ import numpy as np
 
 from megatron_ssft.config import GFPOConfig, PolicyConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source
+from megatron_ssft.formats.rewards import RewardSource, RewardTable, read_rewards, read_source, without_signal
+from megatron_ssft.formats.rollouts import mark
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from megatron_ssft.hf.folder import is_hf_folder
+from megatron_ssft.objectives.formulas.forking_policy import has_signal
 from megatron_ssft.objectives.policy.completions import Completion, StoredCompletions
 from megatron_ssft.objectives.policy.draws import first_draws
 from megatron_ssft.objectives.policy.prompts import read_prompts
@@ -122,8 +124,8 @@ def read_inputs(config: GFPOConfig, vocabulary: Vocabulary, planned_iters: int) 
         lesson = _for_tokens(config, vocabulary, prompts, notes)
     else:
         lesson = _for_tags(config, vocabulary, prompts, planned_iters, notes)
-    trained = {question.id for question in lesson.questions}
-    both = sum(question.id in trained for question in held_out)
+    trained = {question.prompt_ids.tobytes() for question in lesson.questions}
+    both = sum(question.prompt_ids.tobytes() in trained for question in held_out)
     if both:
         notes.append(f"{both} of {len(held_out)} questions of --eval-data are trained on")
     return PolicyInputs(
@@ -161,9 +163,11 @@ def _for_tags(
     n_QN, sum_QN = np.stack([row.n_N for row in rows]), np.stack([row.sum_N for row in rows])
     samples_Q, truncated_Q = n_QN.sum(axis=1), np.array([row.truncated_N.sum() for row in rows])
     _account_truncated(table.path, samples_Q, truncated_Q, config.run.tokenizer.max_truncated_share, notes)
-    equal = int((np.ptp(sum_QN / n_QN, axis=1) == 0).sum())
-    if equal:
-        notes.append(f"{equal} of {len(questions)} questions have the same reward under every tag")
+    signal = int(has_signal(sum_QN / n_QN).sum())
+    if not signal:
+        raise UserError(without_signal(table.path, len(questions)))
+    if signal < len(questions):
+        notes.append(f"{len(questions) - signal} of {len(questions)} questions have the same reward under every tag")
     completions: tuple[Completion, ...] = ()
     path = _file_to_watch(policy, table, notes)
     if path is not None:
@@ -186,9 +190,29 @@ def _rewarded(questions: tuple[TokenizedSet, ...], table: RewardTable, notes: li
             f"{len(table.rows)}; give the questions that the rewards were made from"
         )
     rewarded = tuple(question for question in questions if question.id in table.rows)
+    _check_prompts(rewarded, table, notes)
     if len(rewarded) < len(questions):
         notes.append(f"{len(questions) - len(rewarded)} of {len(questions)} questions have no rewards and are left out")
     return rewarded
+
+
+def _check_prompts(questions: tuple[TokenizedSet, ...], table: RewardTable, notes: list[str]) -> None:
+    """Raise UserError for rewards of other questions under the same ids; note where the rewards do not say."""
+    marked = [(q, table.rows[q.id]) for q in questions if table.rows[q.id].prompt is not None]
+    others = [(q, row) for q, row in marked if row.prompt != mark(q.prompt_ids.tolist())]
+    if others:
+        question, row = others[0]
+        raise UserError(
+            f"{table.path}:{row.line}: id {question.id!r} was measured with another prompt than {question.file}:"
+            f"{question.line} gives, as {len(others)} of {len(questions)}; give the questions that the rewards were "
+            "made from, and the same tokenizer and chat template"
+        )
+    if len(marked) < len(questions):
+        notes.append(
+            f"{table.path}: {len(questions) - len(marked)} of {len(questions)} rewards were written by an earlier "
+            "version and do not say with which prompt they were measured: that the questions are the same is not "
+            "checked. Generate and score again to have it checked"
+        )
 
 
 def _file_to_watch(policy: PolicyConfig, table: RewardTable, notes: list[str]) -> Path | None:
@@ -287,6 +311,11 @@ def _check_store(store: StoredCompletions, source: RewardSource | None, notes: l
         raise UserError(
             f"{store.path}: completions of another model ({store.model[:12]}) than the rewards in {source.path} "
             f"({source.model[:12]}); give the file that the rewards were counted in"
+        )
+    if store.unmarked:
+        notes.append(
+            f"{store.path}: {store.unmarked} completions were written by an earlier version and do not say from which "
+            "prompt they were made: that the questions are the same is not checked"
         )
     if store.left_out:
         total = store.left_out + len(store.places)

@@ -186,8 +186,8 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
             log_pi_QN, log_mass_Q = log_policy(self.forks.logp(step, questions))
             if split == "train" and step.iteration:
                 self.mass = float(np.exp(log_mass_Q).mean())
-            ids = [question.id for question in questions]
-            rows += policy_lines(step.iteration, split, ids, np.exp(log_pi_QN), np.exp(log_mass_Q).tolist())
+            mass_Q = np.exp(log_mass_Q).tolist()
+            rows += policy_lines(step.iteration, split, questions, np.exp(log_pi_QN), mass_Q, self.inputs.model)
         return Report(rows=[(POLICY, rows)])
 
     def common_figures(self, scoring_flops: float) -> Figures:
