@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ssft.errors import UserError
 from tests.helpers.hf_models import CHATML, chatml_tokenizer
-from tests.helpers.policy_files import read, write_files
+from tests.helpers.policy_files import edit_lines, read, write_files
 
 
 def cut(of):
@@ -84,6 +84,8 @@ def test_what_the_template_does_to_the_questions_is_said(tmp_path):
     """As in SSFT: no template at all, or one that opens a thought before the tag."""
     files = write_files(tmp_path)
     assert "no chat template: 6 of 6 questions (100.0%) are rendered as plain text" in read(files).notes
+    # measured with no mark of the prompt, since the prompts of these rewards were made by no template
+    edit_lines(files.rewards, lambda row: {name: value for name, value in row.items() if name != "prompt"})
     for name, template in (("plain", CHATML), ("opened", OPENED)):
         chatml_tokenizer(tmp_path / name, template=template)
         kind = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / name), "anchor": "none"}
@@ -92,3 +94,12 @@ def test_what_the_template_does_to_the_questions_is_said(tmp_path):
         assert len(opened) == (2 if name == "opened" else 0) and all("6 of 6 questions" in note for note in opened)
         assert sum(note.startswith("--eval-data: ") for note in opened) == len(opened) / 2
         assert not any("no chat template" in note for note in notes)
+
+
+@pytest.mark.parametrize("objective", ["gfpo-exact", "gfpo-sampled"])
+def test_samples_without_a_verdict_are_counted(tmp_path, objective):
+    files = write_files(tmp_path)
+    missing = {"sum": [0, 2, 0], "unjudged": [2, 0, 1]}
+    edit_lines(files.rewards, lambda row: row | missing if row["id"] == "q0" else row)
+    notes = by_objective(files, objective, anchor="none").notes
+    assert "3 of 36 samples got no verdict, and count as not correct" in notes

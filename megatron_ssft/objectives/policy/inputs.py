@@ -163,6 +163,9 @@ def _for_tags(
     n_QN, sum_QN = np.stack([row.n_N for row in rows]), np.stack([row.sum_N for row in rows])
     samples_Q, truncated_Q = n_QN.sum(axis=1), np.array([row.truncated_N.sum() for row in rows])
     _account_truncated(table.path, samples_Q, truncated_Q, config.run.tokenizer.max_truncated_share, notes)
+    unjudged = int(sum(row.unjudged_N.sum() for row in rows))
+    if unjudged:
+        notes.append(f"{unjudged} of {int(samples_Q.sum())} samples got no verdict, and count as not correct")
     signal = int(has_signal(sum_QN / n_QN).sum())
     if not signal:
         raise UserError(without_signal(table.path, len(questions)))
