@@ -91,7 +91,7 @@ def test_lines_hold_what_is_promised(model, data, tmp_path):
     assert len(rows) == 5 * 3 * 2
     assert set(rows[0]) == {
         *("id", "tag", "sample", "text", "token_ids", "finish_reason", "seed", "sampling", "model", "tokenizer"),
-        "prompt",
+        *("prompt", "question"),
     }
     assert rows[0]["sampling"] == {
         "mode": "each",

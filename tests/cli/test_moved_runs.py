@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -21,13 +23,20 @@ def train_while(words, run, happens, at):
         def advance_and_strike(log):
             advance(log)
             if trainer.iteration == at:
-                shutil.rmtree(run) if happens == "removed" else run.rename(moved)
+                remove(run) if happens == "removed" else run.rename(moved)
                 if happens == "replaced":
                     run.mkdir()
 
         trainer._advance = advance_and_strike
 
     return start(words, before_run=arm)
+
+
+def remove(folder):
+    """Remove it, although TensorBoard's thread may put a file into it meanwhile."""
+    while os.path.exists(folder):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])

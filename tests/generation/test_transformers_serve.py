@@ -74,7 +74,7 @@ def test_transformers_serve_gives_the_tokens_of_the_hf_backend(served, tmp_path)
     said = []
     client = HttpClient(url, 300.0, 2)
     backend = OpenAIBackend(model, greedy, client, served_model=str(folder), concurrency=2, log=said.append)
-    assert "prompts as text, with a generation configuration" in said[-1]
+    assert "prompts as text, with a generation configuration" in said[0]
     maker = RolloutMaker(model, plan, {"mode": "each"})
     theirs = {row.key: row for row in map(maker.rollout, backend.generate(wanted))}
     local = HFBackend(folder, greedy, model.stop_ids, device="cpu")

