@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ssft.config import RunConfig
+from megatron_ssft.config import ParallelConfig, RunConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.cpu_backend import install_cpu_backend
+from megatron_ssft.launch import this_launch
+from megatron_ssft.parallel.control_group import ControlGroup
+from megatron_ssft.parallel.device import choose_device
+from megatron_ssft.parallel.groups import initialize_model_parallel
 from megatron_ssft.parallel.watch.meeting import meet
 from megatron_ssft.parallel.watch.watch import Watch
 
@@ -34,7 +37,7 @@ class Topology:
     dp_size: int
     """Data-parallel ranks, not counting context parallelism."""
     is_last_stage: bool
-    control_group: dist.ProcessGroup
+    control_group: ControlGroup
     """All ranks over gloo, for waiting on one rank's work and for stop flags. Its own time limit is that of slow work;
     the watch ends shorter waits."""
     watch: Watch
@@ -49,21 +52,6 @@ class Topology:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def launch_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, SLURM's, or a single process.
-
-    Under SLURM (`srun`, one task per GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
-    """
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise UserError("MASTER_ADDR and MASTER_PORT are not set; see examples/slurm for a job script that does")
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
-
-
 def check_world_size(config: RunConfig, world_size: int) -> None:
     """Raise UserError unless the ranks can be arranged as the configuration asks."""
     size = config.parallel.model_parallel_size
@@ -75,23 +63,7 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _choose_device(local_rank: int) -> torch.device:
-    """Choose this rank's GPU, or the CPU where there is none. Raises UserError where a GPU does not work."""
-    if torch.cuda.is_available():
-        visible = torch.cuda.device_count()
-        if visible > 1 and local_rank >= visible:
-            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process per GPU")
-        device = torch.device("cuda", local_rank if visible > 1 else 0)  # SLURM may show each task its own GPU only
-        torch.cuda.set_device(device)
-        return device
-    has_gpus = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
-    if torch.backends.cuda.is_built() and has_gpus:
-        raise UserError("this machine has GPUs, but CUDA does not work: check driver, container and torch build")
-    install_cpu_backend()
-    return torch.device("cpu")
-
-
-_open: list[tuple[Watch, dist.ProcessGroup]] = []
+_open: list[tuple[Watch, ControlGroup]] = []
 """Watch and control group, for `destroy_topology`: process groups are the process's, too."""
 
 
@@ -105,11 +77,12 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
         UserError: the ranks cannot be arranged, or disagree on `facts`.
         LostRank: not all came in time.
     """
-    rank, world_size, local_rank = launch_environment()
+    launch = this_launch()
+    rank, world_size = launch.rank, launch.world_size
     check_world_size(config, world_size)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication overlap with computation
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    device = _choose_device(local_rank)
+    device = choose_device(config.parallel.device, launch.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     slow = timedelta(minutes=config.parallel.slow_work_timeout_minutes)
     store, watch = meet(rank, world_size, timeout, slow, facts or {})
@@ -134,21 +107,25 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
     )
 
 
-def _build_groups(config: RunConfig, backend: str, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
+def _build_groups(config: RunConfig, backend: str, store: dist.Store, rank: int, world_size: int) -> ControlGroup:
     """Build all process groups; returns the control group."""
     # The watch is faster and names who is missing; this is for the case that it cannot.
     minutes = 1.1 * config.parallel.distributed_timeout_minutes + 0.2
     timeout = timedelta(minutes=minutes)
     dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        distributed_timeout_minutes=minutes,
-    )
+    initialize_model_parallel(config, minutes)
     slow = timedelta(minutes=1.1 * config.parallel.slow_work_timeout_minutes + 0.2)
-    return dist.new_group(backend="gloo", timeout=slow)
+    return ControlGroup(rank, world_size, first_replica(config.parallel, world_size), slow)
+
+
+def first_replica(parallel: ParallelConfig, world_size: int) -> list[int]:
+    """Ranks of the first copy of the model, by Megatron's order: tensor, context, data, pipeline, the first fastest."""
+    stages = parallel.pipeline_model_parallel_size
+    return [
+        stage * (world_size // stages) + tp
+        for stage in range(stages)
+        for tp in range(parallel.tensor_model_parallel_size)
+    ]
 
 
 @contextlib.contextmanager
@@ -188,6 +165,6 @@ def destroy_topology() -> None:
     dist.destroy_process_group()
 
 
-def _wait_for_all(watch: Watch, control_group: dist.ProcessGroup) -> None:
+def _wait_for_all(watch: Watch, control_group: ControlGroup) -> None:
     with watch.waiting():
-        dist.barrier(group=control_group)
+        control_group.barrier()
