@@ -14,7 +14,7 @@ from megatron_ssft.data.questions import question_mark, read_questions
 from megatron_ssft.errors import UserError
 from megatron_ssft.evaluation.policy_evaluation import Grouping, evaluate_policy
 from megatron_ssft.evaluation.policy_inputs import load_inputs
-from megatron_ssft.evaluation.scored_runs import read_groups
+from megatron_ssft.evaluation.scored_runs import read_golds, read_groups
 from megatron_ssft.formats.rollouts import mark
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from tests.helpers.paths import ROOT
@@ -185,8 +185,8 @@ def test_rewarded_prompts_among_the_held_out_ones_are_remarked(tmp_path):
     )
 
 
-def test_groups_of_other_questions_under_the_same_ids(tmp_path):
-    rows = [{"id": id, "question": f"what is {id}?", "operation": GROUPS[id]} for id in "abcd"]
+def test_groups_and_references_of_other_questions_under_the_same_ids(tmp_path):
+    rows = [{"id": id, "question": f"what is {id}?", "operation": GROUPS[id], "answer": "1"} for id in "abcd"]
     data = write_lines(tmp_path / "H.jsonl", rows)
     asked = {e.id: question_mark(e) for e in read_questions(data)}
     before = [msgspec.structs.replace(row, question=asked[row.id]) for row in rows_of_all()["before"]]
@@ -196,7 +196,10 @@ def test_groups_of_other_questions_under_the_same_ids(tmp_path):
     write_lines(data, [row | {"question": "what else?"} if row["id"] == "c" else row for row in rows])
     with pytest.raises(UserError, match=r"H.jsonl:3: id 'c' is another question than in .*before.jsonl"):
         read_groups(data, "operation", runs)
+    with pytest.raises(UserError, match=r"H.jsonl:3: id 'c' is another question than in .*before.jsonl"):
+        read_golds(data, runs)
     assert read_groups(data, "operation") == GROUPS  # where there is nothing to compare with
+    assert read_golds(data) == dict.fromkeys("abcd", "1")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
