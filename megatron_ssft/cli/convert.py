@@ -22,12 +22,14 @@ from megatron_ssft.config.fields import Flag
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutFlags:
-    """The parallel layout that the program is started in."""
+    """The parallel layout that the program is started in, and its device."""
 
     tensor_model_parallel_size: int | None = None
     """Ranks that share a layer; default 1."""
     pipeline_model_parallel_size: int | None = None
     """Stages of layers; default 1."""
+    device: Annotated[str | None, Flag(choices=("auto", "cuda", "cpu"))] = None
+    """Where the model stands, as for `train`; default auto."""
 
     def options(self) -> dict[str, object]:
         """Configuration values that were given, by name, without the folders."""

@@ -141,7 +141,7 @@ def training_command(
 ) -> list[str]:
     """The command line of one run: a GPT of about 150,000 parameters, tensor-parallel over `nproc` processes."""
     flags = (
-        f"--tensor-model-parallel-size {nproc} "
+        f"--device cpu --tensor-model-parallel-size {nproc} "
         "--num-layers 3 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 --seq-length 64 "
         f"--micro-batch-size 128 --global-batch-size 128 --train-iters {train_iters} "
         "--lr 5e-3 --lr-warmup-fraction 0.05 --lr-decay-style cosine --weight-decay 0.01 --adam-beta2 0.95 "
@@ -210,7 +210,7 @@ def learn_to_choose(output: Path, nproc: int, train: Path, held_out: Path) -> No
             rewards=("--rewards", rewards))  # fmt: skip
     run([[*launcher(nproc), *CONSOLE, "gfpo", "--load", str(start), "--rewards", str(rewards),
           "--data", str(questions), "--eval-data", str(held_out), "--save", str(output / "gfpo"), "--seed", "1",
-          "--export-hf-at-save", *GFPO]])  # fmt: skip
+          "--export-hf-at-save", "--device", "cpu", *GFPO]])  # fmt: skip
     model = max((output / "gfpo").glob("iter_*/hf"))
     after = samples(model, "each", held_out, "each", "--samples-per-tag", SAMPLES_PER_TAG)
     own = samples(model, "own", held_out, "own", "--samples", SAMPLES_PER_TAG)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ import warnings
 from collections.abc import Callable
 
 from megatron_ssft.errors import LostRank, UserError, is_full_disk, reason_of
+from megatron_ssft.launch import rank_for_messages
 
 GRACE_SECONDS = 3.0
 
@@ -55,7 +55,7 @@ def _report(error: UserError) -> None:
     there after a while (say, the one node without the tokenizer's folder) must say itself what is wrong. Of a lost rank
     the watch may have told already.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank = rank_for_messages()
     if isinstance(error, LostRank) and error.is_told:
         return
     if rank == 0:

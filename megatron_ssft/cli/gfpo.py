@@ -20,10 +20,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, build, train, close."""
     config, dry_run = parse_arguments(str(__doc__), GFPOConfig, argv, complete_policy_values, prog)
     if dry_run:
-        from megatron_ssft.training.describe import print_description
+        from megatron_ssft.training.describe import describe_on_first_rank
         from megatron_ssft.training.describe_policy import describe
 
-        print_description(describe(config))
+        describe_on_first_rank(lambda: describe(config))
         return
     from megatron_ssft.cli.run_training import run_training
 

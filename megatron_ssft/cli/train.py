@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, build, train, close."""
     config, dry_run = parse_arguments(str(__doc__), SSFTConfig, argv, complete_values, prog)
     if dry_run:
-        from megatron_ssft.training.describe import describe, print_description
+        from megatron_ssft.training.describe import describe, describe_on_first_rank
 
-        print_description(describe(config))
+        describe_on_first_rank(lambda: describe(config))
         return
     from megatron_ssft.cli.run_training import run_training
 

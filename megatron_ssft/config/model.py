@@ -101,6 +101,9 @@ class ModelConfig:
 class ParallelConfig:
     """How the model is spread over ranks, and in which precision."""
 
+    device: str = "auto"
+    """auto (this rank's GPU; the CPU where the job has no GPU, and a refusal where it has one that torch cannot use),
+    cuda or cpu."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
@@ -150,6 +153,7 @@ class ParallelConfig:
             "slow_work_timeout_minutes",
             "attention_efficiency",
         )
+        choice(self.device, "device", "auto", "cuda", "cpu")
         choice(self.attention_backend, "attention-backend", "auto", "sdpa", "varlen", "flash", "te")
         if self.recompute_granularity is not None:
             choice(self.recompute_granularity, "recompute-granularity", "full", "selective")

@@ -2,7 +2,7 @@
 
 megatron-core 0.16 creates tensors with `device="cuda"`, asks for the current CUDA device and keeps CUDA random
 states. On a machine without CUDA these calls are mapped to CPU equivalents, process-wide, so that the same
-training code runs on gloo. It cannot be switched on where CUDA is available.
+training code runs on gloo. It cannot be switched on where CUDA is available, unless --device cpu asks for it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
 
 
-def install_cpu_backend() -> None:
+def install_cpu_backend(hide_cuda: bool = False) -> None:
     """Map megatron-core's CUDA calls to the CPU. Does nothing when already installed.
 
+    Args:
+        hide_cuda: somebody asked for the CPU; from then on torch says that there is no CUDA.
+
     Raises:
-        RuntimeError: CUDA is available; mixing devices silently would be worse than stopping.
+        RuntimeError: CUDA is available and not to be hidden; mixing devices silently would be worse than stopping.
     """
     if _installed:
         return
+    if hide_cuda:
+        torch.cuda.is_available = lambda: False
+        torch.cuda.device_count = lambda: 0
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend must not be installed on a machine with CUDA")
     _patch_torch_cuda()

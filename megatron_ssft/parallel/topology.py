@@ -14,7 +14,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.cpu_backend import install_cpu_backend
+from megatron_ssft.launch import this_launch
+from megatron_ssft.parallel.device import choose_device
 from megatron_ssft.parallel.watch.meeting import meet
 from megatron_ssft.parallel.watch.watch import Watch
 
@@ -49,21 +50,6 @@ class Topology:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def launch_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, SLURM's, or a single process.
-
-    Under SLURM (`srun`, one task per GPU) MASTER_ADDR and MASTER_PORT must be exported by the job script.
-    """
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise UserError("MASTER_ADDR and MASTER_PORT are not set; see examples/slurm for a job script that does")
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
-
-
 def check_world_size(config: RunConfig, world_size: int) -> None:
     """Raise UserError unless the ranks can be arranged as the configuration asks."""
     size = config.parallel.model_parallel_size
@@ -73,22 +59,6 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
             f"{world_size} processes cannot be arranged: tensor {p.tensor_model_parallel_size} x pipeline "
             f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} needs a multiple of {size}"
         )
-
-
-def _choose_device(local_rank: int) -> torch.device:
-    """Choose this rank's GPU, or the CPU where there is none. Raises UserError where a GPU does not work."""
-    if torch.cuda.is_available():
-        visible = torch.cuda.device_count()
-        if visible > 1 and local_rank >= visible:
-            raise UserError(f"local rank {local_rank} has no GPU, {visible} are visible: start one process per GPU")
-        device = torch.device("cuda", local_rank if visible > 1 else 0)  # SLURM may show each task its own GPU only
-        torch.cuda.set_device(device)
-        return device
-    has_gpus = os.path.exists("/dev/nvidiactl") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0"
-    if torch.backends.cuda.is_built() and has_gpus:
-        raise UserError("this machine has GPUs, but CUDA does not work: check driver, container and torch build")
-    install_cpu_backend()
-    return torch.device("cpu")
 
 
 _open: list[tuple[Watch, dist.ProcessGroup]] = []
@@ -105,11 +75,12 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
         UserError: the ranks cannot be arranged, or disagree on `facts`.
         LostRank: not all came in time.
     """
-    rank, world_size, local_rank = launch_environment()
+    launch = this_launch()
+    rank, world_size = launch.rank, launch.world_size
     check_world_size(config, world_size)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication overlap with computation
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    device = _choose_device(local_rank)
+    device = choose_device(config.parallel.device, launch.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     slow = timedelta(minutes=config.parallel.slow_work_timeout_minutes)
     store, watch = meet(rank, world_size, timeout, slow, facts or {})

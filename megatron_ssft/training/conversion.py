@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_ssft.hf.assets import copy_assets
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.hf.safetensors_io import HFWeights
 from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
+from megatron_ssft.launch import this_launch
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
 from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
@@ -53,7 +53,7 @@ def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
     """A Hugging Face folder to a run folder with a checkpoint 0 of weights only, without tags unless asked for."""
     verify, origin = not options.pop("no_verify", False), _origin(source, options)
     if is_imported(target, origin):  # a kill may come between the end of the work and that of the program
-        if int(os.environ.get("RANK", 0)) == 0:
+        if this_launch().is_first:
             print(f"{target}: already holds this import of {source}", flush=True)
         return
     if not (target / IMPORTING).exists():  # of a killed import nothing counts
@@ -81,7 +81,7 @@ def import_hf(source: Path, target: Path, options: dict[str, Any]) -> None:
 
 def _origin(source: Path, options: dict[str, Any]) -> str:
     """What an import is made of, as JSON: the folder, the sizes and times of its files, the tags."""
-    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # makes the same checkpoint
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "device")  # makes the same checkpoint
     status = {path.name: path.stat() for path in sorted(source.glob("*")) if path.is_file()}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in status.items()}
     settings = {name: value for name, value in sorted(options.items()) if name not in layout}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ssft.config import CheckpointConfig, RunConfig, SSFTConfig
@@ -13,6 +14,7 @@ from megatron_ssft.formats.checkpoint_damage import sound_checkpoint
 from megatron_ssft.formats.run_folder import STATE, checkpoint_folder
 from megatron_ssft.formats.train_state import read_train_state
 from megatron_ssft.hf.folder import is_hf_folder
+from megatron_ssft.launch import this_launch
 from megatron_ssft.matching.assignment import Matcher
 from megatron_ssft.objectives.sets import (
     HELD_OUT_DATA,
@@ -22,24 +24,25 @@ from megatron_ssft.objectives.sets import (
     make_batch,
     prepare_data,
 )
-from megatron_ssft.parallel.topology import check_world_size, launch_environment
+from megatron_ssft.parallel.topology import check_world_size
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.origin import check_origin, origin_line
+from megatron_ssft.training.packages import missing_packages
 
 
-def print_description(text: str) -> None:
-    """Print the description of a configuration on the first rank."""
-    if launch_environment()[0] == 0:
-        print(text)
+def describe_on_first_rank(description: Callable[[], str]) -> None:
+    """Make and print a description on the first rank; the others have nothing to do, and meet nobody."""
+    if this_launch().is_first:
+        print(description())
 
 
 def described_world_size(config: RunConfig) -> int:
     """Ranks of the job that is described: started without a launcher, the smallest that fits. Raises UserError."""
-    _, world_size, _ = launch_environment()
+    world_size = this_launch().world_size
     if world_size == 1:
         world_size = config.parallel.model_parallel_size
     check_world_size(config, world_size)
@@ -69,6 +72,7 @@ def describe(config: SSFTConfig) -> str:
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
         lines += _step_lines(config, dataset, vocabulary, world_size)
+    lines += packages_lines(config.run)
     return "\n".join(lines)
 
 
@@ -80,7 +84,7 @@ def checkpoint_to_take(checkpoint: CheckpointConfig) -> int | None:
         Path(checkpoint.load),
         by_content=checkpoint.verify_checkpoint,
         may_pass_over=checkpoint.on_damaged_checkpoint == "older",
-        say=print_description,
+        say=print,
     )
 
 
@@ -90,6 +94,11 @@ def _goes_on(config: SSFTConfig, taken: int | None) -> bool:
     if load is None or taken is None or config.start.finetune:
         return False
     return read_train_state(checkpoint_folder(Path(load), taken) / STATE).has_optimizer
+
+
+def packages_lines(config: RunConfig) -> list[str]:
+    """What a start on this machine would refuse for want of a package; the cluster's nodes may have it."""
+    return [f"missing on this machine: {text}" for text in missing_packages(config)]
 
 
 def _data_lines(dataset: SetDataset) -> list[str]:

@@ -6,7 +6,7 @@ from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.objectives.policy.inputs import PolicyInputs, read_inputs
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.describe import checkpoint_to_take, count_parameters, described_world_size
+from megatron_ssft.training.describe import checkpoint_to_take, count_parameters, described_world_size, packages_lines
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.origin import check_origin, origin_line
 
@@ -34,6 +34,7 @@ def describe(config: GFPOConfig) -> str:
         f"steps: {iters}, warm-up {warmup_iterations(config.run.training, iters)}",
         f"per step: {_step(config, inputs)}",
         *inputs.notes,
+        *packages_lines(config.run),
     ]
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ _TOKENIZER = ("tokenizer_type", "tokenizer_model", "template_date", "prompt_cont
 _BEGINNINGS = ("forking_token_init", "forking_token_noise")
 _ORIGIN = ("origin", "origin_fingerprint")
 _LAYOUT = (
-    *(field.name for field in dataclasses.fields(ParallelConfig)),
+    *(field.name for field in dataclasses.fields(ParallelConfig) if field.name != "device"),
     *("seq_length", "sequence_layout", "share_prompt", "micro_batch_size", "max_tokens_per_microbatch"),
     _IMPLEMENTATION,
 )

@@ -30,15 +30,23 @@ class WandbRun(Protocol):
     def finish(self) -> None: ...
 
 
-def check_trackers(logging: LoggingConfig, save: str | None) -> None:
-    """Raise UserError where a tracker cannot be used: its package is missing, or its folder cannot be written."""
+def missing_trackers(logging: LoggingConfig, save: str | None) -> list[str]:
+    """One refusal per tracker that is asked for and whose package is not installed."""
+    missing = []
     if logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError(
+        missing.append(
             "--wandb-project: the package wandb is not installed; pip install 'megatron-ssft[wandb]', or leave the "
             "flag out"
         )
     if (logging.tensorboard_dir or save) and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("the package tensorboard is not installed; pip install tensorboard")
+        missing.append("the package tensorboard is not installed; pip install tensorboard")
+    return missing
+
+
+def check_trackers(logging: LoggingConfig, save: str | None) -> None:
+    """Raise UserError where a tracker cannot be used: its package is missing, or its folder cannot be written."""
+    for text in missing_trackers(logging, save):
+        raise UserError(text)
     if logging.tensorboard_dir is not None:
         folder = Path(logging.tensorboard_dir).absolute()
         while not folder.exists():

@@ -30,6 +30,7 @@ from megatron_ssft.training.folder_lease import FolderLease
 from megatron_ssft.training.greeting import describe_job, describe_sequences
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.origin import OriginOfRun, origin_line
+from megatron_ssft.training.packages import kernels_remark, refuse_missing
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,
@@ -54,7 +55,11 @@ class Trainer:
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
+        on_first_rank(lambda: refuse_missing(config.run, topology.device), topology)
         on_first_rank(lambda: check_trackers(config.run.logging, config.run.checkpoint.save), topology)
+        remark = kernels_remark(config.run, topology.device)
+        if remark is not None and topology.is_first_rank:
+            print(remark, flush=True)
         self._origin: OriginOfRun | None = None
         on_first_rank(self._look_at_origin, topology)
         self.vocabulary = build_vocabulary(config.run, config.start)
