@@ -4,12 +4,14 @@
     megatron-ssft prepare-data benchmark --format gpqa gpqa.csv --output Q.jsonl --prompt-template words.txt
     megatron-ssft prepare-data pool s1k-1.1.parquet --output SET.jsonl --traces 4 --per-source 1 --drop-incorrect
     megatron-ssft prepare-data split SET.jsonl --output-dir DIR --held-out 0.1
+    megatron-ssft prepare-data tokenize --data-path DIR/train.jsonl ... (the flags of train)
 
 IN: JSONL or JSON, CSV or TSV, each also gzipped, or parquet where pyarrow is installed; several are read as one.
 
 benchmark  the questions of an evaluation set, asked in our own words, in those of a file, or in lighteval's
 pool       questions with several traces each, sampled; rows that ask the same become one set
 split      train.jsonl and heldout.jsonl, no question in both
+tokenize   a training set to the cache that train reads, by several processes; tokenize --help lists its flags
 """
 
 from __future__ import annotations
@@ -188,7 +190,13 @@ ACTIONS: dict[str, type[BenchmarkFlags | PoolFlags | SplitFlags]] = {
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, prepare, say what was made. Raises UserError."""
-    flags = parse_action(ACTIONS, __doc__, argv, prog)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["tokenize"]:  # its flags are those of another program
+        from megatron_ssft.cli import tokenize_data
+
+        tokenize_data.main(words[1:], None if prog is None else f"{prog} tokenize")
+        return
+    flags = parse_action(ACTIONS, __doc__, words, prog)
     console = Console() if sys.stdout.isatty() else Console(width=100)
     with bytes_read(total_bytes(flags.inputs)) as progress:
         lines = flags.run(progress)

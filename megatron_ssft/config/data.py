@@ -18,6 +18,9 @@ class DataConfig:
     """Held-out JSONL files for the evaluation loss."""
     data_cache_path: PathText | None = None
     """Where tokenized data is kept; default: data_cache in the --save folder, else in the user's cache folder."""
+    tokenizing_workers: int = 1
+    """Processes that tokenize, on the first rank's node; they change nothing but the time. `megatron-ssft prepare-data
+    tokenize` does so beforehand."""
     overlong_traces: str = "truncate"
     """What to do with a trace that does not fit: truncate (its end is then not trained), drop, or refuse."""
     max_traces: int | None = None
@@ -37,6 +40,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         choice(self.overlong_traces, "overlong-traces", "truncate", "drop", "refuse")
         require(bool(self.data_path), "--data-path is required")
-        positive(self, "max_traces", "eval_interval", "eval_questions")
+        positive(self, "tokenizing_workers", "max_traces", "eval_interval", "eval_questions")
         only_where(self, bool(self.eval_data_path), "without --eval-data-path", "eval_questions")
         require(self.eval_interval is None or bool(self.eval_data_path), "--eval-interval needs --eval-data-path")

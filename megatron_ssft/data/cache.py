@@ -1,4 +1,4 @@
-"""Sets tokenized once into a folder of arrays, keyed by content and settings.
+"""Sets tokenized once into a folder of arrays, keyed by content and settings, wherever the files lie.
 
     <cache_dir>/<key>/tokens.npy      int32 [T]    of every set: prompt, then its completions
                       offsets.npy     int64 [A+1]  array a is tokens[offsets[a]:offsets[a+1]]
@@ -6,19 +6,18 @@
                       index.json                   ids, places, teachers, summary, file sizes; written last
 
 A folder appears under its final name by one rename, complete and on disk. All processes that build a key build
-the same bytes, so it does not matter whose folder wins.
+the same tokens, so it does not matter whose folder wins. Until then `.<key>.parts` holds what is tokenized.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,16 +27,18 @@ import numpy as np
 
 from megatron_ssft.config import DataConfig
 from megatron_ssft.data.array_file import ArrayFile
-from megatron_ssft.data.examples import read_examples
-from megatron_ssft.data.prompt import TokenizationReport, tokenize_examples
-from megatron_ssft.data.trace_filter import TraceFilter, parse_trace_filter
+from megatron_ssft.data.fingerprint import FORMAT_VERSION, data_fingerprint
+from megatron_ssft.data.parts import Part
+from megatron_ssft.data.reading import Reading, Selection
+from megatron_ssft.data.shards import SHARD_BYTES, ShardJob, tokenize_shards
+from megatron_ssft.data.tokenization import Tally, TokenizationReport, rules_of
+from megatron_ssft.data.trace_filter import parse_trace_filter
 from megatron_ssft.errors import UserError, reason_of
 from megatron_ssft.formats.files import sync_file, sync_folder
-from megatron_ssft.formats.jsonl import WrongRows
 from megatron_ssft.records import ForkingTokens, TokenizedSet
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
-_FORMAT_VERSION = 2
+_BLOCK = 1 << 20
 _DTYPES: dict[str, np.dtype] = {
     "tokens": np.dtype(np.int32),
     "offsets": np.dtype(np.int64),
@@ -66,7 +67,7 @@ class CacheIndex:
     """Bytes of each array's file."""
     summary: DataSummary
     files: list[str]
-    """Paths as they were given."""
+    """Paths as they were given to whoever built it."""
     file_of: list[int]
     """For each question its place in `files`."""
     lines: list[int]
@@ -84,8 +85,9 @@ Arrays = dict[str, ArrayFile]
 class SetDataset:
     """Read access to a folder written by `build_dataset`; item i is a TokenizedSet of read-only arrays."""
 
-    def __init__(self, index: CacheIndex, arrays: Arrays) -> None:
+    def __init__(self, index: CacheIndex, arrays: Arrays, files: Sequence[str] | None = None) -> None:
         self._index = index
+        self._files = index.files if files is None else files
         self._tokens, self._offsets, self._starts = (arrays[name] for name in _DTYPES)
         self.trace_counts: np.ndarray = (np.diff(self._starts.read_all()) - 1).astype(np.int32)
         """int32 [Q]: M of every question."""
@@ -95,12 +97,16 @@ class SetDataset:
         """Counters of reading and tokenizing."""
 
     @classmethod
-    def open(cls, folder: str | PathLike[str]) -> SetDataset:
-        """Opens the folder. Raises UserError if it is not a complete cache."""
+    def open(cls, folder: str | PathLike[str], files: Sequence[str | PathLike[str]] | None = None) -> SetDataset:
+        """Opens the folder. Raises UserError if it is not a complete cache.
+
+        Args:
+            files: paths of the files, for messages; default: those that it was built from, which had the same content.
+        """
         opened = _open_folder(Path(folder))
-        if opened is None:
+        if opened is None or (files is not None and len(files) != len(opened[0].files)):
             raise UserError(f"{folder}: not a complete cache of tokenized data; delete it and start again")
-        return cls(*opened)
+        return cls(*opened, files=None if files is None else [os.fspath(path) for path in files])
 
     def __len__(self) -> int:
         return len(self.trace_counts)
@@ -114,7 +120,7 @@ class SetDataset:
         index = self._index
         return TokenizedSet(
             id=index.ids[q],
-            file=index.files[index.file_of[q]],
+            file=self._files[index.file_of[q]],
             line=index.lines[q],
             prompt_ids=prompt_ids,
             completion_ids=tuple(completion_ids),
@@ -137,29 +143,45 @@ def build_dataset(
     seed: int,
     cache_dir: Path,
     progress: Callable[[int, int], None] | None = None,
+    rebuild: Callable[[], Tokenizer] | None = None,
 ) -> Path:
     """The folder with the tokenized `paths`, built unless it is there; open it with `SetDataset.open`.
 
     Every sequence (prompt, longest tag, completion) fits --seq-length. `check_num_tags`: refuse M > N. `seed`
-    decides the --max-traces sample. `progress(done, total)` is called after every question.
+    decides the --max-traces sample. `progress(done, total)` is called after every question, or every shard where
+    several processes tokenize. `rebuild` makes the tokenizer in them; without it there is one process.
+
+    The files are read twice, a row at a time: all rows are checked before the first is tokenized. Neither their text
+    nor their tokens stand in memory as a whole. A build that is killed goes on with the shards it has done.
 
     Raises UserError with one `file:line: reason` a wrong row, or when nothing is left, or the cache cannot be written.
     """
     trace_filter = None if data.trace_filter is None else parse_trace_filter(data.trace_filter)
-    num_tags = tags.num_tags if check_num_tags else None
-    fingerprint = _fingerprint(paths, tokenizer, tags, data, seq_length, num_tags, seed, trace_filter)
-    # Messages name the file, so another path is another cache; the fingerprint does not change with it.
-    key = hashlib.sha256(json.dumps([fingerprint, [os.fspath(path) for path in paths]]).encode()).hexdigest()
-    folder = Path(cache_dir) / key
+    selection = Selection(tags.num_tags if check_num_tags else None, data.max_traces, trace_filter, seed)
+    rules = rules_of(tags, data, seq_length)
+    fingerprint = data_fingerprint(paths, tokenizer, tags, selection, rules)
+    folder = Path(cache_dir) / fingerprint
     if _open_folder(folder) is not None:
         return folder
-    examples, report = read_examples(
-        paths, num_tags=num_tags, max_traces=data.max_traces, trace_filter=trace_filter, seed=seed
-    )
-    sets, counts = tokenize_examples(examples, tokenizer, tags, data, seq_length, progress)
-    summary = DataSummary(**dataclasses.asdict(report) | dataclasses.asdict(counts))
+    reading = Reading(paths, selection, SHARD_BYTES)
+    for _ in reading.examples():
+        pass
+    parts = folder.with_name(f".{folder.name}.parts")
+    job = ShardJob(parts, selection, rules)
+    workers = 1 if rebuild is None else data.tokenizing_workers
     try:
-        _write_folder(folder, sets, fingerprint, summary)
+        parts.mkdir(parents=True, exist_ok=True)
+        try:
+            tokenize_shards(job, reading.shards, tokenizer, workers, rebuild or (lambda: tokenizer), progress)
+            _join_parts(folder, parts, reading, paths, fingerprint, seq_length)
+        except FileNotFoundError:
+            # Another process has finished the same work meanwhile, and cleared up.
+            if _open_folder(folder) is None:
+                raise
+        except UserError:  # with other rows it is another cache
+            shutil.rmtree(parts, ignore_errors=True)
+            raise
+        shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"{cache_dir}: cannot write the tokenized data: {reason_of(error)}; "
@@ -168,56 +190,49 @@ def build_dataset(
     return folder
 
 
-def _fingerprint(
+def _join_parts(
+    folder: Path,
+    parts: Path,
+    reading: Reading,
     paths: Sequence[str | PathLike[str]],
-    tokenizer: Tokenizer,
-    tags: ForkingTokens,
-    data: DataConfig,
+    fingerprint: str,
     seq_length: int,
-    num_tags: int | None,
-    seed: int,
-    trace_filter: TraceFilter | None,
-) -> str:
-    """Digest of everything that decides the cache's content, or whether it may be built at all."""
-    settings = {
-        "format_version": _FORMAT_VERSION,
-        "contents": _content_digests(paths),
-        "tokenizer": tokenizer.fingerprint(),
-        "tags": tags.ids,
-        "num_tags": num_tags,
-        "seq_length": seq_length,
-        "overlong_traces": data.overlong_traces,
-        "max_traces": data.max_traces,
-        "sample_seed": None if data.max_traces is None else seed,
-        "trace_filter": None if trace_filter is None else dataclasses.astuple(trace_filter),
-        "answer_separator": data.answer_separator,
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _content_digests(paths: Sequence[str | PathLike[str]]) -> list[str]:
-    """sha256 of each file. Raises UserError naming every file that cannot be read."""
-    wrong, digests = WrongRows(), []
-    for path in paths:
-        digest = hashlib.sha256()
-        try:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            wrong.add_unreadable(path, error)
-        digests.append(digest.hexdigest())
-    wrong.raise_if_any()
-    return digests
-
-
-def _write_folder(folder: Path, sets: list[TokenizedSet], fingerprint: str, summary: DataSummary) -> None:
-    """Writes a temporary folder beside `folder`, syncs it, and gives it its name. Raises OSError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+) -> None:
+    """Makes the folder of the parts of all shards. Raises UserError where no set is left, OSError."""
+    tally, indices, lengths = Tally(), [], []
+    numbered = [(Part(parts, number), shard) for number, shard in enumerate(reading.shards)]
+    for part, _ in numbered:
+        index = part.index()
+        if index is None:
+            raise FileNotFoundError(errno.ENOENT, "a tokenized part is gone", str(part.path("json")))
+        tally.merge(part.tally(index))
+        indices.append(index)
+        lengths.append(part.lengths())
+    summary = DataSummary(**dataclasses.asdict(reading.report) | dataclasses.asdict(tally.report(seq_length)))
+    index = CacheIndex(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint,
+        sizes={},
+        summary=summary,
+        files=[os.fspath(path) for path in paths],
+        file_of=[shard.file for (_, shard), index in zip(numbered, indices) for _ in index.ids],
+        lines=[line for index in indices for line in index.lines],
+        ids=[name for index in indices for name in index.ids],
+        sources=[sources for index in indices for sources in index.sources],
+        truncated=[count for index in indices for count in index.truncated],
+    )
+    starts = np.cumsum([0, *(1 + traces for index in indices for traces in index.traces)], dtype=np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir()
     try:
-        _write_files(temporary, sets, fingerprint, summary)
+        _write_array(temporary, "tokens", int(offsets[-1]), (_blocks(part.path("tokens")) for part, _ in numbered))
+        _write_array(temporary, "offsets", len(offsets), [[offsets.tobytes()]])
+        _write_array(temporary, "set_starts", len(starts), [[starts.tobytes()]])
+        sizes = {name: (temporary / f"{name}.npy").stat().st_size for name in _DTYPES}
+        with open(temporary / _INDEX, "w", encoding="utf-8") as file:
+            json.dump(vars(index) | {"sizes": sizes, "summary": vars(summary)}, file)
+            sync_file(file)
         sync_folder(temporary)
         _publish(temporary, folder)
         sync_folder(folder.parent)
@@ -225,44 +240,20 @@ def _write_folder(folder: Path, sets: list[TokenizedSet], fingerprint: str, summ
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where it became the cache
 
 
-def _write_files(folder: Path, sets: list[TokenizedSet], fingerprint: str, summary: DataSummary) -> None:
-    chunks = [array for s in sets for array in (s.prompt_ids, *s.completion_ids)]
-    offsets = np.cumsum([0, *(len(chunk) for chunk in chunks)], dtype=np.int64)
-    set_starts = np.cumsum([0, *(1 + s.num_traces for s in sets)], dtype=np.int64)
-    contents = {"tokens": chunks, "offsets": [offsets], "set_starts": [set_starts]}
-    for name, parts in contents.items():
-        _write_array(folder / f"{name}.npy", parts, _DTYPES[name])
-    files = list(dict.fromkeys(s.file for s in sets))
-    file_of = {file: position for position, file in enumerate(files)}
-    index = CacheIndex(
-        format_version=_FORMAT_VERSION,
-        fingerprint=fingerprint,
-        sizes={name: (folder / f"{name}.npy").stat().st_size for name in contents},
-        summary=summary,
-        files=files,
-        file_of=[file_of[s.file] for s in sets],
-        lines=[s.line for s in sets],
-        ids=[s.id for s in sets],
-        sources=[list(s.sources) for s in sets],
-        truncated=[s.truncated for s in sets],
-    )
-    with open(folder / _INDEX, "w", encoding="utf-8") as file:
-        json.dump(vars(index) | {"summary": vars(summary)}, file)
-        sync_file(file)
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
 
 
-def _write_array(path: Path, parts: list[np.ndarray], dtype: np.dtype) -> None:
-    """One `.npy` file from consecutive parts, without joining them in memory; written, not mapped, because a full
+def _write_array(folder: Path, name: str, length: int, contents: Iterable[Iterable[bytes]]) -> None:
+    """One `.npy` file from consecutive bytes, without joining them in memory; written, not mapped, because a full
     disk then is an error and not a bus error."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": (sum(len(part) for part in parts),),
-    }
-    with open(path, "wb") as file:
+    header = {"descr": np.lib.format.dtype_to_descr(_DTYPES[name]), "fortran_order": False, "shape": (length,)}
+    with open(folder / f"{name}.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(part.tobytes())
+        for blocks in contents:
+            file.writelines(blocks)
         sync_file(file)
 
 
@@ -286,7 +277,7 @@ def _open_folder(folder: Path) -> tuple[CacheIndex, Arrays] | None:
     try:
         # json, not msgspec: a path may hold bytes that are no UTF-8. Not strict: keys of a histogram are texts in JSON.
         index = msgspec.convert(json.loads((folder / _INDEX).read_bytes()), CacheIndex, strict=False)
-        if index.format_version != _FORMAT_VERSION:
+        if index.format_version != FORMAT_VERSION:
             return None
         arrays: Arrays = {}
         for name, dtype in _DTYPES.items():

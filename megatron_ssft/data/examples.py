@@ -1,19 +1,12 @@
-"""JSONL rows to validated SetExamples; what is wrong with the data is said here, before any GPU time is spent."""
+"""JSONL rows to validated SetExamples; what is wrong with the data is said here, before any GPU time is spent.
+
+Which rows of which files, and which of their traces, is decided in reading.py.
+"""
 
 from __future__ import annotations
 
-import codecs
-import dataclasses
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from os import PathLike
-
-from megatron_ssft.data.trace_filter import TraceFilter
-from megatron_ssft.errors import UserError
-from megatron_ssft.formats.jsonl import RowError, WrongRows, filled_string, kind_of, parse_json, plain_string
+from megatron_ssft.formats.jsonl import RowError, filled_string, kind_of, parse_json, plain_string
 from megatron_ssft.records import Json, Message, SetExample, Trace
-from megatron_ssft.seeded import text_digest
 
 _PROMPT_FIELDS = ("prompt", "question", "messages")
 _TURN_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -28,112 +21,6 @@ _UNREAD = {
 """Fields that other programs make a part of the prompt, and what to do instead."""
 _UNREAD_IN_TRACE = ("reasoning_content", "reasoning", "thinking", "content", "messages", "tool_calls")
 """Fields of a trace that hold what a model shall write in other programs."""
-
-
-@dataclass
-class ReadReport:
-    """Counters of reading: questions and traces that stayed, and those left out."""
-
-    questions: int = 0
-    """Questions kept."""
-    traces: int = 0
-    """Traces kept."""
-    questions_dropped: int = 0
-    """Questions none of whose traces passed the filter."""
-    traces_filtered: int = 0
-    """Traces that did not pass the filter."""
-    traces_sampled_out: int = 0
-    """Traces beyond --max-traces."""
-    trace_count_histogram: dict[int, int] = field(default_factory=dict)
-    """Number of traces -> number of kept questions that have so many, ascending."""
-
-
-def read_examples(
-    paths: Sequence[str | PathLike[str]],
-    *,
-    num_tags: int | None,
-    max_traces: int | None,
-    trace_filter: TraceFilter | None,
-    seed: int,
-) -> tuple[list[SetExample], ReadReport]:
-    """All questions of the files, in file and line order, filtered first and then sampled to `max_traces`.
-
-    `num_tags` is N, the largest allowed number of kept traces (None: any). The sample of a question depends on
-    `seed` and its id alone. Raises one UserError for all wrong rows of all files, or for a filter that keeps nothing.
-    """
-    wrong = WrongRows()
-    report = ReadReport()
-    examples: list[SetExample] = []
-    first_use: dict[str, str] = {}
-    for path in paths:
-        rows = 0
-        try:
-            for line, raw in _numbered_rows(path):
-                rows += 1
-                try:
-                    example = parse_row(raw, str(path), line)
-                    if example.id in first_use:
-                        raise RowError(
-                            f"id {example.id!r} is already used at {first_use[example.id]}; ids must be unique"
-                        )
-                    first_use[example.id] = f"{path}:{line}"
-                    selected = _select(example, trace_filter, max_traces, seed, report)
-                    _check_num_traces(selected, num_tags)
-                except RowError as error:
-                    wrong.add(path, line, error)
-                else:
-                    examples += [selected] if selected.traces else []
-        except OSError as error:
-            wrong.add_unreadable(path, error)
-            continue
-        if rows == 0:
-            wrong.add(path, 1, "the file is empty; expected one JSON object a line")
-    wrong.raise_if_any()
-    if not examples:
-        raise UserError(
-            f"--trace-filter {trace_filter}: none of the {report.traces_filtered} traces in "
-            f"{', '.join(map(str, paths))} matches; loosen the filter"
-        )
-    report.questions = len(examples)
-    counts = Counter(len(example.traces) for example in examples)
-    report.traces = sum(m * n for m, n in counts.items())
-    report.trace_count_histogram = dict(sorted(counts.items()))
-    return examples, report
-
-
-def _numbered_rows(path: str | PathLike[str]) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their 1-based numbers; only a line feed ends a line. Raises OSError."""
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if line == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if raw.strip():
-                yield line, raw
-
-
-def _select(
-    example: SetExample, trace_filter: TraceFilter | None, max_traces: int | None, seed: int, report: ReadReport
-) -> SetExample:
-    """`example` with the traces that stay (maybe none); what goes is counted in `report`."""
-    traces = example.traces
-    if trace_filter is not None:
-        traces = tuple(trace for trace in traces if trace_filter.matches(trace))
-        report.traces_filtered += len(example.traces) - len(traces)
-        report.questions_dropped += not traces
-    if max_traces is not None and len(traces) > max_traces:
-        report.traces_sampled_out += len(traces) - max_traces
-        # Ranking by hash instead of a generator: the same everywhere, and a smaller K is a subset of a larger one.
-        ranked = sorted(range(len(traces)), key=lambda j: text_digest(seed, j, example.id, joined_by="\n"))
-        traces = tuple(traces[j] for j in sorted(ranked[:max_traces]))
-    return dataclasses.replace(example, traces=traces)
-
-
-def _check_num_traces(example: SetExample, num_tags: int | None) -> None:
-    if num_tags is not None and len(example.traces) > num_tags:
-        raise RowError(
-            f"question {example.id!r} has {len(example.traces)} traces but there are only {num_tags} forking tokens; "
-            "raise --num-forking-tokens or sample with --max-traces"
-        )
 
 
 def parse_row(raw: bytes, file: str, line: int) -> SetExample:

@@ -1,23 +1,20 @@
 """Chat template and token ids: the prompt of a question, and the completion of each trace.
 
-`encode_prompt` renders a question through the tokenizer's chat template, `tokenize_examples` cuts sequences to
+`encode_prompt` renders a question through the tokenizer's chat template, `tokenize_set` cuts sequences to
 --seq-length. The tag between prompt and completion is put there later, at every step.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import MutableSequence
 
 import numpy as np
 
 from megatron_ssft.config import DataConfig
-from megatron_ssft.errors import UserError
-from megatron_ssft.formats.jsonl import RowError, WrongRows
-from megatron_ssft.records import ForkingTokens, Message, SetExample, TokenizedSet, Trace
+from megatron_ssft.formats.jsonl import RowError
+from megatron_ssft.records import Message, SetExample, TokenizedSet, Trace
 from megatron_ssft.tokenizers.tokenizer import Tokenizer
 
 WITHOUT_TEMPLATE = "questions without template"
@@ -26,43 +23,6 @@ _THOUGHT = re.compile(r"(<think>|\[THINK\])$", re.IGNORECASE)
 """Opens a thought, in the words of the families that have one."""
 _TAIL = 32
 """Tokens of a prompt that are looked at for it."""
-
-
-@dataclass(frozen=True)
-class TokenizationReport:
-    """Counters of tokenizing."""
-
-    questions: int
-    """Questions kept."""
-    traces: int
-    """Traces kept."""
-    trace_count_histogram: dict[int, int]
-    """Number of traces -> number of kept questions that have so many, ascending."""
-    traces_truncated: int
-    traces_dropped_overlong: int
-    questions_dropped_overlong: int
-    """Questions none of whose traces fits."""
-    total_tokens: int
-    """Prompts, once each, and completions."""
-    longest_sequence: int
-    """Prompt, longest tag and completion."""
-    length_quantiles: list[int]
-    """Entry k: the --seq-length at which k percent of the traces keep their end, for k = 0 to 100. Dropped ones count
-    too."""
-    traces_repeated: int
-    """Traces that, as they are trained, equal an earlier one of their question."""
-    answers_joined: int
-    """Traces with an answer that the data keeps apart."""
-    questions_without_template: int
-    """Questions of chat turns that no template renders."""
-    questions_in_thought: int
-    """Questions whose rendered prompt ends with an opened <think>."""
-    control_tokens_in_questions: int
-    """Control tokens that questions spell; they are text."""
-    control_tokens_in_traces: int
-    """Control tokens that traces and answers spell; they are text."""
-    control_tokens_in_prompts: int
-    """Control tokens that verbatim prompts spell; --prompt-control-tokens says what they are."""
 
 
 def encode_prompt(example: SetExample, tokenizer: Tokenizer) -> list[int]:
@@ -144,76 +104,14 @@ def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def tokenize_examples(
-    examples: list[SetExample],
-    tokenizer: Tokenizer,
-    tags: ForkingTokens,
-    data: DataConfig,
-    seq_length: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[TokenizedSet], TokenizationReport]:
-    """The sets under the rule len(prompt) + len(longest tag) + len(completion) <= --seq-length, and what was counted.
-
-    `progress(done, total)` is called after every question. Raises one UserError for all rows that cannot be used, or
-    if nothing is left.
-    """
-    wrong = WrongRows()
-    counts: Counter[str] = Counter()
-    spelled: Counter[str] = Counter()
-    sets: list[TokenizedSet] = []
-    lengths: list[int] = []
-    longest_tag = max(len(ids) for ids in tags.ids)
-    for done, example in enumerate(examples, start=1):
-        try:
-            tokenized = _tokenize_set(example, tokenizer, longest_tag, data, seq_length, counts, lengths)
-            spelled += count_control_tokens(example, tokenizer)
-        except UserError as error:
-            wrong.add(example.file, example.line, error)
-        else:
-            sets += [tokenized] if tokenized.num_traces else []
-        if progress is not None:
-            progress(done, len(examples))
-    wrong.raise_if_any()
-    if not sets:
-        raise UserError(
-            f"--overlong-traces drop: no trace of {len(examples)} questions fits --seq-length {seq_length}; "
-            "raise --seq-length or choose truncate"
-        )
-    trace_counts = Counter(s.num_traces for s in sets)
-    return sets, TokenizationReport(
-        questions=len(sets),
-        traces=sum(s.num_traces for s in sets),
-        trace_count_histogram=dict(sorted(trace_counts.items())),
-        traces_truncated=counts["truncated"],
-        traces_dropped_overlong=counts["dropped"],
-        questions_dropped_overlong=len(examples) - len(sets),
-        total_tokens=sum(len(a) for s in sets for a in (s.prompt_ids, *s.completion_ids)),
-        longest_sequence=max(len(s.prompt_ids) + longest_tag + len(c) for s in sets for c in s.completion_ids),
-        length_quantiles=_quantiles(lengths),
-        traces_repeated=counts["repeated"],
-        answers_joined=counts["answers"],
-        questions_without_template=counts[WITHOUT_TEMPLATE],
-        questions_in_thought=counts[IN_THOUGHT],
-        control_tokens_in_questions=spelled["questions"],
-        control_tokens_in_traces=spelled["traces"],
-        control_tokens_in_prompts=spelled["prompts"],
-    )
-
-
-def _quantiles(lengths: list[int]) -> list[int]:
-    """Of at least k percent of the lengths entry k is an upper bound, for k = 0 to 100."""
-    ascending = sorted(lengths)
-    return [ascending[max(0, math.ceil(k * len(ascending) / 100) - 1)] for k in range(101)]
-
-
-def _tokenize_set(
+def tokenize_set(
     example: SetExample,
     tokenizer: Tokenizer,
     longest_tag: int,
     data: DataConfig,
     seq_length: int,
     counts: Counter[str],
-    lengths: list[int],
+    lengths: MutableSequence[int],
 ) -> TokenizedSet:
     """One set under the --seq-length rule, maybe without traces under `drop`. Raises RowError.
 

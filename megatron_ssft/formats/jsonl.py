@@ -56,6 +56,14 @@ class WrongRows:
         """Note that `file` could not be read."""
         self.add(file, 1, f"cannot read the file: {error.strerror or error}")
 
+    def merge(self, later: WrongRows) -> None:
+        """Add what another one has collected, of rows behind these."""
+        self._lines += later._lines[: self.MAX_LINES - len(self._lines)]
+        self._count += later._count
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
     def __str__(self) -> str:
         """One line per wrong row: the first MAX_LINES, then how many more."""
         more = self._count - len(self._lines)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_ssft.config import SSFTConfig
+from megatron_ssft.config import RunConfig, SSFTConfig
 from megatron_ssft.data.account import account, refuse_truncated
 from megatron_ssft.data.cache import SetDataset, build_dataset
 from megatron_ssft.data.prompt import control_token_notes
@@ -16,7 +17,8 @@ from megatron_ssft.parallel.collectives import on_first_rank, raise_together
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.progress import ProgressLines
 from megatron_ssft.records import QuestionBatch, QuestionVisit
-from megatron_ssft.tokenizers.vocabulary import Vocabulary
+from megatron_ssft.tokenizers.tokenizer import Tokenizer
+from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 
 TRAINING_DATA, HELD_OUT_DATA = "training data", "held-out data"
 
@@ -27,8 +29,11 @@ class TrainingSets:
     def __init__(self, config: SSFTConfig, vocabulary: Vocabulary, topology: Topology) -> None:
         """Check and tokenize the files on the first rank, then open them everywhere. Collective. Raises UserError."""
         folders = on_first_rank(lambda: prepare_data(config, vocabulary), topology)
-        self.train = open_everywhere(folders["train"], topology)
-        self.held_out = open_everywhere(folders["eval"], topology) if "eval" in folders else None
+        data = config.data
+        self.train = open_everywhere(folders["train"], data.data_path, topology)
+        self.held_out = None
+        if "eval" in folders:
+            self.held_out = open_everywhere(folders["eval"], data.eval_data_path, topology)
         self.queue = build_queue(config, self.train)
 
     def next_batch(self) -> QuestionBatch:
@@ -66,6 +71,10 @@ def cache_folder(config: SSFTConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_ssft"
 
 
+def _tokenizer_of(config: RunConfig) -> Tokenizer:
+    return build_vocabulary(config).tokenizer
+
+
 def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
     """Check and tokenize the training and the held-out files, or find them in the cache; folders by name.
 
@@ -85,12 +94,13 @@ def prepare_data(config: SSFTConfig, vocabulary: Vocabulary) -> dict[str, str]:
                 seed=config.run.training.seed,
                 cache_dir=cache_folder(config),
                 progress=ProgressLines(f"tokenizing {name} data: {{done}}/{{total}} questions"),
+                rebuild=functools.partial(_tokenizer_of, config.run),
             )
             folders[name] = str(folder)
             settings = config.run.tokenizer
             files = ", ".join(map(str, paths))
             refuse_truncated(SetDataset.open(folder).summary, settings.max_truncated_share, settings.seq_length, files)
-    check_batch(config, SetDataset.open(Path(folders["train"])))
+    check_batch(config, SetDataset.open(Path(folders["train"]), config.data.data_path))
     return folders
 
 
@@ -132,11 +142,11 @@ def build_queue(config: SSFTConfig, dataset: SetDataset) -> QuestionQueue:
     )
 
 
-def open_everywhere(folder: str, topology: Topology) -> SetDataset:
+def open_everywhere(folder: str, files: Sequence[str], topology: Topology) -> SetDataset:
     """The data set, or the same UserError on all ranks if one cannot see what the first has written."""
     dataset, error = None, None
     try:
-        dataset = SetDataset.open(Path(folder))
+        dataset = SetDataset.open(Path(folder), files)
     except UserError as failure:
         error = f"{failure} (on rank {topology.rank}; all nodes must see the folder, see --data-cache-path)"
     raise_together(error, topology)

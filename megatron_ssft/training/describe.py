@@ -61,10 +61,10 @@ def describe(config: SSFTConfig) -> str:
         if config.data.data_cache_path is None:
             config.data.data_cache_path = folder
         folders = prepare_data(config, vocabulary)
-        dataset = SetDataset.open(Path(folders["train"]))
+        dataset = SetDataset.open(Path(folders["train"]), config.data.data_path)
         lines += [*_data_lines(dataset), *data_notes(config, TRAINING_DATA, dataset)]
         if "eval" in folders:
-            held_out = SetDataset.open(Path(folders["eval"]))
+            held_out = SetDataset.open(Path(folders["eval"]), config.data.eval_data_path)
             lines += [f"held-out {line}" for line in _data_lines(held_out)]
             lines += data_notes(config, HELD_OUT_DATA, held_out)
         lines += vocabulary.tokenizer.remarks

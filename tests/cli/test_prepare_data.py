@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ssft.cli.prepare_data import BenchmarkFlags, main
-from megatron_ssft.data.examples import read_examples
+from megatron_ssft.data.reading import read_examples
 from megatron_ssft.datasets.held_out import is_held_out, split_set
 from megatron_ssft.demo.data import make_demo_sets
 from megatron_ssft.errors import UserError

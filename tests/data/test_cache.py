@@ -169,7 +169,10 @@ def test_every_setting_that_matters_makes_another_cache(tmp_path, path):
 
 def test_same_content_at_another_path_keeps_the_fingerprint_and_names_its_own_file(tmp_path, path):
     copy = shutil.copy(path, tmp_path / "copy.jsonl")
-    one, two = (SetDataset.open(build(p, tmp_path / "cache")) for p in (path, str(copy)))
+    calls = []
+    folders = [build(p, tmp_path / "cache", progress=lambda *at: calls.append(at)) for p in (path, str(copy))]
+    assert folders[0] == folders[1] and len(calls) == 3  # the second is not tokenized again
+    one, two = (SetDataset.open(folder, [file]) for folder, file in zip(folders, (path, str(copy))))
     assert one.fingerprint == two.fingerprint
     assert one[0].where == f"{path}:1" and two[0].where == f"{copy}:1"
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_ssft.data.examples import read_examples
+from megatron_ssft.data.reading import read_examples
 from megatron_ssft.data.trace_filter import parse_trace_filter
 from megatron_ssft.errors import UserError
 from megatron_ssft.records import Trace

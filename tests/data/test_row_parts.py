@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from megatron_ssft.data.examples import read_examples
 from megatron_ssft.data.prompt import encode_prompt
 from megatron_ssft.data.questions import read_questions
+from megatron_ssft.data.reading import read_examples
 from megatron_ssft.errors import UserError
 from megatron_ssft.tokenizers.tokenizer import CharTokenizer
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 
-from megatron_ssft.data.examples import read_examples
-from megatron_ssft.data.prompt import tokenize_examples
+from megatron_ssft.data.prompt import tokenize_set
 from megatron_ssft.data.questions import question_mark, read_questions
+from megatron_ssft.data.reading import read_examples
 from megatron_ssft.errors import UserError
 from megatron_ssft.generation.model_folder import ModelFolder, TagFlags, open_model_folder
 from megatron_ssft.generation.own_tags import OwnTags
@@ -103,7 +104,7 @@ def test_prompts_are_those_of_training(tmp_path, chatml):
         [write_rows(tmp_path / "train.jsonl", rows)], num_tags=None, max_traces=None, trace_filter=None, seed=0
     )
     tags = build_forking_tokens(chatml, 2, "special", None)
-    sets, _ = tokenize_examples(examples, chatml, tags, DataConfig(data_path=["x"]), 512, None)
+    sets = [tokenize_set(each, chatml, 1, DataConfig(data_path=["x"]), 512, Counter(), []) for each in examples]
     model = ModelFolder(None, chatml, tags, frozenset({chatml.eos_id}), None, "m", "t")
     questions = read_questions(write_rows(tmp_path / "q.jsonl", ROWS))
     requests = build_requests(questions, model, TagPlan("each", 1), SAMPLING, 0)

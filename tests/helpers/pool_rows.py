@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_ssft.data.examples import read_examples
+from megatron_ssft.data.reading import read_examples
 from megatron_ssft.datasets.pool_rows import FormatOptions
 from megatron_ssft.datasets.pools import PoolOptions, build_pool
 from megatron_ssft.errors import UserError
