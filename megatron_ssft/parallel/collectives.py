@@ -26,31 +26,15 @@ def broadcast_json(value: T, topology: Topology) -> T:
 
 def _broadcast_text(text: str, source: int, topology: Topology) -> str:
     """Rank `source`'s text on every rank."""
-    group = topology.control_group
-    payload = text.encode() if topology.rank == source else b""
-    size = torch.tensor([len(payload)], dtype=torch.int64)
     with topology.watch.waiting():
-        dist.broadcast(size, src=source, group=group)
-        buffer = torch.zeros(int(size), dtype=torch.uint8)
-        if payload:
-            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(buffer, src=source, group=group)
-    return buffer.numpy().tobytes().decode()
+        return topology.control_group.broadcast(text.encode(), source).decode()
 
 
 def gather_json(value: T, topology: Topology) -> list[T]:
     """Every rank's `value`, by rank, on every rank. It must survive a JSON round trip."""
-    group = topology.control_group
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(topology.world_size)]
     with topology.watch.waiting():
-        dist.all_gather(sizes, torch.tensor([len(payload)]), group=group)
-        longest = int(max(sizes))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(payload)] = payload
-        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(gathered, padded, group=group)
-    return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(gathered, sizes)]
+        gathered = topology.control_group.all_gather(json.dumps(value).encode())
+    return [json.loads(text) for text in gathered]
 
 
 def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, vocab_size: int) -> torch.Tensor | None:
@@ -66,11 +50,11 @@ def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, 
         return share if topology.is_first_rank else None
     if topology.rank == source:
         assert share is not None, "the last stage has the logits"
-        dist.send(share, dst=0, group=topology.control_group)
+        topology.control_group.send(share, 0)
     elif topology.is_first_rank:
         share = torch.empty(tokens, vocab_size)
         with topology.watch.waiting():
-            dist.recv(share, src=source, group=topology.control_group)
+            topology.control_group.receive(share, source)
         return share
     return None
 
@@ -112,7 +96,7 @@ def any_rank(flag: bool, topology: Topology, error: str | None = None) -> bool:
     first = 0 if error is None else topology.world_size - topology.rank
     tensor = torch.tensor([int(flag), first])
     with topology.watch.waiting():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=topology.control_group)
+        topology.control_group.all_reduce(tensor, dist.ReduceOp.MAX)
     if tensor[1]:
         raise shared_error(_broadcast_text(error or "", topology.world_size - int(tensor[1]), topology))
     return bool(tensor[0])
@@ -121,14 +105,14 @@ def any_rank(flag: bool, topology: Topology, error: str | None = None) -> bool:
 def barrier(topology: Topology) -> None:
     """Wait for all ranks, for as long as the phase allows."""
     with topology.watch.waiting():
-        dist.barrier(group=topology.control_group)
+        topology.control_group.barrier()
 
 
 def raise_together(error: str | None, topology: Topology) -> None:
     """Raise the same UserError on every rank if any rank found an error; called by all, found or not."""
     first = torch.tensor([topology.world_size if error is None else topology.rank])
     with topology.watch.waiting():
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=topology.control_group)
+        topology.control_group.all_reduce(first, dist.ReduceOp.MIN)
     finder = int(first)
     if finder < topology.world_size:
         raise shared_error(_broadcast_text(error or "", finder, topology))

@@ -78,7 +78,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
         # part of what megatron-core knows a stored group by.
         ParamKey(name="*forking_rows.weight"): {"max_lr": training.lr, "is_decoupled_lr": True},
     }
-    return get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
+    return get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig, lr: float) -> None:

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ssft.config import RunConfig
+from megatron_ssft.config import ParallelConfig, RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.launch import this_launch
+from megatron_ssft.parallel.control_group import ControlGroup
 from megatron_ssft.parallel.device import choose_device
+from megatron_ssft.parallel.groups import initialize_model_parallel
 from megatron_ssft.parallel.watch.meeting import meet
 from megatron_ssft.parallel.watch.watch import Watch
 
@@ -35,7 +37,7 @@ class Topology:
     dp_size: int
     """Data-parallel ranks, not counting context parallelism."""
     is_last_stage: bool
-    control_group: dist.ProcessGroup
+    control_group: ControlGroup
     """All ranks over gloo, for waiting on one rank's work and for stop flags. Its own time limit is that of slow work;
     the watch ends shorter waits."""
     watch: Watch
@@ -61,7 +63,7 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         )
 
 
-_open: list[tuple[Watch, dist.ProcessGroup]] = []
+_open: list[tuple[Watch, ControlGroup]] = []
 """Watch and control group, for `destroy_topology`: process groups are the process's, too."""
 
 
@@ -105,21 +107,25 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
     )
 
 
-def _build_groups(config: RunConfig, backend: str, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
+def _build_groups(config: RunConfig, backend: str, store: dist.Store, rank: int, world_size: int) -> ControlGroup:
     """Build all process groups; returns the control group."""
     # The watch is faster and names who is missing; this is for the case that it cannot.
     minutes = 1.1 * config.parallel.distributed_timeout_minutes + 0.2
     timeout = timedelta(minutes=minutes)
     dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
-        context_parallel_size=config.parallel.context_parallel_size,
-        distributed_timeout_minutes=minutes,
-    )
+    initialize_model_parallel(config, minutes)
     slow = timedelta(minutes=1.1 * config.parallel.slow_work_timeout_minutes + 0.2)
-    return dist.new_group(backend="gloo", timeout=slow)
+    return ControlGroup(rank, world_size, first_replica(config.parallel, world_size), slow)
+
+
+def first_replica(parallel: ParallelConfig, world_size: int) -> list[int]:
+    """Ranks of the first copy of the model, by Megatron's order: tensor, context, data, pipeline, the first fastest."""
+    stages = parallel.pipeline_model_parallel_size
+    return [
+        stage * (world_size // stages) + tp
+        for stage in range(stages)
+        for tp in range(parallel.tensor_model_parallel_size)
+    ]
 
 
 @contextlib.contextmanager
@@ -159,6 +165,6 @@ def destroy_topology() -> None:
     dist.destroy_process_group()
 
 
-def _wait_for_all(watch: Watch, control_group: dist.ProcessGroup) -> None:
+def _wait_for_all(watch: Watch, control_group: ControlGroup) -> None:
     with watch.waiting():
-        dist.barrier(group=control_group)
+        control_group.barrier()

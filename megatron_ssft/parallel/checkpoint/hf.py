@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -172,10 +171,10 @@ def _deliver(piece: Tensor | None, source: int, place: Place, dtype: torch.dtype
         return piece
     if topology.rank == source:
         assert piece is not None, "the owner has the slice"
-        dist.send(piece, dst=0, group=topology.control_group)
+        topology.control_group.send(piece, 0)
     elif topology.is_first_rank:
         received = torch.empty(place[1], dtype=dtype)
-        dist.recv(received, src=source, group=topology.control_group)
+        topology.control_group.receive(received, source)
         return received
     return None
 
