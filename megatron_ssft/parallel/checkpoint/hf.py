@@ -1,7 +1,7 @@
 """Weights from and to Hugging Face folders, slice by slice and tensor by tensor.
 
 `hf.tensor_map` says which rows of which Hugging Face tensor make up a Megatron tensor; megatron-core's sharded
-checkpoint entries say which slice of it this rank holds. Loading reads just these slices. Exporting assembles one
+checkpoint entries say which slice of it this rank holds. Loading reads just these slices, once. Exporting assembles one
 Megatron tensor at a time on the first rank and streams it out: this rank's shard plus twice the largest tensor.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -31,7 +33,10 @@ Owners = dict[tuple[str, "int | None"], list[tuple[int, int, Place]]]
 
 
 def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False, untie: bool = False) -> None:
-    """Fill the engine's weights from a Hugging Face folder, every rank reading its own slices.
+    """Fill the engine's weights from a Hugging Face folder. Collective.
+
+    Of ranks that hold the same slice one reads it and sends it to the others, each in its turn: however many replicas
+    there are, the folder is read once.
 
     `only_some_layers`: the engine has fewer layers than the folder, for verification.
     `untie`: the folder's model has tied embeddings, the engine's output head becomes a copy of them.
@@ -46,13 +51,28 @@ def load_hf_weights(engine: Engine, folder: Path, only_some_layers: bool = False
     if not only_some_layers:
         on_first_rank(lambda: check_hf_names(folder, model), engine.topology)
     with torch.no_grad(), HFWeights(folder) as weights:
-        for entry, layer in weight_entries(engine):
-            if untie and entry.key == "output_layer.weight":
-                entry = dataclasses.replace(entry, key="embedding.word_embeddings.weight")
-            entry.data.zero_()
-            for _, local, values in _stored_slices(weights, entry, layer, model):
-                entry.data.narrow(0, local, len(values)).copy_(values)
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for number, (entry, layer) in enumerate(weight_entries(engine)):
+            reader = number % replicas.size()
+            if reader == replicas.rank():
+                if untie and entry.key == "output_layer.weight":
+                    entry = dataclasses.replace(entry, key="embedding.word_embeddings.weight")
+                entry.data.zero_()
+                for _, local, values in _stored_slices(weights, entry, layer, model):
+                    entry.data.narrow(0, local, len(values)).copy_(values)
+            if replicas.size() > 1:
+                _send_on(entry.data, reader, replicas)
+                engine.topology.watch.moved()
     take_forking_rows(engine.chunks)
+
+
+def _send_on(slice_: Tensor, reader: int, replicas: dist.ProcessGroup) -> None:
+    """Fill a slice on all replicas with that of rank `reader` of their group, bit for bit."""
+    whole = slice_.contiguous()
+    # As bytes, since gloo does not know every type.
+    dist.broadcast(whole.view(-1).view(torch.uint8), dist.get_global_rank(replicas, reader), replicas)
+    if whole.data_ptr() != slice_.data_ptr():
+        slice_.copy_(whole)
 
 
 def compare_hf_weights(engine: Engine, folder: Path, new_rows: tuple[int, ...] = ()) -> None:
