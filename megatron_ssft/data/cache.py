@@ -202,11 +202,11 @@ def _join_parts(
     tally, indices, lengths = Tally(), [], []
     numbered = [(Part(parts, number), shard) for number, shard in enumerate(reading.shards)]
     for part, _ in numbered:
-        index = part.index()
-        if index is None:
+        found = part.index()
+        if found is None:
             raise FileNotFoundError(errno.ENOENT, "a tokenized part is gone", str(part.path("json")))
-        tally.merge(part.tally(index))
-        indices.append(index)
+        tally.merge(part.tally(found))
+        indices.append(found)
         lengths.append(part.lengths())
     summary = DataSummary(**dataclasses.asdict(reading.report) | dataclasses.asdict(tally.report(seq_length)))
     index = CacheIndex(
@@ -215,13 +215,13 @@ def _join_parts(
         sizes={},
         summary=summary,
         files=[os.fspath(path) for path in paths],
-        file_of=[shard.file for (_, shard), index in zip(numbered, indices) for _ in index.ids],
-        lines=[line for index in indices for line in index.lines],
-        ids=[name for index in indices for name in index.ids],
-        sources=[sources for index in indices for sources in index.sources],
-        truncated=[count for index in indices for count in index.truncated],
+        file_of=[shard.file for (_, shard), each in zip(numbered, indices) for _ in each.ids],
+        lines=[line for each in indices for line in each.lines],
+        ids=[name for each in indices for name in each.ids],
+        sources=[sources for each in indices for sources in each.sources],
+        truncated=[count for each in indices for count in each.truncated],
     )
-    starts = np.cumsum([0, *(1 + traces for index in indices for traces in index.traces)], dtype=np.int64)
+    starts = np.cumsum([0, *(1 + traces for each in indices for traces in each.traces)], dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_ssft.data.parts import Part
@@ -142,4 +141,4 @@ def _begin(rebuild: Callable[[], Tokenizer]) -> None:
 
 
 def _work(job: ShardJob, number: int, shard: Shard) -> WrongRows:
-    return job.tokenize(number, shard, _tokenizer[0], partial(int))
+    return job.tokenize(number, shard, _tokenizer[0], lambda: None)

@@ -77,6 +77,7 @@ OTHER_VALUES = {
     "recompute_granularity": "full",
     "recompute_method": "block",
     "attention_backend": "auto",
+    "device": "cpu",
     "sequence_layout": "padded",
     "share_prompt": True,
     "max_tokens_per_microbatch": None,
