@@ -15,7 +15,7 @@ from unittest import mock
 from harness import interleaved, ratio, report, start_trainer
 
 from megatron_ssft.formats.manifest import FileRecord
-from megatron_ssft.parallel.checkpoint import run_checkpoint, writer
+from megatron_ssft.parallel.checkpoint import loading, run_checkpoint, writer
 from megatron_ssft.parallel.checkpoint.choice import find_damage
 from megatron_ssft.training.trainer import Trainer
 
@@ -67,7 +67,7 @@ def main() -> None:
         loads = interleaved(
             {
                 "verify": lambda: find_damage(checkpoint, trainer.topology, by_content=True),
-                "load": lambda: run_checkpoint.load_checkpoint(trainer.engine, guarded, trainer.iteration),
+                "load": lambda: loading.load_checkpoint(trainer.engine, guarded, trainer.iteration),
             },
             args.rounds,
         )

@@ -3,6 +3,7 @@
 engine.py          the model of this rank: scores, trains, evaluates
 loss_terms.py      what a training step minimises, term by term
 optimizer.py       AdamW, data parallelism, the tags' own learning rate
+flat_shards.py     the distributed optimizer's state as parts of whole tensors
 topology.py        process groups, and this rank's place in the parallel layout
 collectives.py     small collectives on plain values
 cpu_backend.py     megatron-core without CUDA
@@ -23,6 +24,10 @@ model/marks.py                  attributes that megatron-core reads off paramete
 
 checkpoint/run_checkpoint.py    atomic checkpoints in megatron-core's format
 checkpoint/writer.py            their files, written by threads of this process
+checkpoint/loading.py           checkpoints loaded at any parallel layout
+checkpoint/reader.py            their files, read once per replica
+checkpoint/sharded_state.py     what of the engine a checkpoint holds
+checkpoint/checkpoint_size.py   how large it is
 checkpoint/pickle_scan.py       a checkpoint is looked at before it is opened
 checkpoint/hf.py                weights from and to Hugging Face folders
 checkpoint/hf_verification.py   proof that two formats hold the same model

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +13,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import Float16Module
 
 from megatron_ssft.config import RunConfig
+from megatron_ssft.parallel.flat_shards import flat_states, sharded_flat_states
 from megatron_ssft.parallel.model.gpt import SetGPTModel
 
 ShardedState = dict[str, Any]
@@ -110,33 +110,6 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
                 }
 
 
-@contextlib.contextmanager
-def unpadded_buffers(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Within this, the distributed optimizer knows where parameters lie in its state once padding is taken out.
-
-    megatron-core gathers the state bucket by bucket without the padding between buckets, and then cuts it by
-    positions that count the padding. Wherever there is more than one bucket (tied embeddings over pipeline stages,
-    overlapped gradient reduction) all that follows the first is shifted.
-    """
-    buffers = [
-        b for part in getattr(optimizer, "chained_optimizers", [optimizer]) for b in getattr(part, "buffers", [])
-    ]
-    padded = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        shift = [0]
-        for bucket in buffer.buckets:
-            shift.append(shift[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
-        buffer.param_index_map = {
-            parameter: (start - shift[i], end - shift[i], i)
-            for parameter, (start, end, i) in buffer.param_index_map.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, index_map in zip(buffers, padded):
-            buffer.param_index_map = index_map
-
-
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model: ShardedState, is_loading: bool, metadata: dict[str, object]
 ) -> ShardedState:
@@ -154,37 +127,53 @@ def sharded_optimizer_state(
     idle = [inner for inner in inners if not inner.state]
     for inner in idle:
         inner.state[_NOBODY] = {"step": count.cpu()}  # type: ignore[index]  # torch stores keys of any type
-    with unpadded_buffers(optimizer):
+    distributed = _distributed(optimizer)
+    if distributed is None:
         state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    else:
+        if is_loading:
+            distributed.load_state_dict(distributed.state_dict())  # allocates that of apex and TransformerEngine
+        state = distributed.state_dict() | {"param_state_sharding_type": "fully_reshardable"}
     for inner in idle:
         inner.state.pop(_NOBODY)  # type: ignore[call-overload]  # as above
     state.get("optimizer", state).get("state", {}).pop(_NOBODY, None)  # mixed precision has it one deeper
+    if distributed is not None:
+        state["param_state"] = sharded_flat_states(distributed, model)
     if _MASTERS in state:  # by number, as megatron-core loses count where a group is empty
         state[_MASTERS] = {number: group for number, group in enumerate(state[_MASTERS]) if group}
     return state
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: ShardedState) -> None:
-    """Restore the optimizer from a loaded checkpoint.
+    """Restore the optimizer from a loaded checkpoint; what the distributed one holds is in its place already.
 
-    With torch's AdamW megatron-core's distributed optimizer cannot place its shards while a step count stands beside
-    them, and lets all parameters share one count, which each step would then advance once per parameter. So the count
-    is taken out meanwhile, and every parameter gets its own.
+    With torch's AdamW megatron-core lets all parameters share one count, which each step would then advance once per
+    parameter. So every parameter gets its own.
     """
-    shards = state.pop("param_state", None)
-    if shards is None and "optimizer" in state:
-        masters = state.get(_MASTERS, {})
-        state[_MASTERS] = [masters.get(number, []) for number in range(len(optimizer.param_groups))]
-    optimizer.load_state_dict(state)
-    if shards is None:
+    distributed = _distributed(optimizer)
+    if distributed is None:
+        if "optimizer" in state:
+            masters = state.get(_MASTERS, {})
+            state[_MASTERS] = [masters.get(number, []) for number in range(len(optimizer.param_groups))]
+        optimizer.load_state_dict(state)
         return
-    (distributed,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    inners = _torch_optimizers(optimizer)
-    counts = [{p: float(s.pop("step")) for p, s in inner.state.items()} for inner in inners]
-    distributed.load_parameter_state_from_fully_reshardable(shards)
-    for inner, count in zip(inners, counts):
-        for parameter, step in count.items():
-            inner.state[parameter]["step"] = torch.tensor(step)
+    for name in ("param_state", "param_state_sharding_type"):
+        state.pop(name)
+    loaded = flat_states(distributed)
+    distributed.load_state_dict(state)
+    for (_, _, source), (_, _, target) in zip(loaded, flat_states(distributed)):
+        for name, values in target.items():
+            if values.data_ptr() != source[name].data_ptr():  # the optimizer took copies
+                values.copy_(source[name])
+    for inner in _torch_optimizers(optimizer):
+        for each in inner.state.values():
+            each["step"] = each["step"].clone()
+
+
+def _distributed(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
+    """The distributed optimizer, where the run has one; there is a single one of it then."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:

@@ -11,7 +11,7 @@ from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Objective
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
+from megatron_ssft.parallel.checkpoint.loading import load_checkpoint, read_state_everywhere
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows, initialize_weights

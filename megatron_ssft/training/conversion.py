@@ -34,7 +34,8 @@ from megatron_ssft.hf.scratch_assets import NotExpressible, write_scratch_assets
 from megatron_ssft.launch import this_launch
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, load_hf_weights
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, load_folder, read_state, save_checkpoint
+from megatron_ssft.parallel.checkpoint.loading import load_checkpoint, load_folder, read_state
+from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.collectives import on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows

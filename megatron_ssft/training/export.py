@@ -14,7 +14,7 @@ from megatron_ssft.hf.folder import read_hf_config
 from megatron_ssft.hf.scratch_assets import check_tokenizer
 from megatron_ssft.parallel.checkpoint.hf import compare_hf_weights, export_hf_weights
 from megatron_ssft.parallel.checkpoint.hf_verification import LogitReport, verify_logits
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_folder
+from megatron_ssft.parallel.checkpoint.loading import load_folder
 from megatron_ssft.parallel.collectives import barrier, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.tokenizers.vocabulary import Vocabulary

@@ -13,7 +13,7 @@ from megatron_ssft.hf.families import model_values
 from megatron_ssft.hf.folder import is_hf_folder, read_hf_config
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.checkpoint.hf import check_hf_names, load_hf_weights
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint, read_state_everywhere
+from megatron_ssft.parallel.checkpoint.loading import load_checkpoint, read_state_everywhere
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.model.initialization import initialize_forking_rows
 from megatron_ssft.tokenizers.vocabulary import Vocabulary

@@ -137,4 +137,4 @@ def read_tensors(folder, *keys):
     sizes = {key: metadata(folder).state_dict_metadata[key] for key in keys}
     state = {key: torch.zeros(m.size, dtype=m.properties.dtype) for key, m in sizes.items()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    return [state[key].numpy() for key in keys]
+    return [state[key].float().numpy() for key in keys]

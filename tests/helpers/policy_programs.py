@@ -11,7 +11,7 @@ import numpy as np
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import parse_arguments
 from megatron_ssft.formats.run_folder import find_latest
-from megatron_ssft.parallel.checkpoint.run_checkpoint import load_checkpoint
+from megatron_ssft.parallel.checkpoint.loading import load_checkpoint
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
 from megatron_ssft.signals import StopSignal

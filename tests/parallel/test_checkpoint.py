@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_ssft.formats.run_folder import find_latest
-from megatron_ssft.parallel.checkpoint.run_checkpoint import read_state
+from megatron_ssft.parallel.checkpoint.loading import read_state
 from tests.helpers.checkpoints import (
     EMBEDDING,
     TAG_IDS,

@@ -4,75 +4,150 @@ megatron-core 0.16 forks writer processes even for a synchronous save, and spawn
 results. A writer that dies leaves the trainer waiting for ever, a fork of a process full of OpenMP, gloo or NCCL
 threads may well die, and the manager costs seconds at the first save. Threads of this process write the files here,
 and hash each while the disk still takes it in. That a checkpoint is whole or absent is the work of `run_checkpoint.py`.
+
+Tensors go to the host one at a time as they are written, or all at once before (`is_copied`), so that training may
+change them meanwhile.
 """
 
 from __future__ import annotations
 
-import queue
+import inspect
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_ssft.formats.files import sync_path
+from megatron_ssft.formats.files import naming, sync_path
 from megatron_ssft.formats.manifest import FileRecord, record_of
 
 WRITER_THREADS = 2
+BACKEND = ("torch_dist", 1)
+"""Name and version of the format, in megatron-core's words."""
+_SERIALIZATION = (
+    {"serialization_format": filesystem.SerializationFormat.TORCH_SAVE}
+    if "serialization_format" in inspect.signature(filesystem._write_item).parameters
+    else {}
+)
+"""Named by newer versions of torch; the others know no other."""
 
 
-def save_strategy(written: dict[str, FileRecord]) -> FullyParallelSaveStrategyWrapper:
-    """The torch_dist strategy, its writer replaced by threads; data-parallel replicas share the writing.
+def plan_save(state: ShardedStateDict, folder: Path, *, is_copied: bool) -> ThreadsWriter:
+    """Share the writing out over ranks, data-parallel replicas too. Collective.
 
-    `written` is filled with the files that this rank wrote, which are on the disk then.
+    Args:
+        is_copied: copy everything to the host before anything is written.
     """
-    filesystem_async._results_queue = queue.SimpleQueue()
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(partial(_write_buckets, written))
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=WRITER_THREADS)
-    return FullyParallelSaveStrategyWrapper(
-        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
+    strategy = _ThreadsStrategy(is_copied)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    FullyParallelSaveStrategyWrapper(strategy, replicas).async_save(state, folder)
+    assert strategy.writer is not None, "planned"
+    return strategy.writer
 
 
-def _write_buckets(
-    written: dict[str, FileRecord],
-    transforms: list,
-    use_msc: bool,
-    rank: int,
-    write_buckets: list,
-    global_results_queue: queue.SimpleQueue,
-) -> None:
-    """Stands in for FileSystemWriterAsync.write_preloaded_data_multiproc; puts {bucket: results}.
+class _ThreadsStrategy(TorchDistSaveShardedStrategy):
+    """The torch_dist strategy, its writer replaced by threads."""
 
-    What a write raised (a full disk, say) is put instead: megatron-core then tells all ranks, so that none waits.
-    """
-    with ThreadPoolExecutor(WRITER_THREADS) as pool:
-        write = partial(_write_bucket, written, transforms)
-        outcomes = dict(pool.map(write, range(len(write_buckets)), write_buckets))
-    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
-    global_results_queue.put(failures[0] if failures else outcomes)
+    def __init__(self, is_copied: bool) -> None:
+        super().__init__(*BACKEND, thread_count=WRITER_THREADS)
+        self._is_copied = is_copied
+        self.writer: ThreadsWriter | None = None
+
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Plan the save, collectively; `writer` does it."""
+        by_key, _, _ = torch_strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        writer = ThreadsWriter(checkpoint_dir, self._is_copied)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        tensors = torch_strategies.mcore_to_pyt_state_dict(by_key, False)
+        (_, writer.metadata, _), *_ = save_state_dict_async_plan(tensors, writer, None, 0, planner=planner)
+        self.writer = writer
 
 
-def _write_bucket(
-    written: dict[str, FileRecord], transforms: list, index: int, bucket: tuple[str, str, object]
-) -> tuple[int, list | Exception]:
-    results: queue.SimpleQueue[tuple[int, list | Exception]] = queue.SimpleQueue()
-    count: queue.Queue[int] = queue.Queue()
-    count.put(index)
-    FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, count, False)
-    outcome = results.get()
-    if isinstance(outcome[1], Exception):
-        return outcome
-    path = Path(bucket[0])
-    try:
+class ThreadsWriter(FileSystemWriterAsync):
+    """Writes this rank's items into as many files as there are threads."""
+
+    def __init__(self, folder: Path, is_copied: bool) -> None:
+        super().__init__(folder, thread_count=WRITER_THREADS)
+        self.metadata: Metadata | None = None
+        """Of the whole checkpoint, on the first rank."""
+        self.written: dict[str, FileRecord] = {}
+        """The files that this rank wrote, which are on the disk."""
+        self.failure: OSError | RuntimeError | None = None
+        """What kept this rank from writing: a full disk, say. torch's writer of archives raises RuntimeErrors."""
+        self._is_copied = is_copied
+        self._files: list[tuple[Path, list[tuple[WriteItem, Tensor]]]] = []
+        self._results: list[WriteResult] = []
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Share the items out over files, and copy them to the host where that is asked for."""
+        prefix = plan.storage_data.prefix
+        for items in _split_by_size_and_type(WRITER_THREADS, plan.items):
+            if items:
+                path = Path(self.checkpoint_dir, f"{prefix}{len(self._files)}{filesystem.DEFAULT_SUFFIX}")
+                data = [planner.resolve_data(item) for item in items]
+                tensors = [tensor.detach() for tensor in data if isinstance(tensor, Tensor)]
+                assert len(tensors) == len(items), "a checkpoint of ours holds tensors only"
+                if self._is_copied:
+                    tensors = [_copy_on_host(tensor) for tensor in tensors]
+                self._files.append((path, list(zip(items, tensors))))
+
+    def write(self) -> None:
+        """Write all files, or say in `failure` why not."""
+        try:
+            with ThreadPoolExecutor(WRITER_THREADS) as pool:
+                self._results = [result for results in pool.map(self._write_file, self._files) for result in results]
+        except (OSError, RuntimeError) as error:
+            self.failure = error
+        self._files = []  # the copies with them
+
+    def _write_file(self, file: tuple[Path, list[tuple[WriteItem, Tensor]]]) -> list[WriteResult]:
+        path, content = file
+        results = []
+        with naming(path), open(path, "wb") as stream:
+            for item, tensor in content:
+                whole = tensor if self._is_copied else _on_host(tensor)
+                results.append(
+                    filesystem._write_item(self.transforms, stream, whole, item, path.name, **_SERIALIZATION)
+                )
         with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while the processor hashes
             synced = syncing.submit(sync_path, path)
-            written[path.name] = record_of(path)
+            self.written[path.name] = record_of(path)
             synced.result()
-    except OSError as error:
-        return index, error
-    return outcome
+        return results
+
+    def gather_results(self) -> list[list[WriteResult]]:
+        """What each rank wrote, on the first rank; empty elsewhere. Collective."""
+        is_first = dist.get_rank() == 0
+        gathered: list[list[WriteResult]] = [[] for _ in range(dist.get_world_size())] if is_first else []
+        dist.gather_object(self._results, gathered if is_first else None)
+        return gathered
+
+    def write_metadata(self, results: list[list[WriteResult]]) -> None:
+        """Write what says where each tensor lies; for the first rank. Raises OSError."""
+        assert self.metadata is not None, "the first rank has it"
+        self.finish(self.metadata, results)
+        save_config(CheckpointingConfig(*BACKEND), str(self.checkpoint_dir))
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    """A copy of its own, in host memory."""
+    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory, alone in its storage, as all of a storage is written."""
+    is_alone = tensor.device.type == "cpu" and tensor.untyped_storage().size() == tensor.numel() * tensor.itemsize
+    return tensor if is_alone else _copy_on_host(tensor)
