@@ -31,19 +31,53 @@ class CheckpointConfig:
     one that is not."""
     save_interval: int | None = None
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+    keep_last: int | None = None
+    """Keep this many of the newest good checkpoints and remove older ones, each time that a new one is complete;
+    default: all stay."""
+    keep_every: int | None = None
+    """With --keep-last: checkpoints of steps that are multiples of this stay as well."""
+    save_optim: bool = True
+    """--no-save-optim: checkpoints hold the weights alone, a seventh in bf16. The one of a SIGTERM holds the optimizer
+    all the same, as the run is to go on from it."""
+    load_optim: bool = True
+    """--no-load-optim: a run that goes on does so with a new optimizer. Needed where the checkpoint holds none."""
+    async_save: bool = False
+    """Train on while a checkpoint is written from a copy in host memory."""
     export_hf_at_save: bool = False
     """With every checkpoint write a Hugging Face folder too (hf in the checkpoint's folder)."""
     verify_hf: bool = True
     """Compare every --export-hf-at-save with the checkpoint, tensor by tensor, and its logits with transformers."""
 
     def __post_init__(self) -> None:
-        positive(self, "save_interval")
+        positive(self, "save_interval", "keep_last", "keep_every")
         only_where(self, self.origin is not None, "without --origin", "origin_fingerprint")
-        require(self.save_interval is None or self.save is not None, "--save-interval needs --save")
+        for name in ("save_interval", "keep_last"):
+            flag = name.replace("_", "-")
+            require(getattr(self, name) is None or self.save is not None, f"--{flag} needs --save")
+        self._check_kept()
+        only_where(self, self.save is not None, "without --save", "save_optim", "async_save")
+        require(
+            not (self.async_save and self.export_hf_at_save),
+            "--export-hf-at-save does not go with --async-save: an export stops the training for longer than the save "
+            "that it would follow; leave one of them out (megatron-ssft convert export writes it afterwards)",
+        )
         choice(self.on_damaged_checkpoint, "on-damaged-checkpoint", "refuse", "older")
-        only_where(self, self.load is not None, "without --load", "verify_checkpoint", "on_damaged_checkpoint")
+        only_where(
+            self, self.load is not None, "without --load", "verify_checkpoint", "on_damaged_checkpoint", "load_optim"
+        )
         only_where(self, self.export_hf_at_save, "without --export-hf-at-save", "verify_hf")
         require(not self.export_hf_at_save or self.save is not None, "--export-hf-at-save needs --save")
+
+    def _check_kept(self) -> None:
+        """Raise UserError for steps that would never be kept, or are kept anyway."""
+        if self.keep_every is None:
+            return
+        require(self.keep_last is not None, "--keep-every has no use without --keep-last: every checkpoint stays")
+        require(
+            self.save_interval is not None and self.keep_every % self.save_interval == 0,
+            f"--keep-every {self.keep_every} must be a multiple of --save-interval {self.save_interval}: at other "
+            "steps there is no checkpoint",
+        )
 
     @property
     def continues_in_place(self) -> bool:

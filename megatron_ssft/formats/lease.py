@@ -47,9 +47,14 @@ class Owner(Struct, frozen=True, kw_only=True):
         return f"process {self.pid} on {self.host}" + (f" (SLURM job {self.job})" if self.job else "")
 
     @property
+    def runs_here(self) -> bool:
+        """Whether its process id means something to this process."""
+        return self.pid_space == _pid_space()
+
+    @property
     def is_dead(self) -> bool:
         """Whether it ran here and does not run any more; False also where that cannot be known."""
-        if self.pid_space != _pid_space():
+        if not self.runs_here:
             return False
         try:
             process = psutil.Process(self.pid)
@@ -112,7 +117,7 @@ def acquire(
         created = _make(folder)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{flag}{folder}: {error.filename} is a file where a folder is needed") from error
-    path, owner = folder / LEASE, _this_process()
+    path, owner = folder / LEASE, this_process()
     try:
         while not _claim(path, owner):
             content, holder = _content(path), _owner(path)
@@ -130,7 +135,8 @@ def acquire(
     return Lease(folder, owner, created, beat_seconds)
 
 
-def _this_process() -> Owner:
+def this_process() -> Owner:
+    """This process as the owner of something, with a token of its own."""
     return Owner(
         token=secrets.token_hex(8),
         host=socket.gethostname(),
@@ -201,7 +207,7 @@ def _owner(path: Path) -> Owner | None:
 
 def _is_silent(path: Path, holder: Owner | None, seconds: float) -> bool:
     """Watch a lease whose owner may be anywhere; False as soon as a sign of life is seen."""
-    if holder is not None and holder.pid_space == _pid_space():
+    if holder is not None and holder.runs_here:
         return False  # it runs here
     seen, deadline = _look(path), time.monotonic() + seconds
     print(f"{path}: held by {holder or 'another job'}; waiting up to {seconds:.0f} s for a sign of life", flush=True)

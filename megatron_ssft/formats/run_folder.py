@@ -36,10 +36,10 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
 
 def complete_checkpoints(run: Path) -> list[int]:
     """Iterations of the complete checkpoints of a folder, ascending; none if it is not there."""
-    return [i for i in _checkpoints(run) if (checkpoint_folder(run, i) / STATE).is_file()]
+    return [i for i in all_checkpoints(run) if (checkpoint_folder(run, i) / STATE).is_file()]
 
 
-def _checkpoints(run: Path) -> list[int]:
+def all_checkpoints(run: Path) -> list[int]:
     """Iterations of all folders that are named as checkpoints, ascending."""
     return sorted(
         int(match[1])
@@ -63,7 +63,7 @@ def checkpoints_from_newest(run: Path) -> list[int]:
     The newest is the one that the tracker names; later ones, which a run that went back left behind, do not count.
     """
     _refuse_missing(run)
-    present = _checkpoints(run)
+    present = all_checkpoints(run)
     newest = _newest(run, present)
     if newest is None:
         raise UserError(f"--load {run}: {_NO_CHECKPOINT}")
@@ -116,7 +116,7 @@ def clear_leftovers(run: Path) -> None:
     Only for whoever holds the folder's lease. A folder that made way for another, which then did not get its name,
     comes back. An import that did not come to its end goes altogether.
     """
-    for folder in (run, *(checkpoint_folder(run, i) for i in _checkpoints(run))):
+    for folder in (run, *(checkpoint_folder(run, i) for i in all_checkpoints(run))):
         remove_parts(folder)
     if (run / IMPORTING).exists():
         for name in (TRACKER, CONFIG):

@@ -39,6 +39,7 @@ class WeightsState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     iteration: Iteration
     """Optimizer steps done."""
     has_optimizer: bool = True
+    """False: an import, or a run with --no-save-optim."""
     model: dict[str, bool | int | float | str | None]
     """The model's section of the configuration."""
     vocab_size: Annotated[int, Meta(ge=1, description="a number of tokens")]
@@ -174,8 +175,6 @@ def _contradiction(state: WeightsState) -> str | None:
         return f"'forking_tokens': an id is outside the vocabulary of {state.vocab_size}"
     if len(set(map(tuple, tags.ids))) < len(tags.ids) or len(set(tags.strings)) < len(tags.strings):
         return "'forking_tokens': two tags are the same"
-    if isinstance(state, RunState) and not state.has_optimizer:
-        return "'has_optimizer': a run that can go on has one"
     return _wrong_queue(state.queue) if isinstance(state, SSFTState) else None
 
 

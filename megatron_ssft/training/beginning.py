@@ -18,6 +18,7 @@ from megatron_ssft.parallel.model.initialization import initialize_forking_rows,
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 from megatron_ssft.training.changes import resume_remarks
 from megatron_ssft.training.resume import (
+    refuse_missing_optimizer,
     refuse_other_model,
     refuse_other_run,
     refuse_past_end,
@@ -108,7 +109,7 @@ class Beginning:
             return False
         if not self.objective.continues_elsewhere:
             return checkpoint.continues_in_place
-        return read_state_everywhere(run, iteration, self.topology).has_optimizer
+        return isinstance(read_state_everywhere(run, iteration, self.topology), RunState)
 
     def resume(self, run: Path, iteration: int) -> int:
         """Go on where this checkpoint was taken. Raises UserError where it and this run contradict each other."""
@@ -121,10 +122,12 @@ class Beginning:
         if not self.objective.continues_elsewhere:
             otherwise = "start again with another --save"
         refuse_other_run(run, state, own, otherwise)
+        refuse_missing_optimizer(self.config.run.checkpoint, run, state, otherwise)
         refuse_past_end(self.config.run, run, iteration)
         if self.config.run.checkpoint.continues_in_place and iteration:
             on_first_rank(lambda: refuse_short_logs(run, self.objective.log_files, iteration), self.topology)
-        load_checkpoint(self.engine, run, iteration)
+        takes_optimizer = self.config.run.checkpoint.load_optim
+        load_checkpoint(self.engine, run, iteration, weights_only=not takes_optimizer)
         self.objective.load_state(state)
         self.resumed_at = iteration
         total = self.objective.train_iters(iteration)
@@ -134,4 +137,6 @@ class Beginning:
             return resume_remarks(run, iteration, self.config, total, planned)
 
         self.changes = on_first_rank(changes, self.topology)
+        if not takes_optimizer:
+            self.changes.append(f"the optimizer starts anew at step {iteration + 1} (--no-load-optim)")
         return iteration

@@ -15,7 +15,7 @@ from megatron_ssft.training.lr_schedule import learning_rate
 
 C = TypeVar("C", bound=TrainingRun)
 
-_OF_THE_START = ("load", "finetune", "origin", "origin_fingerprint")
+_OF_THE_START = ("load", "load_optim", "finetune", "origin", "origin_fingerprint")
 """Settings that say how a run was started, not what it is."""
 
 

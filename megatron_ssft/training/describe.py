@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.data.cache import SetDataset
 from megatron_ssft.formats.checkpoint_damage import sound_checkpoint
 from megatron_ssft.formats.run_folder import STATE, checkpoint_folder
-from megatron_ssft.formats.train_state import read_train_state
+from megatron_ssft.formats.train_state import RunState, read_train_state
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.launch import this_launch
 from megatron_ssft.matching.assignment import Matcher
@@ -24,6 +25,7 @@ from megatron_ssft.objectives.sets import (
     make_batch,
     prepare_data,
 )
+from megatron_ssft.parallel.checkpoint.checkpoint_size import count_parameters, estimate_size, space_line
 from megatron_ssft.parallel.topology import check_world_size
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
@@ -55,7 +57,8 @@ def describe(config: SSFTConfig) -> str:
     check_origin(config.run.checkpoint)
     taken = checkpoint_to_take(config.run.checkpoint)
     vocabulary = build_vocabulary(config.run, config.start)
-    first = origin_line(config.run, taken if _goes_on(config, taken) else None, taken)
+    resumed_at = taken if _goes_on(config, taken) else None
+    first = origin_line(config.run, resumed_at, taken)
     lines = [to_yaml(config), "# what follows from it", first]
     with tempfile.TemporaryDirectory() as folder:
         if config.data.data_cache_path is None:
@@ -70,8 +73,8 @@ def describe(config: SSFTConfig) -> str:
         lines += vocabulary.tokenizer.remarks
         tags = zip(vocabulary.tags.strings, vocabulary.tags.ids)
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
-        lines.append(f"parameters: about {count_parameters(config.run, vocabulary.size):,}")
-        lines += _step_lines(config, dataset, vocabulary, world_size)
+        lines.append(f"parameters: {count_parameters(config.run, vocabulary.size):,}")
+        lines += _step_lines(config, dataset, vocabulary, world_size, resumed_at)
     lines += packages_lines(config.run)
     return "\n".join(lines)
 
@@ -93,7 +96,7 @@ def _goes_on(config: SSFTConfig, taken: int | None) -> bool:
     load = config.run.checkpoint.load
     if load is None or taken is None or config.start.finetune:
         return False
-    return read_train_state(checkpoint_folder(Path(load), taken) / STATE).has_optimizer
+    return isinstance(read_train_state(checkpoint_folder(Path(load), taken) / STATE), RunState)
 
 
 def packages_lines(config: RunConfig) -> list[str]:
@@ -111,7 +114,9 @@ def _data_lines(dataset: SetDataset) -> list[str]:
     ]
 
 
-def _step_lines(config: SSFTConfig, dataset: SetDataset, vocabulary: Vocabulary, world_size: int) -> list[str]:
+def _step_lines(
+    config: SSFTConfig, dataset: SetDataset, vocabulary: Vocabulary, world_size: int, resumed_at: int | None
+) -> list[str]:
     """The number of steps and the plan of the first one, tags drawn at random: lengths do not depend on them."""
     queue = build_queue(config, dataset)
     sizes: list[int] = []
@@ -139,14 +144,17 @@ def _step_lines(config: SSFTConfig, dataset: SetDataset, vocabulary: Vocabulary,
         f"rank, {plan.pad_sequences} PAD sequences (at least {plan.pad_lower_bound}), makespan "
         f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound; optimal matching takes {matching:.1%} of "
         "the training's FLOPs",
+        *checkpoint_lines(config.run, vocabulary, resumed_at or 0, total),
     ]
 
 
-def count_parameters(config: RunConfig, vocab_size: int) -> int:
-    """Weights of the matrices (norms and biases left out)."""
-    m = config.model
-    query, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
-    attention = m.hidden_size * (2 * query + 2 * kv)
-    mlp = m.hidden_size * m.ffn_hidden_size * (3 if m.swiglu else 2)
-    tables = 2 if m.untie_embeddings_and_output_weights else 1
-    return m.num_layers * (attention + mlp) + tables * vocab_size * m.hidden_size
+def checkpoint_lines(config: RunConfig, vocabulary: Vocabulary, iteration: int, train_iters: int) -> list[str]:
+    """What the checkpoints of a run will take; nothing where it saves none."""
+    checkpoint = config.checkpoint
+    if checkpoint.save is None:
+        return []
+    folder = Path(checkpoint.save).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    size = estimate_size(config, vocabulary.size, len(vocabulary.tags.row_ids))
+    return [space_line(checkpoint, size, iteration, train_iters, shutil.disk_usage(folder).free)]

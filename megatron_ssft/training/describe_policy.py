@@ -5,8 +5,14 @@ from __future__ import annotations
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.objectives.policy.inputs import PolicyInputs, read_inputs
+from megatron_ssft.parallel.checkpoint.checkpoint_size import count_parameters
 from megatron_ssft.tokenizers.vocabulary import build_vocabulary
-from megatron_ssft.training.describe import checkpoint_to_take, count_parameters, described_world_size, packages_lines
+from megatron_ssft.training.describe import (
+    checkpoint_lines,
+    checkpoint_to_take,
+    described_world_size,
+    packages_lines,
+)
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.origin import check_origin, origin_line
 
@@ -29,10 +35,11 @@ def describe(config: GFPOConfig) -> str:
         f"questions: {len(inputs.questions)} with rewards, {len(inputs.held_out)} held out",
         f"stored completions in use: {len(inputs.completions)}",
         f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags),
-        f"parameters: about {count_parameters(config.run, vocabulary.size):,}",
+        f"parameters: {count_parameters(config.run, vocabulary.size):,}",
         f"ranks: {world_size}, data-parallel {world_size // config.run.parallel.model_parallel_size}",
         f"steps: {iters}, warm-up {warmup_iterations(config.run.training, iters)}",
         f"per step: {_step(config, inputs)}",
+        *checkpoint_lines(config.run, vocabulary, resumed_at or 0, iters),
         *inputs.notes,
         *packages_lines(config.run),
     ]

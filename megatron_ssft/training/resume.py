@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from megatron_ssft.config import RunConfig, SSFTConfig, TrainingRun
+from megatron_ssft.config import CheckpointConfig, RunConfig, SSFTConfig, TrainingRun
 from megatron_ssft.config.flags import with_absolute_paths
 from megatron_ssft.errors import UserError
 from megatron_ssft.formats.assignments import ASSIGNMENTS
@@ -102,6 +102,19 @@ def refuse_other_run(run: Path, stored: RunState, ours: RunState, otherwise: str
         )
 
 
+def refuse_missing_optimizer(checkpoint: CheckpointConfig, run: Path, stored: RunState, otherwise: str) -> None:
+    """Raise UserError where a run is to go on with the optimizer of a checkpoint that holds none.
+
+    Args:
+        otherwise: what to do instead of resuming.
+    """
+    if checkpoint.load_optim and not stored.has_optimizer:
+        raise UserError(
+            f"--load {run}: the checkpoint of step {stored.iteration} holds no optimizer (--no-save-optim); go on with "
+            f"a new one by --no-load-optim, or {otherwise}"
+        )
+
+
 def refuse_short_logs(run: Path, files: Sequence[str], iteration: int) -> None:
     """Raise UserError where one of a run's logs ends before the checkpoint that it goes on from. Raises OSError."""
     for name in files:
@@ -129,6 +142,7 @@ def resumable(config: TrainingRun, origin: Origin) -> TrainingRun:
         load=None,
         verify_checkpoint=True,
         on_damaged_checkpoint="refuse",
+        load_optim=True,
         origin=origin.folder,
         origin_fingerprint=origin.fingerprint,
     )

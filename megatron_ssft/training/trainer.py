@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import msgspec
 
 from megatron_ssft.config import SSFTConfig, TrainingRun, check_schedule
 from megatron_ssft.config.flags import to_yaml
+from megatron_ssft.errors import UserError
 from megatron_ssft.formats.run_folder import ASSETS, checkpoint_folder, store_config
 from megatron_ssft.formats.train_state import RunState
 from megatron_ssft.hf.folder import is_hf_folder
 from megatron_ssft.objectives.objective import Decision, Figures, Objective, Report, StepContext
 from megatron_ssft.objectives.registry import objective_of
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
-from megatron_ssft.parallel.checkpoint.run_checkpoint import save_checkpoint
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
@@ -39,6 +40,7 @@ from megatron_ssft.training.resume import (
     whole_state,
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
+from megatron_ssft.training.saving import Saver
 from megatron_ssft.training.trackers import check_trackers
 from megatron_ssft.training.weights import refuse_other_shape, refuse_start_of_known_tags, rows_remark
 
@@ -74,7 +76,6 @@ class Trainer:
         self.planner = Planner(config.run, self.vocabulary.size, topology.dp_size, cost_tokens)
         self.accountant = FlopAccountant(self.planner.flops)
         self.peak_flops = job_peak_flops(config.run, topology)
-        self.lease: FolderLease | None = None
         self.iteration = 0
         """Optimizer steps done."""
         self.train_iters = self.objective.train_iters(0)
@@ -146,28 +147,43 @@ class Trainer:
         Args:
             lease: on the --save folder; where another job has taken it, nothing is saved any more.
         """
-        self.lease = lease
         checkpoint = self.config.run.checkpoint
         folder = self.folder if checkpoint.save and self.topology.is_first_rank else None
-        # Before the first step there is nothing to save: the command that started the run starts it anew.
-        saved_at = self.iteration if checkpoint.continues_in_place or not self.iteration else -1
         with self.topology.watch.phase("between steps"), self._open_log(folder) as log:
             self._greet(log, folder)
+            saver = self._saver(log, lease) if checkpoint.save else None
             if checkpoint.continues_in_place and self._export_is_missing():
-                self._export(checkpoint_folder(self.folder, self.iteration), log)
-            stopped = False
-            while self.iteration < self.train_iters and not self.objective.is_over():
-                if stopped := any_rank(stop.received, self.topology, log.failure):
-                    break
-                self._advance(log)
-                if self._save_is_due():
-                    saved_at = self._save(log)
-            if checkpoint.save and saved_at != self.iteration:
-                self._save(log)
+                self._export(log, checkpoint_folder(self.folder, self.iteration))
+            try:
+                stopped = self._train(stop, log, saver)
+            except UserError as error:
+                if saver is not None:
+                    saver.finish_after(error)
+                raise
+            if saver is not None:
+                saver.end(self.iteration, self.state, is_stopped=stopped)
             any_rank(False, self.topology, log.failure)
             end = "stopped by SIGTERM" if stopped else "finished"
             log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
+
+    def _saver(self, log: Log, lease: FolderLease | None) -> Saver:
+        """What saves the run, told what is saved already."""
+        saver = Saver(self.config.run, self.engine, log, lease, functools.partial(self._export, log))
+        # Before the first step there is nothing to save: the command that started the run starts it anew.
+        is_saved = self.config.run.checkpoint.continues_in_place or not self.iteration
+        saver.begin(self.iteration, self.train_iters, is_saved=is_saved)
+        return saver
+
+    def _train(self, stop: StopSignal, log: Log, saver: Saver | None) -> bool:
+        """Make the steps that are left; whether a SIGTERM came before their end."""
+        while self.iteration < self.train_iters and not self.objective.is_over():
+            if any_rank(stop.received, self.topology, log.failure):
+                return True
+            self._advance(log)
+            if saver is not None:
+                saver.after_step(self.iteration, self.state)
+        return False
 
     def _advance(self, log: Log) -> None:
         """A step, and its lines in the log."""
@@ -253,10 +269,6 @@ class Trainer:
         """What a checkpoint stores besides weights and optimizer."""
         return whole_state(self.config, self.vocabulary, self.objective, self.iteration)
 
-    def _save_is_due(self) -> bool:
-        every = self.config.run.checkpoint.save_interval
-        return every is not None and self.iteration % every == 0
-
     def _export_is_missing(self) -> bool:
         """Whether the checkpoint that the run goes on from was not exported any more before a kill."""
         if not self.config.run.checkpoint.export_hf_at_save:
@@ -264,19 +276,7 @@ class Trainer:
         export = checkpoint_folder(self.folder, self.iteration) / ASSETS
         return not on_first_rank(export.is_dir, self.topology)
 
-    def _save(self, log: Log) -> int:
-        begin = time.perf_counter()
-        if self.lease is not None:
-            self.lease.check()
-        on_first_rank(log.sync, self.topology)
-        with self.topology.watch.phase("saving a checkpoint", slow=True):
-            folder = save_checkpoint(self.engine, self.folder, self.iteration, self.state())
-        log.say(f"saved {folder} ({time.perf_counter() - begin:.1f} s)")
-        if self.config.run.checkpoint.export_hf_at_save:
-            self._export(folder, log)
-        return self.iteration
-
-    def _export(self, folder: Path, log: Log) -> None:
+    def _export(self, log: Log, folder: Path) -> None:
         begin = time.perf_counter()
         with self.topology.watch.phase("exporting", slow=True):
             report = export_hf(

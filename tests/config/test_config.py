@@ -114,6 +114,7 @@ OTHER_VALUES = {
     "save": "on",
     "load": "1e5",
     "on_damaged_checkpoint": "older",
+    "async_save": False,
     "wandb_project": "null",
 }
 """Legal together. Fields that are not named get their default + 1, and booleans their opposite."""
@@ -159,7 +160,8 @@ def configs():
         "template_date": "2024-07-26",
         "prompt_control_tokens": "text",
     }
-    third = parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less, **prompts)
+    saves = {"save": "run", "async_save": True}
+    third = parse(forking_token_format="text", lr_warmup_iters=3, **streams, **less, **prompts, **saves)
     return [parse(), unusual_config(), third]
 
 

@@ -113,6 +113,12 @@ REFUSED = [
     ({"adam_eps": 0}, "--adam-eps"),
     ({"save_interval": 5}, "--save-interval"),
     ({"save": "run", "save_interval": 0}, "--save-interval 0"),
+    ({"keep_last": 2}, "--keep-last"),
+    ({"save": "run", "keep_last": 0}, "--keep-last 0"),
+    ({"save": "run", "save_interval": 5, "keep_every": 10}, "--keep-every has no use without --keep-last"),
+    ({"save": "run", "keep_last": 1, "keep_every": 10}, "--keep-every 10 must be a multiple of --save-interval"),
+    ({"save": "run", "save_interval": 4, "keep_last": 1, "keep_every": 10}, "--keep-every 10 must be a multiple"),
+    ({"save": "run", "async_save": True, "export_hf_at_save": True}, "--export-hf-at-save does not go with"),
     ({"finetune": True}, "--finetune"),
     ({"eval_interval": 5}, "--eval-interval"),
     ({"eval_questions": 0}, "--eval-questions 0"),
@@ -141,6 +147,8 @@ LEGAL = [
     {"hidden_size": 66, "kv_channels": 16},
     {"eval_interval": 5, "eval_data_path": "held_out.jsonl"},
     {"save": "run", "save_interval": 5},
+    {"save": "run", "save_interval": 5, "keep_last": 1, "keep_every": 10},
+    {"save": "run", "keep_last": 3, "save_optim": False, "async_save": True},
     {"load": "run", "finetune": True},
 ]
 

@@ -35,39 +35,54 @@ def digests(run):
     }
 
 
-def outcome(ranks, *arguments):
+def outcome(ranks, body, *arguments):
     """(status, stdout, stderr, operations) of every rank, or None where a rank was killed."""
     try:
-        return run_ranks(ranks, run_with_fault, *arguments, timeout=240)
+        return run_ranks(ranks, body, *arguments, timeout=240)
     except RankFailure as failure:
         assert "died with exit code -9" in str(failure), failure
         return None
 
 
-def kill_and_repeat(folder, command, ranks, words_of, logs_of, seed):
+def kill_and_repeat(
+    folder, command, ranks, words_of, logs_of, seed, *, count=CASES, body=run_with_fault, among=None, between=None
+):
     """Runs beside an uninterrupted one, each killed once and then repeated by the same command.
 
     Args:
         words_of: (run folder, whether it has a checkpoint) to a command line.
         logs_of: a run folder to its logs without times.
+        count: how many.
+        body: what runs a command with a fault.
+        among: which operations may be drawn, by all that there are of a rank; each is tried once, where there are no
+            more of them than `count`.
+        between: looks at a run folder after the kill.
     """
     whole = folder / "whole"
-    results = run_ranks(ranks, run_with_fault, command, words_of(whole, False), str(whole), timeout=240)
+    results = run_ranks(ranks, body, command, words_of(whole, False), str(whole), timeout=240)
     assert [status for status, *_ in results] == [0] * ranks, results[0][2]
-    operations = [len(done) for *_, done in results]
+    places = [
+        (rank, at) for rank, (*_, done) in enumerate(results) for at in (among(done) if among else range(len(done)))
+    ]
     draw, killed = random.Random(seed), 0
-    for case in range(CASES):
+    drawn = draw.sample(places, min(count, len(places)))
+    for case, (rank, at) in enumerate(drawn):
         run = folder / f"run {case}"
-        rank = draw.choices(range(ranks), weights=operations)[0]
-        at = draw.randrange(operations[rank])
         where = f"rank {rank}, operation {at}: {results[rank][-1][at]}"
-        killed += outcome(ranks, command, words_of(run, False), str(run), rank, at) is None
-        again = outcome(ranks, command, words_of(run, latest_checkpoint(run) is not None), str(run))
+        killed += outcome(ranks, body, command, words_of(run, False), str(run), rank, at) is None
+        if between is not None:
+            between(run, where)
+        again = outcome(ranks, body, command, words_of(run, latest_checkpoint(run) is not None), str(run))
         assert [status for status, *_ in again] == [0] * ranks, (where, again[0][2])
         assert logs_of(run) == logs_of(whole), where
         assert digests(run) == digests(whole), where
-    assert killed >= 0.8 * (CASES - 1)
-    tell(f"kills, {command} on {ranks}", CASES, f"{killed} came in time, all ended the same")
+    assert killed >= 0.8 * (len(drawn) - 1)
+    return len(drawn), killed
+
+
+def tell_kills(what, ranks, outcome_of):
+    tried, killed = outcome_of
+    tell(f"kills, {what} on {ranks}", tried, f"{killed} came in time, all ended the same")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,7 +96,7 @@ def test_set_training_with_exports(tmp_path, layout):
     def words_of(run, resumes):
         return flags(RUN | data | overrides | {"save": run} | ({"load": run} if resumes else {}))
 
-    kill_and_repeat(tmp_path, "train", ranks, words_of, logs, layout)
+    tell_kills("train", ranks, kill_and_repeat(tmp_path, "train", ranks, words_of, logs, layout))
 
 
 def test_policy_learning(tmp_path):
@@ -94,4 +109,4 @@ def test_policy_learning(tmp_path):
             tmp_path / "models", inputs, run, *more, load=run if resumes else None, steps=6
         )  # saves after steps 5 and 6
 
-    kill_and_repeat(tmp_path, "gfpo", 1, words_of, policy_programs.logs, "gfpo")
+    tell_kills("gfpo", 1, kill_and_repeat(tmp_path, "gfpo", 1, words_of, policy_programs.logs, "gfpo"))

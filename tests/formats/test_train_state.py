@@ -97,3 +97,9 @@ def test_damaged_states_are_one_line(tmp_path, text, said):
     assert str(error.value).startswith(f"{path}: ") and said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         read_train_state(tmp_path / "absent.json")
+
+
+def test_a_run_may_have_saved_its_weights_alone(tmp_path):
+    path = tmp_path / "train_state.json"
+    path.write_text(json.dumps(SSFT | {"has_optimizer": False}))
+    assert type(read_train_state(path)) is SSFTState and not read_train_state(path).has_optimizer

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests.helpers.captured import run_captured
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 """Audit events of operations that change a folder; opening a file to write is one more."""
+TENSOR = "tests.tensor"
+"""Raised by `tensors_as_operations` before a tensor of a checkpoint is written."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -31,6 +34,30 @@ def command_main(command: str, words: list[str]) -> Callable[[], int]:
     return main
 
 
+def tensors_as_operations(seconds=0.0):
+    """From now on every tensor that is written into a checkpoint is an operation of its own.
+
+    Args:
+        seconds: it takes this long, so that training gets ahead of a save in the background.
+    """
+    from torch.distributed.checkpoint import filesystem
+
+    real = filesystem._write_item
+
+    def write(transforms, stream, *args, **kwargs):
+        sys.audit(TENSOR, stream.name)
+        time.sleep(seconds)
+        return real(transforms, stream, *args, **kwargs)
+
+    filesystem._write_item = write
+
+
+def run_slowly_with_fault(*args, **kwargs):
+    """`run_with_fault` with a slow disk; tensors are operations too."""
+    tensors_as_operations(0.005)
+    return run_with_fault(*args, **kwargs)
+
+
 def run_with_fault(command, words, folder, rank=None, at=None, fault="kill"):
     """Run a command on this rank, with a fault at its file operation number `at` (from 0) in `folder` or below.
 
@@ -45,7 +72,9 @@ def run_with_fault(command, words, folder, rank=None, at=None, fault="kill"):
     here, pid = os.path.realpath(folder), os.getpid()
 
     def watch(event, arguments):
-        if event not in CHANGES and not (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES):
+        if event not in (*CHANGES, TENSOR) and not (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
+        ):
             return
         path = arguments[0]
         if not isinstance(path, str | bytes | os.PathLike) or not watching:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +12,7 @@ from megatron_ssft.config import CheckpointConfig
 from megatron_ssft.errors import DamagedCheckpoint, UserError
 from megatron_ssft.formats.checkpoint_damage import first_sound, outer_damage, pass_over
 from megatron_ssft.formats.manifest import find_wrong_content, read_manifest
+from megatron_ssft.formats.read_mark import reading
 from megatron_ssft.formats.run_folder import checkpoints_from_newest
 from megatron_ssft.parallel.checkpoint.pickle_scan import refuse_unusable
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank
@@ -27,6 +30,14 @@ class CheckpointChoice:
         self._candidates: dict[Path, list[int]] = {}
         """Of a run, from the newest; those that were passed over are left out."""
         self._chosen: dict[Path, int] = {}
+        self._marks = contextlib.ExitStack()
+        """On runs that another job may be writing, from the choice to the end of the loading."""
+
+    def _begin_reading(self, run: Path) -> None:
+        save = self._checkpoint.save
+        if self._topology.is_first_rank and not (save is not None and Path(save).resolve() == run.resolve()):
+            atexit.register(self._marks.close)  # a start that is refused leaves none behind
+            self._marks.enter_context(reading(run))
 
     def of(self, run: Path) -> int:
         """Iteration of the checkpoint to load, compared with its manifest; says what was passed over.
@@ -37,6 +48,7 @@ class CheckpointChoice:
         if run not in self._chosen:
             is_first_look = run not in self._candidates
             if is_first_look:
+                self._begin_reading(run)
                 self._candidates[run] = on_first_rank(lambda: checkpoints_from_newest(run), self._topology)
             self._chosen[run] = first_sound(
                 run,
@@ -57,14 +69,15 @@ class CheckpointChoice:
 
         What no checksum tells, such as NaN that was saved, is found only while it is loaded. Raises UserError.
         """
-        while True:
-            iteration = self.of(run)
-            try:
-                return work(iteration)
-            except DamagedCheckpoint as error:  # on all ranks alike
-                pass_over(str(error), may_pass_over=self._may_pass_over, say=self._say)
-                del self._chosen[run]
-                self._candidates[run] = [older for older in self._candidates[run] if older < iteration]
+        with self._marks:
+            while True:
+                iteration = self.of(run)
+                try:
+                    return work(iteration)
+                except DamagedCheckpoint as error:  # on all ranks alike
+                    pass_over(str(error), may_pass_over=self._may_pass_over, say=self._say)
+                    del self._chosen[run]
+                    self._candidates[run] = [older for older in self._candidates[run] if older < iteration]
 
     @property
     def _may_pass_over(self) -> bool:
