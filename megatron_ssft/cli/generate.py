@@ -94,12 +94,12 @@ class GenerateFlags:
     """hf: compute a prompt once for all of its samples."""
     tensor_parallel_size: Annotated[int, Flag(group=BACKEND)] = 1
     """vllm: GPUs."""
-    base_url: Annotated[str | None, Flag(metavar="URL", group=BACKEND)] = None
-    """openai: the server, such as http://localhost:8000/v1."""
+    base_url: Annotated[tuple[str, ...], Flag(metavar="URL", group=BACKEND)] = ()
+    """openai: the server, such as http://localhost:8000/v1, or several of the same model, which share the work."""
     served_model: Annotated[str | None, Flag(metavar="NAME", group=BACKEND)] = None
     """openai: the model's name, if the server has several."""
     concurrency: Annotated[int, Flag(group=BACKEND)] = 16
-    """openai: requests under way."""
+    """openai: requests under way, at each server."""
     timeout: Annotated[float, Flag(group=BACKEND)] = 3600.0
     """openai: seconds that one attempt of a request may take in all, from the connection to the last byte."""
     retries: Annotated[int, Flag(group=BACKEND)] = 5

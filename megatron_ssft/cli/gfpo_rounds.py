@@ -63,12 +63,12 @@ class GfpoRoundsFlags:
     """Samples per question and tag."""
     backend: Annotated[Literal["hf", "openai", "vllm"], Flag(group=MEASURING)] = "hf"
     """Backend of the generation, as for `generate`."""
-    base_url: Annotated[str | None, Flag(metavar="URL", group=MEASURING)] = None
-    """openai: the server, such as http://localhost:8000/v1."""
+    base_url: Annotated[tuple[str, ...], Flag(metavar="URL", group=MEASURING)] = ()
+    """openai: the server, such as http://localhost:8000/v1, or several, which share the questions."""
     serve: Annotated[str | None, Flag(metavar="COMMAND", group=MEASURING)] = None
-    """Starts the server; {model} stands for the folder."""
+    """Starts the server or all of them; {model} stands for the folder."""
     serve_timeout: Annotated[float, Flag(metavar="SECONDS", group=MEASURING)] = 1800.0
-    """Seconds until the server answers."""
+    """Seconds until every server answers."""
     generate_args: Annotated[str, Flag(metavar="FLAGS", group=MEASURING)] = ""
     """Further flags of `generate`; with = if it is one word."""
     score_args: Annotated[str, Flag(metavar="FLAGS", group=MEASURING)] = ""

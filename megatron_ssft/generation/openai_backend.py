@@ -8,12 +8,11 @@ the first. Servers with a prefix cache compute the prompt once all the same.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_ssft.errors import UserError
+from megatron_ssft.generation.asking import ask_all
 from megatron_ssft.generation.backend import Until, shortest_start
 from megatron_ssft.generation.http_client import HttpClient, Refused, RequestFailed, Unusable
 from megatron_ssft.generation.model_folder import ModelFolder
@@ -54,7 +53,8 @@ class OpenAIBackend:
         `seeks_tags`: which tag the model writes is to be read from the answers. Raises UserError, for a server whose
         answers do not tell it as well.
         """
-        self._model, self._sampling, self._client, self._concurrency = model, sampling, client, concurrency
+        self._model, self._sampling, self._client, self._log = model, sampling, client, log
+        self.concurrency = concurrency
         self._own = OwnTags(model.tags, model.tokenizer) if model.tags is not None else None
         self._answered = 0
         self._served_model = _choose_model(client, served_model, log)
@@ -72,6 +72,19 @@ class OpenAIBackend:
             self._check_tags_show(lost_tags)
 
     @property
+    def url(self) -> str:
+        return self._client.base_url
+
+    @property
+    def temperature(self) -> float:
+        return self._sampling.temperature
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether it waits for nothing any more."""
+        return self._client.stopped.is_set()
+
+    @property
     def origin(self) -> Origin:
         """Name what shapes the samples besides the sampling settings."""
         return {
@@ -83,22 +96,30 @@ class OpenAIBackend:
     @property
     def chunk_size(self) -> int:
         """Questions that are worth handing over together."""
-        return 8 * self._concurrency
+        return 8 * self.concurrency
 
     def load(self) -> None:
         """Nothing: the server has the model."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generated | Failed]:
         """Yield the samples in the order in which the server answers. Raises UserError."""
-        if not self._dialect.sends_ids:
-            for request in requests:
-                self._prompt_text(request)  # refused before the server works
+        self.check_prompts(requests)
         yield from self._ask_all(requests, self._sampling.temperature)
 
     def greedy(self, requests: Sequence[Request], until: Until) -> Mapping[str, tuple[int, ...] | Failed]:
         """Map questions to greedy tokens up to where `until` became true of them."""
+        return self.starts(self._ask_all(requests, 0.0), until)
+
+    def check_prompts(self, requests: Sequence[Request]) -> None:
+        """Refuse, before the server works, a prompt that it cannot be given. Raises UserError."""
+        if not self._dialect.sends_ids:
+            for request in requests:
+                self._prompt_text(request)
+
+    def starts(self, samples: Iterable[Generated | Failed], until: Until) -> dict[str, tuple[int, ...] | Failed]:
+        """Map questions to the tokens of their samples up to where `until` became true of them."""
         starts: dict[str, tuple[int, ...] | Failed] = {}
-        for done in self._ask_all(requests, 0.0):
+        for done in samples:
             if isinstance(done, Failed):
                 starts[done.request.id] = done
                 continue
@@ -112,38 +133,14 @@ class OpenAIBackend:
         return starts
 
     def _ask_all(self, requests: Sequence[Request], temperature: float) -> Iterator[Generated | Failed]:
-        """Yield the answers as they come, `concurrency` questions under way at a time."""
-        over = threading.Event()
-        waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        done: queue.SimpleQueue[Generated | Failed | Exception] = queue.SimpleQueue()
-        for request in requests:
-            waiting.put(request)
+        return ask_all([self], requests, temperature, self._log)
 
-        def work() -> None:
-            while not over.is_set():
-                try:
-                    done.put(self._ask(waiting.get_nowait(), temperature))
-                except queue.Empty:
-                    return
-                except Exception as error:  # noqa: BLE001  raised again where it is looked at
-                    done.put(error)
-                    return
+    def give_up(self) -> None:
+        """Try nothing again any more."""
+        self._client.stopped.set()
 
-        for _ in range(min(self._concurrency, len(requests))):
-            # Daemons: an answer that is still awaited when the program gives up must not keep it alive.
-            threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in requests:
-                result = done.get()
-                if isinstance(result, Exception):
-                    self._client.stopped.set()
-                    raise result
-                yield result
-        finally:
-            over.set()
-
-    def _ask(self, request: Request, temperature: float) -> Generated | Failed:
-        """Get one sample, or the reason why there is none. Raises UserError where the server gives nobody any."""
+    def ask(self, request: Request, temperature: float) -> Generated | Failed:
+        """Get one sample, or the reason why there is none. Raises RequestFailed where the server gives nobody any."""
         before = self._answered
         body = self._body(self._dialect, request, temperature, request.limit)
         try:

@@ -66,7 +66,7 @@ class Options:
     dtype: str | None = None
     share_prompt: bool = True
     tensor_parallel_size: int = 1
-    base_url: str | None = None
+    base_url: tuple[str, ...] = ()
     served_model: str | None = None
     concurrency: int = 16
     timeout: float = 3600.0
@@ -80,8 +80,10 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
         if self.retries < 0:
             raise UserError(f"--retries {self.retries}: must not be negative")
-        if (self.base_url is not None) != (self.backend == "openai"):
+        if bool(self.base_url) != (self.backend == "openai"):
             raise UserError("--backend openai and --base-url go together; give both or neither")
+        if len(set(self.base_url)) < len(self.base_url):
+            raise UserError("--base-url: names a server twice; give each once")
 
 
 @dataclass
@@ -228,17 +230,24 @@ def make_backend(options: Options, model: ModelFolder, console: Console) -> Back
         )
     from megatron_ssft.generation.http_client import HttpClient
     from megatron_ssft.generation.openai_backend import OpenAIBackend
+    from megatron_ssft.generation.openai_servers import OpenAIServers
 
-    assert options.base_url is not None  # as Options checks
-    return OpenAIBackend(
-        model,
-        options.sampling,
-        HttpClient(options.base_url, options.timeout, options.retries),
-        served_model=options.served_model,
-        concurrency=options.concurrency,
-        log=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-        seeks_tags=options.tags in OWN_MODES,
-    )
+    def log(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    servers = [
+        OpenAIBackend(
+            model,
+            options.sampling,
+            HttpClient(url, options.timeout, options.retries),
+            served_model=options.served_model,
+            concurrency=options.concurrency,
+            log=log,
+            seeks_tags=options.tags in OWN_MODES,
+        )
+        for url in options.base_url
+    ]
+    return servers[0] if len(servers) == 1 else OpenAIServers(servers, log)
 
 
 def sampling_record(options: Options, model: ModelFolder, plan: TagPlan, backend: Backend) -> SamplingRecord:

@@ -17,7 +17,7 @@ SEEDS_BETWEEN_ROUNDS = 1000
 _OWN_FLAGS = {
     "generate": "--model --data --output --limit --tags --samples-per-tag --samples --seed --backend --base-url",
     "score": "--data --verifier --output --rewards",
-    "train": "--load --reference --rewards --data --eval-data --save --train-iters --lr --seed --config --dry-run",
+    "train": "--load --reference --rewards --data --eval-data --save --train-iters --lr --seed --dry-run",
     "export": "",
 }
 """Flags that the loop itself gives to the programs; --generate-args and the like may not."""
@@ -70,7 +70,7 @@ class Options:
     eval_data: Path | None = None
     seed: int = 1234
     backend: str = "hf"
-    base_url: str | None = None
+    base_url: tuple[str, ...] = ()
     serve: str | None = None
     serve_timeout: float = 1800.0
     nproc: int | None = None
@@ -89,7 +89,7 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be positive")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: must not be negative")
-        if (self.base_url is not None) != (self.backend == "openai"):
+        if bool(self.base_url) != (self.backend == "openai"):
             raise UserError("--backend openai and --base-url go together; give both or neither")
         if self.serve is not None:
             if self.backend != "openai":
@@ -221,7 +221,7 @@ class Commands:
         ]  # fmt: skip
 
     def generate_command(self, round_: Round, model: Path) -> list[str]:
-        server = [] if self.options.base_url is None else ["--base-url", self.options.base_url]
+        server = ["--base-url", *self.options.base_url] if self.options.base_url else []
         return _words(sys.executable, *self.tools.generate, *self.generate_arguments(round_, model), *server)
 
     def score_command(self, round_: Round) -> list[str]:

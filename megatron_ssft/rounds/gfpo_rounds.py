@@ -204,7 +204,7 @@ class Loop:
         log = round_.folder / "server.log"
         _say(round_, "server", server)
         try:
-            with serving(self.children, server, str(options.base_url), log, options.serve_timeout) as watch:
+            with serving(self.children, server, options.base_url, log, options.serve_timeout) as watch:
                 self._generate_by(command, round_, stages, watch)
         finally:
             self.children.sweep()

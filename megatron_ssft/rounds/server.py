@@ -1,4 +1,4 @@
-"""A server of the current weights for the time of one generation."""
+"""A server of the current weights, or several, for the time of one generation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import socket
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_ssft.errors import UserError
@@ -34,21 +34,24 @@ def server_command(template: str, model: Path) -> list[str]:
 
 @contextlib.contextmanager
 def serving(
-    children: Children, command: list[str], base_url: str, log: Path, timeout: float
+    children: Children, command: list[str], base_urls: Sequence[str], log: Path, timeout: float
 ) -> Iterator[Callable[[], None]]:
-    """The server runs and answers inside the `with` block, and is gone after it.
+    """What `command` starts runs and answers at every URL inside the `with` block, and is gone after it.
 
-    Yields a function that raises StageFailure as soon as the server has ended. What the server prints is appended to
-    `log`; `timeout`: seconds from its start to its first answer.
+    Yields a function that raises StageFailure as soon as the command has ended. What it prints is appended to `log`;
+    `timeout`: seconds from its start to the first answer of each.
 
     Raises:
-        UserError: something else answers at `base_url`, which would be asked in its place; or no answer in time.
-        StageFailure: the server ended.
+        UserError: something else answers at a URL, which would be asked in its place; or no answer in time.
+        StageFailure: the command ended.
         Stopped: the loop is to stop.
     """
-    client = HttpClient(base_url, timeout=10.0, retries=0)
-    if _is_taken(client.base_url):
-        raise UserError(f"{client.base_url}: something is there already; end it, or give --serve and --base-url a port")
+    waiting = [HttpClient(base_url, timeout=10.0, retries=0) for base_url in base_urls]
+    for client in waiting:
+        if _is_taken(client.base_url):
+            raise UserError(
+                f"{client.base_url}: something is there already; end it, or give --serve and --base-url a port"
+            )
     with open(log, "ab") as output:
         begin = output.tell()
         server = children.start(command, output)
@@ -64,12 +67,13 @@ def serving(
 
     try:
         deadline = time.monotonic() + timeout
-        while True:
+        while waiting:
             check()
             raise_if_stopped(children.stop, "while the server started")
             try:
-                client.get("/models")
-                break
+                waiting[0].get("/models")
+                waiting.pop(0)
+                continue
             except UserError as error:
                 if time.monotonic() > deadline:
                     said, reason = _tail(log, begin), str(error).partition(" (1 attempts)")[0]

@@ -43,6 +43,8 @@ class Server(ThreadingHTTPServer):
         """Seed of a request -> what it gets instead of an answer, every time."""
         self.models_trouble = None
         """What the list of models gets instead of an answer, every time."""
+        self.delay = 0.0
+        """Seconds before each answer."""
         self.down_until = 0.0
         """Until then (time.monotonic) connections are closed as they come: the server is starting again."""
         self.trouble = list(trouble)
@@ -100,6 +102,7 @@ class Handler(BaseHTTPRequestHandler):
                 server.under_way -= 1
 
     def answer(self, server, body, trouble):
+        time.sleep(server.delay)
         if callable(trouble):
             trouble(self)
         elif set(body) - server.takes:
