@@ -49,6 +49,7 @@ class Saver:
             self._retention = Retention(self._folder, config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._saved_at: int | None = None
         self._is_whole = True
+        self._exports = True
         self._pending: CheckpointSave | None = None
         self._begun = 0.0
 
@@ -71,8 +72,12 @@ class Saver:
             self._save(iteration, state(), has_optimizer=self._checkpoint.save_optim, waits=False)
 
     def end(self, iteration: int, state: Callable[[], RunState], *, is_stopped: bool) -> None:
-        """Leave a checkpoint of the last step behind; where the run is to go on, one with the optimizer."""
+        """Leave a checkpoint of the last step behind; where the run is to go on, one with the optimizer.
+
+        Who stops a run gives it seconds, which a save may need and an export not take: that is made when it goes on.
+        """
         self.finish()
+        self._exports = not is_stopped
         is_whole = self._checkpoint.save_optim or is_stopped
         if self._saved_at != iteration or (is_whole and not self._is_whole):
             if is_whole and not self._checkpoint.save_optim:
@@ -96,8 +101,10 @@ class Saver:
             folder = pending.finish()
         background = " in the background" if self._checkpoint.async_save else ""
         self._log.say(f"saved {folder} ({time.perf_counter() - self._begun:.1f} s{background})")
-        if self._checkpoint.export_hf_at_save:
+        if self._checkpoint.export_hf_at_save and self._exports:
             self._export(folder)
+        elif self._checkpoint.export_hf_at_save:
+            self._log.say(f"{folder} is exported when the run goes on")
         self._thin(pending.iteration)
 
     def finish_after(self, error: UserError) -> None:

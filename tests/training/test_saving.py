@@ -184,6 +184,24 @@ def test_a_stop_waits_for_the_save_under_way(data, plain, tmp_path):
     assert logs(run) == logs(plain[0])
 
 
+def test_a_stop_saves_and_the_export_follows_when_the_run_goes_on(data, tmp_path):
+    """Who stops a run gives it seconds. Exports at saves before and at the end are made as ever."""
+    run = tmp_path / "run"
+    values = SAVES | data | {"save": run, "export_hf_at_save": True, "save_interval": 4}
+    words = [*flags(values), "--no-verify-hf"]
+    ((stopped,),) = run_ranks(1, start_and_stop, 5, words)
+    exports = {path.parent.name for path in run.glob("iter_*/hf")}
+    assert stopped[0] == 0 and exports == {"iter_0000004"}, stopped
+    assert f"{run / 'iter_0000005'} is exported when the run goes on" in stopped[1]
+    ((again,),) = run_ranks(1, start_each, [[*words, "--load", str(run)]])
+    assert again[0] == 0, again
+    assert {path.parent.name for path in run.glob("iter_*/hf")} == {"iter_0000004", "iter_0000005", "iter_0000006"}
+
+
+def start_and_stop(steps, words):
+    return [stop_after(steps, words)]
+
+
 # -- no room ---------------------------------------------------------------------------------------------------------
 
 
