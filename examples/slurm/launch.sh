@@ -1,83 +1,79 @@
 #!/usr/bin/env bash
-# Runs the trainer as one srun step of a SLURM job, one task per GPU, and lets the job go on after its time limit.
-# The batch scripts beside this file call it; its arguments are the trainer's flags.
+# Trains as one srun step of a SLURM job, one task per GPU. The batch scripts beside this file call it; its arguments are
+# the trainer's flags, and override the recipe's.
 #
-#   USR1 (sent by `#SBATCH --signal=B:USR1@300`): the trainer saves a checkpoint and ends, the job is requeued.
-#   TERM (scancel, preemption): the trainer saves a checkpoint and ends; whether the job runs again is SLURM's decision.
+#   MODEL=Qwen2.5-32B-Instruct DATA=sets.jsonl RUN_DIR=runs/32b sbatch examples/slurm/multi_node.sbatch --lr 2e-5
+#
+# Before the time limit the run saves a checkpoint and the job is requeued; it goes on from there. Where a rank or a node
+# is lost it is tried again. A job array trains in RUN_DIR/task_ID, and {task} in an argument stands for that ID.
 #
 # Environment:
-#   DATA, TOKENIZER, RUN_DIR  JSONL file, tokenizer folder, folder of the run (on a file system that all nodes share)
-#   SSFT_HOME                 this repository; default: the folder the job was submitted from
-#   PYTHON                    interpreter; default: python
-#   CONTAINER_IMAGE           run in this image (pyxis: an image URI or a .sqsh file)
-#   CONTAINER_MOUNTS          mounts beside those of the folders above, as pyxis writes them: SRC:DST,SRC:DST
+#   MODEL             Hugging Face folder: weights, tokenizer, shape
+#   DATA              JSONL file to train on; more of them: --data-path FILE
+#   EVAL_DATA         JSONL file of held-out questions [none]
+#   RUN_DIR           folder of the run, on a file system that all nodes share
+#   RECIPE            YAML file of settings; default: as the batch script says
+#   SSFT_HOME         this repository; default: the folder the job was submitted from
+#   PYTHON            interpreter [python]
+#   MAX_RESTARTS      how often the job goes on after a failure, over all its requeues [3]; never after bad input
+#   STOP_MARGIN       seconds before the time limit at which ranks that are still saving are killed [20]
+#   LOG_DIR           folder of the ranks' logs [RUN_DIR/slurm/logs]
+#   CONTAINER_IMAGE   run in this image: for pyxis a URI or .sqsh file, for enroot a .sqsh file, for apptainer a .sif file
+#   CONTAINER_RUNTIME pyxis, enroot or apptainer [pyxis]
+#   CONTAINER_MOUNTS  mounts beside those of the folders above: SRC:DST,SRC:DST
 set -euo pipefail
 
 home=$(realpath "${SSFT_HOME:-$SLURM_SUBMIT_DIR}")
+model=$(realpath "${MODEL:?the Hugging Face folder to start from}")
 data=$(realpath "${DATA:?the JSONL file to train on}")
-tokenizer=$(realpath "${TOKENIZER:?the tokenizer folder}")
-mkdir -p "${RUN_DIR:?the folder of the run}"
-run=$(realpath "$RUN_DIR")
+recipe=$(realpath "${RECIPE:?the YAML file of settings}")
+folder=${RUN_DIR:?the folder of the run}${SLURM_ARRAY_TASK_ID:+/task_$SLURM_ARRAY_TASK_ID}
+mkdir -p "$folder"
+run=$(realpath "$folder")
+what="the trainer"
+# shellcheck source=examples/slurm/job.sh
+source "$home/examples/slurm/job.sh"
 
-# Rendezvous: every task derives its rank from SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS. The port depends on the job,
-# so jobs that share a node do not meet, and stays below the range from which kernels hand out ports.
-read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"  # keeps Megatron's overlapped kernels in order
-# Compiled kernels: many ranks writing to a home folder on a shared file system is slow and fails now and then.
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$SLURM_JOB_ID}"
-
-step=(srun --kill-on-bad-exit=1)
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
-    step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")  # srun does not take it over from sbatch
-fi
-if [[ -n ${CONTAINER_IMAGE:-} ]]; then
-    mounts=$home:$home,$run:$run,$tokenizer:$tokenizer,${data%/*}:${data%/*}
-    step+=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$home"
-        "--container-mounts=$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
-fi
-
-trainer=("${PYTHON:-python}" "$home/pretrain_ssft.py" "$@"
-    --data-path "$data" --tokenizer-model "$tokenizer" --save "$run")
-if [[ -e $run/latest_checkpointed_iteration.txt ]]; then
-    trainer+=(--load "$run" --no-finetune)  # whatever it started from, it goes on from its own checkpoint
-fi
-
-interrupted=
-requeue=
-stop() {
-    interrupted=yes
-    echo "launch.sh: got $1, asking the trainer to save and stop" >&2
-    # Without --batch or --full this reaches the tasks of the steps and not this shell. A TERM to the srun process would
-    # kill the step instead. It fails when SLURM cancels the job: the tasks then have their TERM already.
-    scancel --signal=TERM "$SLURM_JOB_ID" || echo "launch.sh: no running step to signal" >&2
-}
-on_usr1() {
-    requeue=yes
-    stop USR1
-}
-on_term() {
-    requeue=
-    trap '' USR1
-    stop TERM
-}
-trap on_usr1 USR1
-trap on_term TERM
-
-echo "launch.sh: ${step[*]} ${trainer[*]}"
-"${step[@]}" "${trainer[@]}" &
-srun_pid=$!
-while true; do
-    interrupted=
-    status=0
-    wait "$srun_pid" || status=$?
-    [[ -n $interrupted ]] || break  # a trap ends `wait` early, with the signal's status instead of srun's
+for argument; do
+    case $argument in
+        --save | --save=*) refuse "--save: is RUN_DIR, $run" ;;
+        --load | --load=*) refuse "--load: is MODEL, $model, until RUN_DIR holds a checkpoint" ;;
+        --config | --config=*) refuse "--config: is RECIPE, $recipe" ;;
+        *'{task}'*)
+            if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+                refuse "$argument: {task} stands for the id of a job array's task; submit with --array"
+            fi
+            ;;
+    esac
 done
 
-if [[ $status -eq 0 && -n $requeue ]]; then
-    echo "launch.sh: stopped cleanly, requeueing job $SLURM_JOB_ID" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+mounts=("$model" "${data%/*}" "${recipe%/*}")
+inputs=(--config "$recipe" --data-path "$data")
+if [[ -n ${EVAL_DATA:-} ]]; then
+    eval_data=$(realpath "$EVAL_DATA")
+    mounts+=("${eval_data%/*}")
+    inputs+=(--eval-data-path "$eval_data")
 fi
-exit "$status"
+
+ask_to_stop() {
+    # Without --batch or --full this reaches the tasks of the steps and not this shell. A TERM to the srun process would
+    # kill the step instead. It fails when SLURM cancels the job: the tasks then have their TERM already.
+    scancel --signal=TERM "$job" || say "no running step to signal"
+}
+kill_now() {
+    kill -TERM "$child" || true  # srun ends its step by force
+}
+
+while true; do
+    begin_attempt
+    step_words "${mounts[@]}"
+    trainer=("${PYTHON:-python}" "$home/pretrain_ssft.py" "${inputs[@]}" "${@//\{task\}/${SLURM_ARRAY_TASK_ID:-}}" --save "$run")
+    if [[ -e $run/latest_checkpointed_iteration.txt ]]; then
+        trainer+=(--load "$run" --no-finetune)  # whatever it started from, it goes on from its own checkpoint
+    else
+        trainer+=(--load "$model")
+    fi
+    printf '%s:' "$script" && printf ' %q' "${step[@]}" "${trainer[@]}" && echo
+    run_to_the_end "${step[@]}" "${trainer[@]}"
+    end_attempt || break
+done

@@ -1,0 +1,283 @@
+# shellcheck shell=bash
+# What launch.sh and gfpo_loop.sbatch share: where a job's files are, how its steps start, and how it ends.
+# Sourced, with `home` set to the repository's folder, `run` to the folder that the job writes to, and `what` to what runs.
+: "${home:?}" "${run:?}" "${what:?}"
+
+# For a task of a job array SLURM_JOB_ID alone would address it too, but for one of them it is the id of the whole array.
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
+script=${0##*/}
+records=$run/slurm
+attempts=$records/attempts-$job
+bad_input=$records/bad-input-$job
+max_restarts=${MAX_RESTARTS:-3}
+margin=${STOP_MARGIN:-20}  # seconds before the time limit at which a step that still has not ended is killed
+
+say() {
+    echo "$script: $*" >&2
+}
+
+refuse() {
+    say "$*"
+    exit 2
+}
+
+if [[ ! $max_restarts =~ ^[0-9]+$ ]]; then
+    refuse "MAX_RESTARTS=$max_restarts: is no number"
+fi
+if [[ ! $margin =~ ^[0-9]+$ ]]; then
+    refuse "STOP_MARGIN=$margin: is no number of seconds"
+fi
+
+# A field of what scontrol says: `field NodeAddr node n1`.
+field() {
+    scontrol show "$2" "$3" --oneliner | grep -o "\b$1=[^ ]*" | cut -d= -f2
+}
+
+# -- attempts ------------------------------------------------------------------------------------------------------------
+# A line `begin` for each start of the ranks, and one that says how it ended. They outlive a requeue, and a node that
+# takes the batch shell with it leaves a `begin` without an end, which counts as a failure.
+
+failures() {
+    awk '$1 == "begin" { n++ } $1 == "stopped" { n-- } END { print n + 0 }' "$attempts" 2>/dev/null || echo 0
+}
+
+begin_attempt() {
+    mkdir -p "$records/logs" "$records/flight"
+    if [[ $(failures) -gt $max_restarts ]]; then
+        say "$(failures) attempts of job $job failed, MAX_RESTARTS=$max_restarts allows no further one; see $attempts"
+        exit 1
+    fi
+    rm -f "$bad_input"
+    echo "begin $(date -Is) restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST" >> "$attempts"
+    attempt=$(grep -c '^begin' "$attempts")
+    # Rendezvous: every task derives its rank from the variables of its SLURM step. The port depends on the job and the
+    # attempt, so that none meets the remains of another, and stays below the range from which kernels hand out ports.
+    local first
+    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=$(field NodeAddr node "$first")  # its name need not be known to the resolver
+    MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * attempt) % 20000))
+    export MASTER_ADDR MASTER_PORT
+    # NCCL's flight recorder: what the ranks' last collectives were, written where one of them times out.
+    flight=$records/flight/$job.$attempt-rank
+    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-$TORCH_FR_BUFFER_SIZE}"  # its name before torch 2.9
+    export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$flight" TORCH_FR_DUMP_TEMP_FILE="$flight"
+    export SSFT_LOGS="${LOG_DIR:-$records/logs}/$job.$attempt" SSFT_BAD_INPUT="$bad_input"
+}
+
+name_dumps() {
+    local dumps=("$flight"*)
+    if [[ -e ${dumps[0]} ]]; then
+        say "a collective timed out; NCCL's flight recorder wrote ${#dumps[@]} files: $flight*" \
+            "(read them with torchfrtrace)"
+    fi
+}
+
+# -- settings of every step ------------------------------------------------------------------------------------------------
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"  # keeps Megatron's overlapped kernels in order
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # microbatches differ in length
+# Compiled kernels: many ranks writing to a home folder on a shared file system is slow and fails now and then.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$SLURM_JOB_ID}"
+
+# Words that start one task per GPU: `step_words MOUNT...` puts them into the array `step`. With CONTAINER_IMAGE the
+# tasks run in it, with the folders MOUNT, the run's and the repository's at their own paths, and with the variables of
+# the job rather than those of the image.
+step_words() {
+    step=(srun --kill-on-bad-exit=1)
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+        step+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")  # srun does not take it over from sbatch
+    fi
+    container_words "$@"
+    step+=("${outside[@]}" bash "$home/examples/slurm/rank.sh" "${inside[@]}")
+}
+
+# As step_words, into the arrays `outside` (options of srun) and `inside` (words before the program).
+container_words() {
+    outside=()
+    inside=()
+    if [[ -z ${CONTAINER_IMAGE:-} ]]; then
+        return 0
+    fi
+    local mount mounts=("$home:$home" "$run:$run") names=() name
+    for mount; do
+        mounts+=("$mount:$mount")
+    done
+    if [[ -n ${CONTAINER_MOUNTS:-} ]]; then
+        local further
+        IFS=, read -ra further <<< "$CONTAINER_MOUNTS"
+        mounts+=("${further[@]}")
+    fi
+    while IFS= read -r name; do
+        case $name in
+            MASTER_* | OMP_* | CUDA_* | NVIDIA_* | NCCL_* | TORCH* | PYTORCH_* | TRITON_* | NVTE_* | UCX_* | HF_* | WANDB_* | \
+                SSFT_* | SLURM_*)
+                names+=("$name") ;;
+        esac
+    done < <(compgen -e)
+    case ${CONTAINER_RUNTIME:-pyxis} in
+        pyxis)
+            local IFS=,
+            outside=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$home" "--container-mounts=${mounts[*]}"
+                "--container-env=${names[*]}")
+            ;;
+        enroot)
+            inside=(enroot start)
+            for mount in "${mounts[@]}"; do
+                inside+=(--mount "$mount")
+            done
+            # Those of the step differ from task to task, and are not set here yet.
+            for name in "${names[@]}" SLURM_STEP_ID SLURM_PROCID SLURM_LOCALID SLURM_NTASKS SLURM_NODEID; do
+                inside+=(--env "$name")
+            done
+            inside+=("$CONTAINER_IMAGE")
+            ;;
+        apptainer)
+            for name in "${names[@]}"; do
+                case $name in SLURM_*) ;; *) export "APPTAINERENV_$name=${!name}" ;; esac  # images have none of SLURM's
+            done
+            inside=(apptainer exec --pwd "$home")
+            if [[ -e /dev/nvidiactl ]]; then
+                inside+=(--nv)
+            fi
+            for mount in "${mounts[@]}"; do
+                inside+=(--bind "$mount")
+            done
+            inside+=("$CONTAINER_IMAGE")
+            ;;
+        *) refuse "CONTAINER_RUNTIME=$CONTAINER_RUNTIME: choose pyxis, enroot or apptainer" ;;
+    esac
+}
+
+# -- stops -----------------------------------------------------------------------------------------------------------------
+#   USR1 (sent by `#SBATCH --signal=B:USR1@300`, before the time limit): what runs saves and ends, the job is requeued.
+#   TERM (scancel, preemption): what runs saves and ends; whether the job runs again is SLURM's decision.
+
+stop=      # the signal that came
+killed=    # whether the step was killed since the time was over
+interrupted=
+child=
+killer=
+
+on_signal() {
+    interrupted=yes
+    if [[ $stop == TERM || $stop == "$1" ]]; then
+        return 0
+    fi
+    stop=$1
+    say "got $1, asking $what to save and stop"
+    ask_to_stop
+    if [[ $1 == USR1 ]]; then
+        kill_in_time
+    fi
+}
+
+# SLURM kills everything at the time limit, the batch shell too, and requeues nothing.
+kill_in_time() {
+    local end seconds
+    end=$(field EndTime job "$job")
+    if ! end=$(date -d "$end" +%s 2>/dev/null); then
+        return 0  # no time limit
+    fi
+    seconds=$((end - $(date +%s) - margin))
+    if ((seconds < 1)); then
+        seconds=1
+    fi
+    say "$what is killed in $seconds s if it has not ended by then; it goes on from its last checkpoint"
+    shell_pid=$BASHPID
+    (
+        trap - USR1 USR2
+        trap 'kill "$nap"; exit' TERM
+        sleep "$seconds" > /dev/null 2>&1 &
+        nap=$!
+        wait "$nap"
+        kill -USR2 "$shell_pid"
+    ) &
+    killer=$!
+}
+
+on_time_over() {
+    interrupted=yes
+    killed=yes
+    say "$what has not ended in time: killing it"
+    kill_now
+}
+
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
+trap on_time_over USR2
+
+# Answer the child's requests as long as it runs.
+until_it_ends() {
+    while kill -0 "$child" 2> /dev/null; do
+        answer_requests
+        sleep 0.5 &
+        wait $! || true
+    done
+}
+
+# Run WORDS to their end, whatever signals come; their status is in `status`.
+run_to_the_end() {
+    "$@" &
+    child=$!
+    while true; do
+        if [[ -n ${SSFT_REQUESTS:-} ]]; then
+            until_it_ends
+        fi
+        interrupted=
+        status=0
+        wait "$child" || status=$?
+        [[ -n $interrupted ]] || break  # a trap ends `wait` early, with the signal's status instead of the child's
+    done
+    child=
+    if [[ -n $killer ]]; then
+        kill "$killer" 2>/dev/null || true
+        killer=
+    fi
+}
+
+# What is to become of the job after an attempt. Returns where it is to be tried again in this allocation.
+end_attempt() {
+    name_dumps
+    local is_bad_input=
+    if [[ $status -eq 2 || -e $bad_input ]]; then
+        is_bad_input=yes  # a rank says what is wrong; SLURM's status may be that of another one, which was killed
+    fi
+    if [[ -n $is_bad_input ]]; then
+        echo "refused" >> "$attempts"
+        say "the input or a setting is at fault, see above; not tried again"
+        exit 2
+    fi
+    # 143: ended by TERM before it listened for it, so nothing was begun that could be lost.
+    if [[ -n $stop && ($status -eq 0 || $status -eq 143 || -n $killed) ]]; then
+        echo "stopped $(date -Is) by $stop, status $status" >> "$attempts"
+        if [[ $stop == USR1 ]]; then
+            say "stopped, requeueing job $job"
+            scontrol requeue "$job"
+            exit 0
+        fi
+        exit "$status"
+    fi
+    if [[ $status -eq 0 ]]; then
+        echo "finished $(date -Is)" >> "$attempts"
+        return 1
+    fi
+    echo "failed $(date -Is) status $status" >> "$attempts"
+    if [[ $stop == TERM ]]; then
+        exit "$status"
+    fi
+    if [[ $(failures) -gt $max_restarts ]]; then
+        say "status $status; $(failures) attempts failed, MAX_RESTARTS=$max_restarts allows no further one"
+        exit "$status"
+    fi
+    say "status $status; restart $(failures) of at most $max_restarts (MAX_RESTARTS)"
+    if [[ $stop == USR1 ]]; then
+        scontrol requeue "$job"
+        exit 0
+    fi
+}
