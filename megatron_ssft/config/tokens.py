@@ -66,7 +66,7 @@ class ForkingTokenConfig:
     """special (one added vocabulary entry each) or text (ordinary tokens, the published checkpoint's form)."""
     forking_token_template: str | None = None
     """Text of a tag, {i} counting from 1; default <think{i}>, for text <|im_start|><think{i}>\\n where the
-    tokenizer knows <|im_start|>."""
+    tokenizer knows <|im_start|>. A single tag needs no {i}."""
     forking_token_lr_mult: float = 1.0
     """Learning rate of the tags' own input rows, as a multiple of --lr (special only)."""
 
@@ -80,7 +80,10 @@ class ForkingTokenConfig:
             "so they have no rows of their own",
         )
         template = self.forking_token_template
-        require(template is None or "{i}" in template, "--forking-token-template must contain {i}")
+        require(
+            template is None or "{i}" in template or self.num_forking_tokens == 1,
+            "--forking-token-template must contain {i}, which tells several tags apart",
+        )
 
 
 @dataclass
