@@ -148,13 +148,15 @@ def _step_lines(
     ]
 
 
-def checkpoint_lines(config: RunConfig, vocabulary: Vocabulary, iteration: int, train_iters: int) -> list[str]:
-    """What the checkpoints of a run will take; nothing where it saves none."""
+def checkpoint_lines(
+    config: RunConfig, vocabulary: Vocabulary, iteration: int, train_iters: int, last_layers: int | None = None
+) -> list[str]:
+    """What the checkpoints of a run will take; nothing where it saves none. `last_layers`: those that train."""
     checkpoint = config.checkpoint
     if checkpoint.save is None:
         return []
     folder = Path(checkpoint.save).absolute()
     while not folder.exists():
         folder = folder.parent
-    size = estimate_size(config, vocabulary.size, len(vocabulary.tags.row_ids))
+    size = estimate_size(config, vocabulary.size, len(vocabulary.tags.row_ids), last_layers)
     return [space_line(checkpoint, size, iteration, train_iters, shutil.disk_usage(folder).free)]

@@ -39,7 +39,7 @@ def describe(config: GFPOConfig) -> str:
         f"ranks: {world_size}, data-parallel {world_size // config.run.parallel.model_parallel_size}",
         f"steps: {iters}, warm-up {warmup_iterations(config.run.training, iters)}",
         f"per step: {_step(config, inputs)}",
-        *checkpoint_lines(config.run, vocabulary, resumed_at or 0, iters),
+        *checkpoint_lines(config.run, vocabulary, resumed_at or 0, iters, config.policy.last_layers),
         *inputs.notes,
         *packages_lines(config.run),
     ]

@@ -52,6 +52,42 @@ def test_the_size_is_that_of_the_tensors(values, tmp_path, ranks, more):
     assert all(sizes == [expected, expected] for sizes in results), (results, expected)
 
 
+def sizes_with_frozen_layers(values, last_layers):
+    """(bytes by the shape, bytes by the model) where only the last layers train."""
+    from megatron_ssft.config import SSFTConfig
+    from megatron_ssft.config.flags import build_config
+    from megatron_ssft.parallel.checkpoint.checkpoint_size import estimate_size, measure_size
+    from megatron_ssft.parallel.engine import Engine
+    from megatron_ssft.parallel.topology import initialize_topology
+    from megatron_ssft.tokenizers.vocabulary import build_vocabulary
+
+    config = build_config(values, SSFTConfig)
+    vocabulary = build_vocabulary(config.run, config.start)
+    rows = vocabulary.tags.row_ids
+    engine = Engine(config.run, initialize_topology(config.run), vocabulary.size, rows)
+    engine.start(last_layers)
+    sizes = estimate_size(config.run, vocabulary.size, len(rows), last_layers), measure_size(engine)
+    return [(size.weights, size.optimizer) for size in sizes]
+
+
+@pytest.mark.parametrize("last_layers", [0, 1, 3, 9])
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (1, {}),
+        (1, {"untie_embeddings_and_output_weights": True, "normalization": "LayerNorm", "bf16": True}),
+        (1, {"untie_embeddings_and_output_weights": True, "forking_token_format": "text"}),
+        pytest.param(4, TP2_PP2 | {"untie_embeddings_and_output_weights": True}, marks=pytest.mark.slow),
+        pytest.param(4, TP2_PP2, marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_parameters_have_no_optimizer_state(values, ranks, more, last_layers):
+    if last_layers == 0 and more.get("forking_token_format") == "text":
+        pytest.skip("nothing would train")
+    for told, measured in run_ranks(ranks, sizes_with_frozen_layers, values | more, last_layers):
+        assert told == measured
+
+
 SIZE = CheckpointSize(weights=66 * 10**9, optimizer=393 * 10**9)
 
 
@@ -69,6 +105,7 @@ SIZE = CheckpointSize(weights=66 * 10**9, optimizer=393 * 10**9)
             "the last 1 stay and those of every 50 steps, 4 at once while the newest is written: 1.84 TB",
         ),
         ({"save_interval": 10, "save_optim": False}, 0, "66 GB each (weights 66 GB); 10 to be written"),
+        ({"export_hf_at_save": True}, 0, "525 GB each (weights 66 GB, optimizer 393 GB, export 66 GB); 1 to be"),
     ],
 )
 def test_what_a_run_needs_in_words(flags, iteration, told):

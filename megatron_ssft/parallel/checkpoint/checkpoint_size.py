@@ -42,16 +42,29 @@ def optimizer_bytes(config: RunConfig) -> int:
     return (3 if has_masters else 2) * _FLOAT32
 
 
-def estimate_size(config: RunConfig, vocab_size: int, tag_rows: int) -> CheckpointSize:
-    """The size where every parameter is trained, from the shape alone.
+def estimate_size(config: RunConfig, vocab_size: int, tag_rows: int, last_layers: int | None = None) -> CheckpointSize:
+    """The size from the shape alone.
 
     Args:
         vocab_size: entries in use, without padding.
         tag_rows: rows of tags of one token; the optimizer holds them beside the embedding.
+        last_layers: only so many layers and the tags' rows of the head are trained; None: every parameter is.
     """
     parameters = count_parameters(config, vocab_size)
-    trained = parameters + tag_rows * config.model.hidden_size
+    trained = _count_trained(config, vocab_size, tag_rows, last_layers)
     return CheckpointSize(parameters * weight_bytes(config), trained * optimizer_bytes(config))
+
+
+def _count_trained(config: RunConfig, vocab_size: int, tag_rows: int, last_layers: int | None) -> int:
+    """Parameters that the optimizer holds."""
+    m = config.model
+    rows = tag_rows * m.hidden_size
+    if last_layers is None:
+        return count_parameters(config, vocab_size) + rows
+    if m.untie_embeddings_and_output_weights and tag_rows:
+        rows = padded_vocab_size(vocab_size, config) * m.hidden_size  # the head is one tensor
+    norm = _norm_parameters(config) if last_layers else 0
+    return min(last_layers, m.num_layers) * _layer_parameters(config) + norm + rows
 
 
 def measure_size(engine: Engine) -> CheckpointSize:
@@ -75,19 +88,29 @@ def measure_size(engine: Engine) -> CheckpointSize:
 def count_parameters(config: RunConfig, vocab_size: int) -> int:
     """Parameters of the model, the vocabulary's padding and the norms with them."""
     m = config.model
+    tables = 2 if m.untie_embeddings_and_output_weights else 1
+    table = padded_vocab_size(vocab_size, config) * m.hidden_size
+    return m.num_layers * _layer_parameters(config) + tables * table + _norm_parameters(config)
+
+
+def _norm_parameters(config: RunConfig) -> int:
+    return (2 if config.model.normalization == "LayerNorm" else 1) * config.model.hidden_size
+
+
+def _layer_parameters(config: RunConfig) -> int:
+    m = config.model
     query, kv = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
     gated = 2 if m.swiglu else 1
     norm = 2 if m.normalization == "LayerNorm" else 1
     layer = m.hidden_size * (2 * query + 2 * kv) + m.hidden_size * m.ffn_hidden_size * (gated + 1)
-    layer += 2 * norm * m.hidden_size
+    layer += 2 * _norm_parameters(config)
     if m.qk_layernorm:
         layer += 2 * norm * m.kv_channels
     if m.add_bias_linear or m.add_qkv_bias:
         layer += query + 2 * kv
     if m.add_bias_linear:
         layer += 2 * m.hidden_size + gated * m.ffn_hidden_size
-    tables = 2 if m.untie_embeddings_and_output_weights else 1
-    return m.num_layers * layer + (tables * padded_vocab_size(vocab_size, config) + norm) * m.hidden_size
+    return layer
 
 
 def space_line(
@@ -99,8 +122,13 @@ def space_line(
         iteration, train_iters: steps done, steps of the whole run.
         free: bytes where the run is saved; None: not known.
     """
-    whole = size.whole if checkpoint.save_optim else size.weights
-    parts = f"weights {shown(size.weights)}" + (f", optimizer {shown(size.optimizer)}" if checkpoint.save_optim else "")
+    contents = {"weights": size.weights}
+    if checkpoint.save_optim:
+        contents["optimizer"] = size.optimizer
+    if checkpoint.export_hf_at_save:
+        contents["export"] = size.weights
+    whole = sum(contents.values())
+    parts = ", ".join(f"{name} {shown(count)}" for name, count in contents.items())
     every = checkpoint.save_interval or max(train_iters, 1)
     written = max(-(-train_iters // every) - iteration // every, 0)
     count = written
