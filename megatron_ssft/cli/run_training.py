@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_ssft.cli.memory import enough_memory
 from megatron_ssft.config import GFPOConfig, TrainingRun
+from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.topology import destroy_topology, explaining, initialize_topology
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.training.agreement import facts_of
@@ -17,6 +18,9 @@ def run_training(config: TrainingRun) -> None:
     topology = initialize_topology(config.run, facts_of(config))
     command = "gfpo" if isinstance(config, GFPOConfig) else "train"
     with explaining(), enough_memory(command):  # an error of this rank's own, not of a lost one
-        with hold_folder(config.run.checkpoint.save, topology, "--save ") as lease:
-            Trainer(config, topology).run(stop, lease)
+        with (
+            hold_folder(config.run.checkpoint.save, topology, "--save ") as lease,
+            CheckpointChoice(config.run.checkpoint, topology) as choice,
+        ):
+            Trainer(config, topology, choice=choice).run(stop, lease)
         destroy_topology()

@@ -179,9 +179,9 @@ def _precision(run: Path) -> dict[str, Any]:
 
 def _load(engine: Engine, run: Path) -> int:
     """The iteration of the checkpoint whose weights were loaded. Raises UserError."""
-    choice = CheckpointChoice(engine.config.checkpoint, engine.topology)
-    choice.load(run, lambda iteration: load_checkpoint(engine, run, iteration, weights_only=True))
-    return choice.of(run)
+    with CheckpointChoice(engine.config.checkpoint, engine.topology) as choice:
+        choice.load(run, lambda iteration: load_checkpoint(engine, run, iteration, weights_only=True))
+        return choice.of(run)
 
 
 def _verify(config: RunConfig, engine: Engine, vocabulary: Vocabulary, hf: Path, checkpoint: Path) -> None:

@@ -48,10 +48,18 @@ from megatron_ssft.training.weights import refuse_other_shape, refuse_start_of_k
 class Trainer:
     """One training run on one rank. Everything but the model's shards is the same on every rank."""
 
-    def __init__(self, config: TrainingRun, topology: Topology, objective: type[Objective] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainingRun,
+        topology: Topology,
+        objective: type[Objective] | None = None,
+        choice: CheckpointChoice | None = None,
+    ) -> None:
         """Check and open all input, then build the model. Raises UserError before any of it is slow.
 
-        `objective`: by default the one that the configuration asks for.
+        Args:
+            objective: by default the one that the configuration asks for.
+            choice: of the checkpoints to load; by default one of its own.
         """
         self.config = config
         self.topology = topology
@@ -67,7 +75,7 @@ class Trainer:
         self.vocabulary = build_vocabulary(config.run, config.start)
         refuse_start_of_known_tags(config, self.vocabulary)
         self.objective = (objective or objective_of(config))(config, self.vocabulary, topology)
-        self.choice = CheckpointChoice(config.run.checkpoint, topology)
+        self.choice = choice or CheckpointChoice(config.run.checkpoint, topology)
         look_at_source(config, self.objective, self.choice)
         on_first_rank(lambda: keep_assets(config), topology)
         on_first_rank(lambda: refuse_other_shape(config.run.checkpoint.load, config.run.model), topology)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,10 @@ T = TypeVar("T")
 
 
 class CheckpointChoice:
-    """The checkpoints that one start takes of its runs, each looked at once. Collective throughout."""
+    """The checkpoints that one start takes of its runs, each looked at once. Collective throughout.
+
+    In a `with` block no mark on a run is left behind, also by a start that is refused.
+    """
 
     def __init__(self, checkpoint: CheckpointConfig, topology: Topology) -> None:
         self._checkpoint = checkpoint
@@ -33,10 +35,15 @@ class CheckpointChoice:
         self._marks = contextlib.ExitStack()
         """On runs that another job may be writing, from the choice to the end of the loading."""
 
+    def __enter__(self) -> CheckpointChoice:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._marks.close()
+
     def _begin_reading(self, run: Path) -> None:
         save = self._checkpoint.save
         if self._topology.is_first_rank and not (save is not None and Path(save).resolve() == run.resolve()):
-            atexit.register(self._marks.close)  # a start that is refused leaves none behind
             self._marks.enter_context(reading(run))
 
     def of(self, run: Path) -> int:
