@@ -49,12 +49,11 @@ run_request() {
     trap 'kill -TERM "$srun_pid"' TERM
     "${step[@]}" "${program[@]}" >> "$request.output" 2>&1 &
     srun_pid=$!
-    local status
-    while true; do
-        status=0
-        wait "$srun_pid" || status=$?
-        kill -0 "$srun_pid" 2> /dev/null || break
+    local status=0
+    while kill -0 "$srun_pid" 2> /dev/null; do
+        sleep 0.5 || true
     done
+    wait "$srun_pid" || status=$?
     echo "$status" > "$request.result"
     mv "$request.result" "$request.status"
 }

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # What launch.sh and gfpo_loop.sbatch share: where a job's files are, how its steps start, and how it ends.
 # Sourced, with `home` set to the repository's folder, `run` to the folder that the job writes to, and `what` to what runs.
 : "${home:?}" "${run:?}" "${what:?}"
@@ -12,6 +12,7 @@ script=${0##*/}
 records=$run/slurm
 attempts=$records/attempts-$job
 bad_input=$records/bad-input-$job
+stopped_early=$records/stopped-early-$job
 max_restarts=${MAX_RESTARTS:-3}
 margin=${STOP_MARGIN:-20}  # seconds before the time limit at which a step that still has not ended is killed
 
@@ -50,7 +51,7 @@ begin_attempt() {
         say "$(failures) attempts of job $job failed, MAX_RESTARTS=$max_restarts allows no further one; see $attempts"
         exit 1
     fi
-    rm -f "$bad_input"
+    rm -f "$bad_input" "$stopped_early"
     echo "begin $(date -Is) restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST" >> "$attempts"
     attempt=$(grep -c '^begin' "$attempts")
     # Rendezvous: every task derives its rank from the variables of its SLURM step. The port depends on the job and the
@@ -63,10 +64,10 @@ begin_attempt() {
     # NCCL's flight recorder: what the ranks' last collectives were, written where one of them times out.
     flight=$records/flight/$job.$attempt-rank
     export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
-    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-$TORCH_FR_BUFFER_SIZE}"  # its name before torch 2.9
     export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$flight" TORCH_FR_DUMP_TEMP_FILE="$flight"
-    export SSFT_LOGS="${LOG_DIR:-$records/logs}/$job.$attempt" SSFT_BAD_INPUT="$bad_input"
+    export SSFT_LOGS="${LOG_DIR:-$records/logs}/$job.$attempt" SSFT_BAD_INPUT="$bad_input" \
+        SSFT_STOPPED_EARLY="$stopped_early"
 }
 
 name_dumps() {
@@ -160,12 +161,10 @@ container_words() {
 
 stop=      # the signal that came
 killed=    # whether the step was killed since the time was over
-interrupted=
 child=
 killer=
 
 on_signal() {
-    interrupted=yes
     if [[ $stop == TERM || $stop == "$1" ]]; then
         return 0
     fi
@@ -202,7 +201,6 @@ kill_in_time() {
 }
 
 on_time_over() {
-    interrupted=yes
     killed=yes
     say "$what has not ended in time: killing it"
     kill_now
@@ -212,28 +210,19 @@ trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 trap on_time_over USR2
 
-# Answer the child's requests as long as it runs.
-until_it_ends() {
-    while kill -0 "$child" 2> /dev/null; do
-        answer_requests
-        sleep 0.5 &
-        wait $! || true
-    done
-}
-
-# Run WORDS to their end, whatever signals come; their status is in `status`.
+# Run WORDS to their end, whatever signals come; their status is in `status`. A trap runs between two naps: bash may lose
+# the status of a child for good whose end comes together with a signal that ends `wait`.
 run_to_the_end() {
     "$@" &
     child=$!
-    while true; do
+    while kill -0 "$child" 2> /dev/null; do
         if [[ -n ${SSFT_REQUESTS:-} ]]; then
-            until_it_ends
+            answer_requests
         fi
-        interrupted=
-        status=0
-        wait "$child" || status=$?
-        [[ -n $interrupted ]] || break  # a trap ends `wait` early, with the signal's status instead of the child's
+        sleep 0.5 || true  # a signal to all processes of the job ends it too
     done
+    status=0
+    wait "$child" || status=$?
     child=
     if [[ -n $killer ]]; then
         kill "$killer" 2>/dev/null || true
@@ -253,8 +242,9 @@ end_attempt() {
         say "the input or a setting is at fault, see above; not tried again"
         exit 2
     fi
-    # 143: ended by TERM before it listened for it, so nothing was begun that could be lost.
-    if [[ -n $stop && ($status -eq 0 || $status -eq 143 || -n $killed) ]]; then
+    # 143: ended by TERM before it listened for it, so nothing was begun that could be lost. Where only some ranks did not
+    # listen yet, the others are killed, and the step's status is theirs.
+    if [[ -n $stop && ($status -eq 0 || $status -eq 143 || -n $killed || -e $stopped_early) ]]; then
         echo "stopped $(date -Is) by $stop, status $status" >> "$attempts"
         if [[ $stop == USR1 ]]; then
             say "stopped, requeueing job $job"

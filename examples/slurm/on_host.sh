@@ -19,8 +19,7 @@ tail -n +1 -f "$request.output" &
 shown=$!
 while [[ ! -e $request.status ]]; do
     : > "$request.alive"
-    sleep 0.5 &
-    wait $!
+    sleep 0.5
 done
 sleep 0.5  # for the last lines
 kill "$shown"

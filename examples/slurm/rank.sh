@@ -3,7 +3,8 @@
 #
 # A task's output goes to rankN.log in the folder SSFT_LOGS. The job's own output shows the first task's, what other tasks
 # say of themselves ("[rank N] ..."), and the last lines of one that crashes. Where the program ends with status 2,
-# SSFT_BAD_INPUT is created: it tells the batch shell that the input is at fault, which SLURM's status of a step cannot.
+# SSFT_BAD_INPUT is created, where a TERM ends it before it listens for one, SSFT_STOPPED_EARLY: they tell the batch shell what
+# SLURM's status of a step cannot, which may be that of another rank.
 set -uo pipefail
 
 rank=${SLURM_PROCID:-0}
@@ -15,27 +16,22 @@ readers=()
 if [[ $rank -eq 0 ]]; then
     exec {output}> >(trap '' TERM; exec tee -a "$log")
     readers+=($!)
-    exec {errors}> >(trap '' TERM; exec tee -a "$log" >&2)
+    exec {errors}> >(trap '' TERM; exec tee -a "$log" >&2 {output}>&-)
 else
     exec {output}>> "$log"
     exec {errors}> >(trap '' TERM; tee -a "$log" | grep --line-buffered -E '^\[rank [0-9]+\]' >&2)
 fi
 readers+=($!)
 
-trap 'interrupted=yes' TERM
-"$@" >&"$output" 2>&"$errors" {output}>&- {errors}>&- &
-program=$!
-while true; do
-    interrupted=
-    wait "$program"
-    status=$?
-    [[ -n $interrupted ]] || break  # a trap ends `wait` early, with the signal's status instead of the program's
-done
+trap : TERM  # taken note of when the program has ended; not ignored, which the program would inherit
+"$@" >&"$output" 2>&"$errors" {output}>&- {errors}>&-
+status=$?
 exec {output}>&- {errors}>&-
 wait "${readers[@]}"
 
 case $status in
-    0 | 75 | 143) ;;
+    0 | 75) ;;
+    143) : > "$SSFT_STOPPED_EARLY" ;;
     2) : > "$SSFT_BAD_INPUT" ;;
     *)
         if [[ $rank -ne 0 ]]; then

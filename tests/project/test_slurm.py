@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -457,7 +458,8 @@ def test_the_dumps_of_a_collective_that_timed_out_are_named(start):
 def run_rank(tmp_path, program, rank=3):
     """(status, what the job shows, the rank's log, whether the input is marked as bad) of rank.sh."""
     environment = os.environ | {
-        "SLURM_PROCID": str(rank), "SSFT_LOGS": str(tmp_path / "logs"), "SSFT_BAD_INPUT": str(tmp_path / "bad")
+        "SLURM_PROCID": str(rank), "SSFT_LOGS": str(tmp_path / "logs"), "SSFT_BAD_INPUT": str(tmp_path / "bad"),
+        "SSFT_STOPPED_EARLY": str(tmp_path / "early"),
     }  # fmt: skip
     result = subprocess.run(
         ["bash", str(SLURM / "rank.sh"), "bash", "-c", program],
@@ -498,7 +500,8 @@ def test_status_2_marks_the_input_as_bad(tmp_path):
 def test_a_term_to_all_of_a_task_reaches_the_program_alone(tmp_path):
     """As `scancel --signal=TERM` sends it: the program saves, its last lines arrive."""
     environment = os.environ | {
-        "SLURM_PROCID": "0", "SSFT_LOGS": str(tmp_path / "logs"), "SSFT_BAD_INPUT": str(tmp_path / "bad")
+        "SLURM_PROCID": "0", "SSFT_LOGS": str(tmp_path / "logs"), "SSFT_BAD_INPUT": str(tmp_path / "bad"),
+        "SSFT_STOPPED_EARLY": str(tmp_path / "early"),
     }  # fmt: skip
     program = "trap 'sleep 0.5; echo saved; exit 0' TERM; echo ready; while true; do sleep 0.05; done"
     with subprocess.Popen(
@@ -513,7 +516,8 @@ def test_a_term_to_all_of_a_task_reaches_the_program_alone(tmp_path):
 
 def test_a_program_that_does_not_listen_ends_by_the_signal(tmp_path):
     environment = os.environ | {
-        "SLURM_PROCID": "0", "SSFT_LOGS": str(tmp_path / "logs"), "SSFT_BAD_INPUT": str(tmp_path / "bad")
+        "SLURM_PROCID": "0", "SSFT_LOGS": str(tmp_path / "logs"), "SSFT_BAD_INPUT": str(tmp_path / "bad"),
+        "SSFT_STOPPED_EARLY": str(tmp_path / "early"),
     }  # fmt: skip
     with subprocess.Popen(
         ["bash", str(SLURM / "rank.sh"), sys.executable, "-c",
@@ -523,6 +527,25 @@ def test_a_program_that_does_not_listen_ends_by_the_signal(tmp_path):
         assert process.stdout.readline() == "ready\n"
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(20) == 143
+
+
+@pytest.mark.slow
+def test_a_signal_at_the_moment_the_program_ends_is_no_hang(tmp_path):
+    """Both get the TERM together, and which of the two ends first is a matter of chance."""
+    environment = os.environ | {
+        "SLURM_PROCID": "0", "SSFT_LOGS": str(tmp_path), "SSFT_STOPPED_EARLY": str(tmp_path / "early")
+    }  # fmt: skip
+    command = ["bash", str(SLURM / "rank.sh"), "bash", "-c", "trap 'exit 143' TERM; sleep 0.02"]
+    for repetition in range(80):
+        with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+            time.sleep(0.02 + 0.0005 * (repetition % 40))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                assert process.wait(10) in (0, 143, -signal.SIGTERM)  # the last: before rank.sh has got to its trap
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_sentencepiece_example_flags(tmp_path):
