@@ -27,7 +27,7 @@ CONSTRAINTS := $(CONSTRAINTS_OF_$(DEPENDENCIES))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 # Tests at the same time; a file's tests stay together.
 TEST_WORKERS ?= 2
-SHELL_SCRIPTS := .ci/run requirements/renew.sh $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
+SHELL_SCRIPTS := .ci/run requirements/renew.sh $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
 # One stamp for every set of packages, so that a second call installs nothing; another TORCH or PYTHON does.
 TORCH_NAME := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')

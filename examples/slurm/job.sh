@@ -37,6 +37,11 @@ field() {
     scontrol show "$2" "$3" --oneliner | grep -o "\b$1=[^ ]*" | cut -d= -f2
 }
 
+# Whether somebody listens at a port of this host, which is the job's first node.
+is_taken() {
+    (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null
+}
+
 # -- attempts ------------------------------------------------------------------------------------------------------------
 # A line `begin` for each start of the ranks, and one that says how it ended. They outlive a requeue, and a node that
 # takes the batch shell with it leaves a `begin` without an end, which counts as a failure.
@@ -60,6 +65,10 @@ begin_attempt() {
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=$(field NodeAddr node "$first")  # its name need not be known to the resolver
     MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * attempt) % 20000))
+    while is_taken "$MASTER_PORT"; do
+        say "port $MASTER_PORT is in use on $first, taking the next one"
+        MASTER_PORT=$((MASTER_PORT + 1))
+    done
     export MASTER_ADDR MASTER_PORT
     # NCCL's flight recorder: what the ranks' last collectives were, written where one of them times out.
     flight=$records/flight/$job.$attempt-rank

@@ -31,8 +31,9 @@ class Server(ThreadingHTTPServer):
         port=0,
         tokenizer=None,
         writes=None,
+        host="127.0.0.1",
     ):
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__((host, port), Handler)
         self.takes, self.ids, self.models = takes, ids, models
         self.tokenizer = tokenizer or TOKENIZER
         self.writes = writes

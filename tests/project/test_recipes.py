@@ -27,14 +27,14 @@ QUESTIONS, TRACES = 1000, 4
 
 # Size of the model, ranks of one replica, steps (about 31 or 32 per epoch come of one trace a question), a checkpoint.
 PLANS = {
-    "ssft-32b": ("32b", 8, 756, "459 GB"),
-    "ssft-32b-tag-rate": ("32b", 8, 756, "459 GB"),
-    "ssft-32b-random": ("32b", 8, 756, "459 GB"),
-    "sft-32b-mixed": ("32b", 8, 756, "459 GB"),
-    "sft-32b-tags": ("32b", 8, 756, "459 GB"),
-    "sft-32b-single-target": ("32b", 8, 192, "459 GB"),
-    "ssft-32b-code": ("32b", 8, 756, "459 GB"),
-    "ssft-math-7b": ("7b", 4, 378, "107 GB"),
+    "ssft-32b": ("32b", 8, 756, "524 GB"),
+    "ssft-32b-tag-rate": ("32b", 8, 756, "524 GB"),
+    "ssft-32b-random": ("32b", 8, 756, "524 GB"),
+    "sft-32b-mixed": ("32b", 8, 756, "524 GB"),
+    "sft-32b-tags": ("32b", 8, 756, "524 GB"),
+    "sft-32b-single-target": ("32b", 8, 192, "524 GB"),
+    "ssft-32b-code": ("32b", 8, 756, "524 GB"),
+    "ssft-math-7b": ("7b", 4, 378, "122 GB"),
 }
 
 

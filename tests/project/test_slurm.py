@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,6 +219,16 @@ def _port(job: Job) -> int:
     (port,) = [int(x.split("=")[1]) for x in job.lines("srun.environment") if x.startswith("MASTER_PORT=")]
     assert 1024 <= port < 32768
     return port
+
+
+def test_a_port_in_use_is_passed_over(tmp_path):
+    job = Job(tmp_path / "first", "multi_node.sbatch", SLURM_JOB_ID=JOB_ID, STUB_EXIT="0")
+    assert job.finish() == 0, job.output
+    with socket.create_server(("127.0.0.1", _port(job))):
+        second = Job(tmp_path / "second", "multi_node.sbatch", SLURM_JOB_ID=JOB_ID, STUB_EXIT="0")
+        assert second.finish() == 0, second.output
+    assert _port(second) == _port(job) + 1
+    assert f"port {_port(job)} is in use" in second.output
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "gfpo_loop.sbatch"])
