@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_ssft.cli.memory import enough_memory
+from megatron_ssft.cli.rank_output import keep_output
 from megatron_ssft.config import GFPOConfig, TrainingRun
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.topology import destroy_topology, explaining, initialize_topology
@@ -14,6 +15,7 @@ from megatron_ssft.training.trainer import Trainer
 
 def run_training(config: TrainingRun) -> None:
     """Train as configured, to the end or to a SIGTERM. Raises UserError."""
+    keep_output(config.run.logging.log_dir)
     stop = StopSignal()
     topology = initialize_topology(config.run, facts_of(config))
     command = "gfpo" if isinstance(config, GFPOConfig) else "train"

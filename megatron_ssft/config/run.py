@@ -93,6 +93,9 @@ class LoggingConfig:
 
     gpu_peak_tflops: float | None = None
     """Peak TFLOP/s of one GPU, to log model FLOPs utilisation by; default: known for common GPUs with --bf16."""
+    log_dir: PathText | None = None
+    """Folder for a log of each rank, rankN.log, with all that it prints; the console then shows the first rank, and of
+    others their errors and warnings. Default: everything on the console."""
     tensorboard_dir: PathText | None = None
     """TensorBoard folder; default: tensorboard in the --save folder."""
     wandb_project: str | None = None
