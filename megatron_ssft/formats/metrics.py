@@ -22,11 +22,50 @@ Optional = float | UnsetType
 Maybe = float | None | UnsetType
 
 
-class SSFTMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A step of Set Supervised Fine-Tuning. Costs are in nats per question: totals over its traces, averaged."""
+class Measured(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a step took, in every kind of run. Earlier versions did not write it. Times are the first rank's.
+
+    `wall_seconds` is the sum of all the parts below it: from the end of the step before, or the loop's beginning.
+    """
 
     iteration: Count
     """From 1."""
+    wall_seconds: Optional = UNSET
+    data_seconds: Optional = UNSET
+    """Taking the questions and planning what runs where."""
+    scoring_seconds: Optional = UNSET
+    """Policy learning: scoring the tags."""
+    forward_backward_seconds: Optional = UNSET
+    """Until the loss of all ranks is known, and so without the optimizer."""
+    optimizer_seconds: Optional = UNSET
+    evaluation_seconds: Optional = UNSET
+    """Held-out questions, rescoring, regret: what training itself does not need."""
+    save_seconds: Optional = UNSET
+    """Of the checkpoint after the step before: as long as training stood still for it."""
+    other_seconds: Optional = UNSET
+    peak_rss_bytes: int | UnsetType = UNSET
+    """Host memory: the highest resident set size so far. Memory is that of the rank that has most."""
+    rss_bytes: int | UnsetType = UNSET
+    peak_allocated_bytes: int | UnsetType = UNSET
+    """GPU memory in tensors, the highest since the step before."""
+    peak_reserved_bytes: int | UnsetType = UNSET
+    """GPU memory that torch's allocator held, the highest since the step before."""
+    slowest_rank: int | UnsetType = UNSET
+    """The rank furthest above the median of its pipeline stage, in time of its own work."""
+    slowest_host: str | UnsetType = UNSET
+    slowest_work_seconds: Optional = UNSET
+    """Scoring and training, without waiting in collectives."""
+    median_work_seconds: Optional = UNSET
+    """The same of the median rank."""
+
+
+MEASURED = tuple(name for name in Measured.__struct_fields__ if name != "iteration")
+"""Names of what a step took, which differ when the same step is made again."""
+
+
+class SSFTMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A step of Set Supervised Fine-Tuning. Costs are in nats per question: totals over its traces, averaged."""
+
     loss: float
     lr: float
     grad_norm: float
@@ -69,10 +108,9 @@ class SSFTMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     unmatched_tags: int | UnsetType = UNSET
 
 
-class GFPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GFPOMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A step of GFPO, exact or from drawn tags."""
 
-    iteration: Count
     objective: str
     loss: float
     lr: float
@@ -107,10 +145,9 @@ class GFPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rescored_nll_shift: Optional = UNSET
 
 
-class GRPOMetrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GRPOMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A step of GRPO on stored completions."""
 
-    iteration: Count
     objective: str
     loss: float
     lr: float

@@ -59,7 +59,8 @@ class GFPO(PolicyObjective):
         number = step.iteration if self.is_exact else step.iteration // self._epochs_per_set
         questions = nth_batch(len(self.inputs.questions), policy.questions_per_step, number, seed, "questions")
         planned = self.forks.plan(step, [self.inputs.questions[q] for q in questions])
-        logp_QNT = self.forks.planned_logp(step, planned)
+        with step.part("scoring"):
+            logp_QNT = self.forks.planned_logp(step, planned)
         logp_QN = logp_QNT.sum(axis=2)
         objective = self._objective(step.iteration, questions, logp_QN)
         mass_QNT, mass_value = self._outside_mass(questions, logp_QNT)

@@ -13,6 +13,7 @@ it before the model, so that wrong input ends a run early, and then calls, in th
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,10 @@ class StepContext:
     def score(self, planned: PlannedBatch, *, top_k: int | None = None, low_precision: bool = False) -> Scores:
         """Likelihoods under the present weights, without a gradient; see `Engine.score`. Collective."""
         return self._engine.score(planned, top_k=top_k, low_precision=low_precision)
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Count the time inside the `with` block as that of a part of the step, NAME_seconds in metrics.jsonl."""
+        return self._engine.clock.part(name)
 
     @property
     def is_first_rank(self) -> bool:

@@ -50,10 +50,12 @@ class SetMatching:
     def match(self, step: StepContext, batch: QuestionBatch) -> Matched:
         """The assignments of one training step. Collective."""
         begin = time.perf_counter()
-        matched = self._approximate(step, batch) if self.config.approximates else self._exact(step, batch)
+        with step.part("matching"):
+            matched = self._approximate(step, batch) if self.config.approximates else self._exact(step, batch)
         matched.seconds = time.perf_counter() - begin
         if self.config.approximates and self._is_sampled(step.iteration):
-            self._measure_regret(step, batch, matched)
+            with step.part("evaluation"):
+                self._measure_regret(step, batch, matched)
         return matched
 
     def _is_sampled(self, iteration: int) -> bool:

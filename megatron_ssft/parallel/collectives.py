@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +35,15 @@ def gather_json(value: T, topology: Topology) -> list[T]:
     with topology.watch.waiting():
         gathered = topology.control_group.all_gather(json.dumps(value).encode())
     return [json.loads(text) for text in gathered]
+
+
+def gather_integers(values: Sequence[int], topology: Topology) -> np.ndarray:
+    """int64 [ranks, k]: every rank's k values, on every rank, in one all-reduce."""
+    table = torch.zeros(topology.world_size, len(values), dtype=torch.int64)
+    table[topology.rank] = torch.tensor(values, dtype=torch.int64)
+    with topology.watch.waiting():
+        topology.control_group.all_reduce(table, dist.ReduceOp.SUM)
+    return table.numpy()
 
 
 def collect_logits(share: torch.Tensor | None, topology: Topology, tokens: int, vocab_size: int) -> torch.Tensor | None:

@@ -33,7 +33,9 @@ from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.model.trainable import freeze
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
+from megatron_ssft.parallel.own_work import OwnWork
 from megatron_ssft.parallel.scores import ScoredMicrobatch, Scores
+from megatron_ssft.parallel.step_clock import StepClock
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.records import Microbatch, ModelInput, PlannedBatch, StepMetrics
 
@@ -54,6 +56,10 @@ class Engine:
         self.config = config
         self.topology = topology
         self.vocab_size = vocab_size
+        self.clock = StepClock()
+        """Where this rank's time goes."""
+        self.own_work = OwnWork(topology.device)
+        """How long it scores and trains, without waiting for other ranks."""
         self.chunks: list[SetGPTModel] = build_model_chunks(config, vocab_size, tuple(forking_rows))
         for chunk in self.chunks:
             chunk.to(topology.device)
@@ -115,7 +121,7 @@ class Engine:
             top_k: also give the k most probable tokens at each scored place.
             low_precision: run a float32 model in bfloat16 autocast.
         """
-        with self.topology.watch.phase("scoring"):
+        with self.own_work.counting(), self.topology.watch.phase("scoring"):
             share = self._forward_only(planned, top_k, low_precision)
         return Scores(planned, share, self.topology)
 
@@ -145,7 +151,7 @@ class Engine:
 
     def train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
         """One optimizer step on the sum of the terms, see `_train`. Collective."""
-        with self.topology.watch.phase("training"):
+        with self.clock.part("forward_backward"), self.own_work.counting(), self.topology.watch.phase("training"):
             return self._train(terms, lr)
 
     def _train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
@@ -193,18 +199,24 @@ class Engine:
         self._schedule(step, [term.planned for term in terms], forward_only=False)
         loss, tokens, *rest = sum_over_ranks(sums.cpu().numpy(), self.topology)
         refuse_bad_loss(loss, rest[len(names) :], terms)
-        set_hyperparameters(self.optimizer, self.config, lr)
-        _, grad_norm, _ = self.optimizer.step()
-        refuse_bad_gradient(grad_norm, terms)
-        damaged = find_damaged_weight(self.chunks)
-        raise_together(damaged and f"{damaged}: is not finite after the step; {LOWER_LR}", self.topology)
+        with self.clock.part("optimizer"):
+            grad_norm = self._optimizer_step(terms, lr)
         return StepMetrics(
             loss=float(loss),
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             trained_sequences=sum(len(term.planned.plan.sequences) for term in terms),
             trained_tokens=int(tokens),
             figures=dict(zip(names, map(float, rest))),
         )
+
+    def _optimizer_step(self, terms: Sequence[LossTerm], lr: float) -> float:
+        """Change the weights; the gradient's norm. Raises UserError where it or they are not finite."""
+        set_hyperparameters(self.optimizer, self.config, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        refuse_bad_gradient(grad_norm, terms)
+        damaged = find_damaged_weight(self.chunks)  # reads them, so that a GPU has done all of the step by now
+        raise_together(damaged and f"{damaged}: is not finite after the step; {LOWER_LR}", self.topology)
+        return float(grad_norm)
 
     # -- verification --------------------------------------------------------------------------------------------
 

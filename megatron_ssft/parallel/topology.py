@@ -36,6 +36,8 @@ class Topology:
     dp_rank: int
     dp_size: int
     """Data-parallel ranks, not counting context parallelism."""
+    stage: int
+    """Pipeline stage, from 0."""
     is_last_stage: bool
     control_group: ControlGroup
     """All ranks over gloo, for waiting on one rank's work and for stop flags. Its own time limit is that of slow work;
@@ -101,6 +103,7 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
         cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         control_group=control_group,
         watch=watch,

@@ -41,6 +41,7 @@ from megatron_ssft.training.resume import (
 )
 from megatron_ssft.training.run_log import Log, NullLog, RunLog
 from megatron_ssft.training.saving import Saver
+from megatron_ssft.training.step_meter import StepMeter
 from megatron_ssft.training.trackers import check_trackers
 from megatron_ssft.training.weights import refuse_other_shape, refuse_start_of_known_tags, rows_remark
 
@@ -106,7 +107,8 @@ class Trainer:
     def train_step(self) -> tuple[Decision, Figures]:
         """Ask the objective, take the optimizer's step; what was decided and the line of metrics.jsonl."""
         begin = time.perf_counter()
-        decision = self.objective.decide(self.context())
+        with self.engine.clock.part("data"):  # but for what is scored in it
+            decision = self.objective.decide(self.context())
         metrics = self.engine.train(decision.terms, self.learning_rate())
         row = self._row(decision, metrics)
         self.iteration += 1
@@ -185,28 +187,33 @@ class Trainer:
 
     def _train(self, stop: StopSignal, log: Log, saver: Saver | None) -> bool:
         """Make the steps that are left; whether a SIGTERM came before their end."""
+        meter = StepMeter(self.engine)
         while self.iteration < self.train_iters and not self.objective.is_over():
             if any_rank(stop.received, self.topology, log.failure):
                 return True
-            self._advance(log)
+            self._advance(log, meter)
             if saver is not None:
-                saver.after_step(self.iteration, self.state)
+                with self.engine.clock.part("save"):
+                    saver.after_step(self.iteration, self.state)
         return False
 
-    def _advance(self, log: Log) -> None:
+    def _advance(self, log: Log, meter: StepMeter) -> None:
         """A step, and its lines in the log."""
         watch = self.topology.watch
         watch.begin_step(self.iteration + 1)
-        with watch.phase("before the step"):
+        with watch.phase("before the step"), self.engine.clock.part("evaluation"):
             report = self.objective.before_step(self.context())
         with watch.phase("writing the log"):
             self._write(log, report)
         with watch.phase("deciding and training"):
             decision, row = self.train_step()
-        with watch.phase("after the step"):
+        with watch.phase("after the step"), self.engine.clock.part("evaluation"):
             report = self.objective.after_step(self.context(), decision)
         with watch.phase("writing the log"):
-            self._write(log, report, row)
+            figures, slow = meter.end_step()
+            self._write(log, report, row | figures)
+            if slow is not None:
+                log.say(slow)
 
     def _write(self, log: Log, report: Report, row: Figures | None = None) -> None:
         for file, rows in report.rows:

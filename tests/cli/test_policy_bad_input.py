@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ssft.formats.metrics import MEASURED
 from megatron_ssft.hf.fingerprints import model_fingerprint
 from tests.helpers.captured import run_captured
 from tests.helpers.distributed import run_ranks
@@ -213,7 +214,8 @@ def export_of(world):
 def rows_of(run):
     """The figures of metrics.jsonl without times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds" and isinstance(v, int | float)} for row in rows]
+    times = ("seconds", *MEASURED)
+    return [{k: v for k, v in row.items() if k not in times and isinstance(v, int | float)} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import parse_arguments
+from megatron_ssft.formats.metrics import MEASURED
 from megatron_ssft.formats.run_folder import find_latest
 from megatron_ssft.parallel.checkpoint.loading import load_checkpoint
 from megatron_ssft.parallel.engine import Engine
@@ -75,7 +76,7 @@ def logs(run):
     metrics = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        metrics.append(json.dumps({name: value for name, value in row.items() if name != "seconds"}))
+        metrics.append(json.dumps({name: value for name, value in row.items() if name not in ("seconds", *MEASURED)}))
     return "\n".join(metrics), (run / "policy.jsonl").read_text()
 
 

@@ -77,6 +77,11 @@ def run_struck(folder, world_size, words, place, rank, number, nth=1, deadline=6
     }
 
 
+def slow_down(place, seconds):
+    """From now on every call of the place's function takes so much longer in this process."""
+    _wrap(place, lambda: time.sleep(seconds))
+
+
 def _wait_until(condition, seconds):
     limit = time.monotonic() + seconds
     while not condition() and time.monotonic() < limit:
@@ -100,14 +105,9 @@ def _run(rank, world_size, port, output, words, strike):
 
 
 def _arm(place, number, nth, struck):
-    module, path = PLACES[place]
-    owner = importlib.import_module(module)
-    *owners, name = path.split(".")
-    for part in owners:
-        owner = getattr(owner, part)
-    function, calls = getattr(owner, name), []
+    calls = []
 
-    def armed(*args, **kwargs):
+    def strike():
         calls.append(None)
         if len(calls) == nth:
             with open(struck, "w", encoding="utf-8"):
@@ -116,6 +116,21 @@ def _arm(place, number, nth, struck):
             if number:
                 os.kill(os.getpid(), signal.Signals(number))
             time.sleep(600.0)  # also where the signal stops this thread a moment later
+
+    _wrap(place, strike)
+
+
+def _wrap(place, before):
+    """Call `before` before each call of the place's function."""
+    module, path = PLACES[place]
+    owner = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
+    function = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        before()
         return function(*args, **kwargs)
 
-    setattr(owner, name, armed)
+    setattr(owner, name, wrapped)
