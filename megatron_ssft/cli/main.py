@@ -37,6 +37,7 @@ COMMANDS = {
     "prepare-data": Command("prepare_data", "public data sets to questions and training sets; held-out splits"),
     "convert": Command("convert", "Hugging Face folders to checkpoints and back, verified"),
     "train": Command("train", "SSFT: match traces to tags and train on them"),
+    "status": Command("status", "whether a training run lives, is stuck, done or failed"),
     "select-tag": Command("select_tag", "which tag to use for single answers (g*)"),
     "generate": Command("generate", "samples under the tags of a trained model"),
     "score": Command("score", "judge samples by gold answers or tests"),

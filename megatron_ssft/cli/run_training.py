@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_ssft.cli.memory import enough_memory
 from megatron_ssft.cli.rank_output import keep_output
 from megatron_ssft.config import GFPOConfig, TrainingRun
@@ -10,6 +12,7 @@ from megatron_ssft.parallel.topology import destroy_topology, explaining, initia
 from megatron_ssft.signals import StopSignal
 from megatron_ssft.training.agreement import facts_of
 from megatron_ssft.training.folder_lease import hold_folder
+from megatron_ssft.training.pulse import Pulse
 from megatron_ssft.training.trainer import Trainer
 
 
@@ -19,10 +22,13 @@ def run_training(config: TrainingRun) -> None:
     stop = StopSignal()
     topology = initialize_topology(config.run, facts_of(config))
     command = "gfpo" if isinstance(config, GFPOConfig) else "train"
-    with explaining(), enough_memory(command):  # an error of this rank's own, not of a lost one
+    with explaining(), enough_memory(command):  # again below, so that the heartbeat tells of the right error
         with (
             hold_folder(config.run.checkpoint.save, topology, "--save ") as lease,
             CheckpointChoice(config.run.checkpoint, topology) as choice,
         ):
-            Trainer(config, topology, choice=choice).run(stop, lease)
+            folder = config.run.checkpoint.save if topology.is_first_rank else None
+            pulse = Pulse(folder and Path(folder), topology.watch, config.run.parallel, lease)
+            with pulse.until_the_end(), explaining(), enough_memory(command):
+                Trainer(config, topology, choice=choice, pulse=pulse).run(stop, lease)
         destroy_topology()

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ssft.errors import UserError
 from megatron_ssft.formats.lease import Lease, acquire
 from megatron_ssft.formats.run_folder import clear_leftovers
 from megatron_ssft.parallel.collectives import on_first_rank
@@ -19,6 +20,17 @@ class FolderLease:
     def __init__(self, topology: Topology, lease: Lease | None) -> None:
         self._topology = topology
         self._lease = lease
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this rank held the lease, and another job has the folder by now, or nobody. Not collective."""
+        if self._lease is None:
+            return False
+        try:
+            self._lease.check()
+        except UserError:
+            return True
+        return False
 
     def check(self) -> None:
         """Raise UserError on every rank where another job has the folder by now. Collective."""

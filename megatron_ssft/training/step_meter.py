@@ -15,17 +15,16 @@ class StepMeter:
     """Measures from the end of one step to the end of the next, on every rank."""
 
     def __init__(self, engine: Engine) -> None:
-        """Begin to measure. Collective."""
+        """Learn where the ranks work. Collective."""
         self._engine = engine
         self._topology = engine.topology
         self._stragglers: Stragglers | None = None
         if self._topology.world_size > 1:
             seats = gather_json([socket.gethostname(), self._topology.stage], self._topology)
             self._stragglers = Stragglers([Seat(str(host), int(stage)) for host, stage in seats])
-        self.begin()
 
     def begin(self) -> None:
-        """Measure from here on."""
+        """Measure from here on. What lies before is no step's."""
         self._engine.own_work.take()
         memory_figures(self._topology.device)
         self._engine.clock.lap()

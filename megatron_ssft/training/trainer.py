@@ -32,6 +32,7 @@ from megatron_ssft.training.greeting import describe_job, describe_sequences
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.origin import OriginOfRun, origin_line
 from megatron_ssft.training.packages import kernels_remark, refuse_missing
+from megatron_ssft.training.pulse import Pulse
 from megatron_ssft.training.resume import (
     check_writable,
     keep_assets,
@@ -55,17 +56,22 @@ class Trainer:
         topology: Topology,
         objective: type[Objective] | None = None,
         choice: CheckpointChoice | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         """Check and open all input, then build the model. Raises UserError before any of it is slow.
 
         Args:
             objective: by default the one that the configuration asks for.
             choice: of the checkpoints to load; by default one of its own.
+            pulse: tells that the run lives; by default nobody does.
         """
         self.config = config
         self.topology = topology
         refuse_occupied_folder(config)
         on_first_rank(lambda: check_writable(config), topology)
+        self.pulse = pulse
+        if pulse is not None:
+            pulse.begin()
         on_first_rank(lambda: refuse_missing(config.run, topology.device), topology)
         on_first_rank(lambda: check_trackers(config.run.logging, config.run.checkpoint.save), topology)
         remark = kernels_remark(config.run, topology.device)
@@ -90,6 +96,7 @@ class Trainer:
         self.train_iters = self.objective.train_iters(0)
         """Optimizer steps of the whole run."""
         check_schedule(config.run.training, self.train_iters)
+        self._meter = StepMeter(self.engine)
         self.beginning = Beginning(config, self.vocabulary, self.objective, self.engine, self.choice)
         self._begin_or_go_on()
 
@@ -161,6 +168,8 @@ class Trainer:
         folder = self.folder if checkpoint.save and self.topology.is_first_rank else None
         with self.topology.watch.phase("between steps"), self._open_log(folder) as log:
             self._greet(log, folder)
+            if self.pulse is not None:
+                self.pulse.step(self.iteration, self.train_iters)
             saver = self._saver(log, lease) if checkpoint.save else None
             if checkpoint.continues_in_place and self._export_is_missing():
                 self._export(log, checkpoint_folder(self.folder, self.iteration))
@@ -173,6 +182,8 @@ class Trainer:
             if saver is not None:
                 saver.end(self.iteration, self.state, is_stopped=stopped)
             any_rank(False, self.topology, log.failure)
+            if self.pulse is not None:
+                self.pulse.end(is_stopped=stopped)
             end = "stopped by SIGTERM" if stopped else "finished"
             log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
@@ -187,17 +198,17 @@ class Trainer:
 
     def _train(self, stop: StopSignal, log: Log, saver: Saver | None) -> bool:
         """Make the steps that are left; whether a SIGTERM came before their end."""
-        meter = StepMeter(self.engine)
+        self._meter.begin()
         while self.iteration < self.train_iters and not self.objective.is_over():
             if any_rank(stop.received, self.topology, log.failure):
                 return True
-            self._advance(log, meter)
+            self._advance(log)
             if saver is not None:
                 with self.engine.clock.part("save"):
                     saver.after_step(self.iteration, self.state)
         return False
 
-    def _advance(self, log: Log, meter: StepMeter) -> None:
+    def _advance(self, log: Log) -> None:
         """A step, and its lines in the log."""
         watch = self.topology.watch
         watch.begin_step(self.iteration + 1)
@@ -210,8 +221,10 @@ class Trainer:
         with watch.phase("after the step"), self.engine.clock.part("evaluation"):
             report = self.objective.after_step(self.context(), decision)
         with watch.phase("writing the log"):
-            figures, slow = meter.end_step()
+            figures, slow = self._meter.end_step()
             self._write(log, report, row | figures)
+            if self.pulse is not None:
+                self.pulse.step(self.iteration, self.train_iters, row["loss"])
             if slow is not None:
                 log.say(slow)
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import torch.distributed as dist
@@ -68,6 +68,8 @@ class Watch:
         self._differences = ""
         self._broken: str | None = None
         self._threads: list[threading.Thread] = []
+        self.last_words: Callable[[str], None] | None = None
+        """Called with the reason where this process is ended because of another rank."""
 
     # -- what the rank does --------------------------------------------------------------------------------------
 
@@ -100,6 +102,11 @@ class Watch:
         self._change(is_waiting=True)
         yield
         self._change(is_waiting=False)
+
+    @property
+    def place(self) -> Place:
+        """Where this rank stands."""
+        return self._place
 
     def _own_place(self) -> Place:
         # Never stored: only the main thread changes the place.
@@ -224,6 +231,8 @@ class Watch:
         board = self._board
         assert board is not None
         try:
+            if self.last_words is not None:
+                self.last_words(verdict or "another rank was lost, see the job's output")
             if verdict is not None:
                 # The lowest rank that can say it does: its verdict ends this process meanwhile.
                 time.sleep(min(board.rank, 1) * 3 * self._beat_seconds + (_GRACE_SECONDS if board.rank > 1 else 0.0))
