@@ -38,19 +38,20 @@ class Ended:
     """From the strike."""
 
 
-def run_struck(folder, world_size, words, place, rank, number, nth=1, deadline=60.0):
+def run_struck(folder, world_size, words, place, rank, number, nth=1, deadline=60.0, variables=None):
     """Run `train` with this command line; Ended by rank, without the struck one.
 
     Args:
         number: the signal that rank `rank` sends itself at its `nth` call of the place's function; 0: it sleeps there,
             while its threads go on.
         deadline: seconds after the strike, when everybody who is left is killed.
+        variables: of the environment, for all ranks.
     """
     port, struck = free_port(), folder / "struck"
     processes = []
     for each in range(world_size):
         strike = (place, number, nth, str(struck)) if each == rank else None
-        arguments = (each, world_size, port, str(folder / f"rank{each}.txt"), words, strike)
+        arguments = (each, world_size, port, str(folder / f"rank{each}.txt"), words, strike, variables)
         processes.append(_context.Process(target=_run, args=arguments))
         processes[-1].start()
     with no_survivors(processes):
@@ -88,8 +89,9 @@ def _wait_until(condition, seconds):
         time.sleep(0.02)
 
 
-def _run(rank, world_size, port, output, words, strike):
+def _run(rank, world_size, port, output, words, strike, variables=None):
     become_rank(rank, world_size, port)
+    os.environ |= variables or {}
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -20,6 +20,7 @@ import msgspec
 import torch.distributed as dist
 
 from megatron_ssft.errors import LostRank, UserError
+from megatron_ssft.parallel.watch import flight_recorder
 from megatron_ssft.parallel.watch.board import Board, Facts
 from megatron_ssft.parallel.watch.judgement import ADVICE, Judge, Limits, Place, described, duration, ranks_text
 
@@ -231,12 +232,13 @@ class Watch:
         board = self._board
         assert board is not None
         try:
+            flight_recorder.write_dump(board.rank, _LEAVING_SECONDS)
             if self.last_words is not None:
                 self.last_words(verdict or "another rank was lost, see the job's output")
             if verdict is not None:
                 # The lowest rank that can say it does: its verdict ends this process meanwhile.
                 time.sleep(min(board.rank, 1) * 3 * self._beat_seconds + (_GRACE_SECONDS if board.rank > 1 else 0.0))
-                self._say(board, verdict)
+                self._say(board, verdict + flight_recorder.remark())
             else:
                 self._let_others_read(board)
         finally:  # also where nobody reads what is printed
@@ -322,7 +324,9 @@ class Watch:
             text = f"{described(left)}, ended before the others, whose messages say why; {ADVICE}"
         else:
             reason = str(error).strip().splitlines()[0]
+            flight_recorder.write_dump(board.rank, _LEAVING_SECONDS)  # NCCL may have reached its time limit
             text = f"a connection between ranks broke at {place}, though all give signs of life ({reason}); {ADVICE}"
+            text += flight_recorder.remark()
         lost = LostRank(text)
         lost.shared = bool(alive) and board.rank != alive[0]
         return lost
