@@ -27,8 +27,9 @@ def run_training(config: TrainingRun) -> None:
             hold_folder(config.run.checkpoint.save, topology, "--save ") as lease,
             CheckpointChoice(config.run.checkpoint, topology) as choice,
         ):
-            folder = config.run.checkpoint.save if topology.is_first_rank else None
-            pulse = Pulse(folder and Path(folder), topology.watch, config.run.parallel, lease)
+            save = config.run.checkpoint.save
+            folder = Path(save) if save is not None and topology.is_first_rank else None
+            pulse = Pulse(folder, topology.watch, config.run.parallel, lease)
             with pulse.until_the_end(), explaining(), enough_memory(command):
                 Trainer(config, topology, choice=choice, pulse=pulse).run(stop, lease)
         destroy_topology()

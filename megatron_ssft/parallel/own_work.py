@@ -105,13 +105,22 @@ class OwnWork:
         self._marks: Marks = marks or (StreamMarks() if device.type == "cuda" else HostMarks())
         self._inside: list[tuple[Any, Any]] = []
         self._waits: list[tuple[Any, Any]] = []
+        self._is_on = False
         self.collectives = 0
         """Calls and waits that were timed since the last `take`."""
+
+    def start(self) -> None:
+        """Count from here on. Before, nothing is kept, as nobody may ever ask for it."""
+        self._is_on = True
+        self.take()
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count the time inside the `with` block as work, without that of collectives. Blocks do not nest."""
         global _counting
+        if not self._is_on:
+            yield
+            return
         begin = self._marks.mark()
         before, _counting = _counting, self
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+import msgspec
+
 from megatron_ssft.objectives.objective import Figures
 from megatron_ssft.parallel.collectives import gather_integers, gather_json
 from megatron_ssft.parallel.engine import Engine
@@ -20,12 +22,12 @@ class StepMeter:
         self._topology = engine.topology
         self._stragglers: Stragglers | None = None
         if self._topology.world_size > 1:
-            seats = gather_json([socket.gethostname(), self._topology.stage], self._topology)
-            self._stragglers = Stragglers([Seat(str(host), int(stage)) for host, stage in seats])
+            seats = gather_json({"host": socket.gethostname(), "stage": self._topology.stage}, self._topology)
+            self._stragglers = Stragglers([msgspec.convert(seat, Seat) for seat in seats])
 
     def begin(self) -> None:
         """Measure from here on. What lies before is no step's."""
-        self._engine.own_work.take()
+        self._engine.own_work.start()
         memory_figures(self._topology.device)
         self._engine.clock.lap()
 

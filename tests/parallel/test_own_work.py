@@ -47,6 +47,7 @@ def _work_of_both():
     seconds = {}
     for name, wait in _waits().items():
         own = OwnWork(CPU)
+        own.start()
         dist.barrier()
         with own.counting():
             time.sleep(0.3 if dist.get_rank() == 1 else 0.0)
@@ -89,6 +90,10 @@ def test_on_a_gpu_the_stream_is_measured():
     """Events used again in the next step; a stream that stands still for a collective is no work."""
     Event.stream, Event.made = 0.0, 0
     own = OwnWork(CPU, StreamMarks(Event))
+    with own.counting():
+        pass
+    assert Event.made == 0  # nothing is kept before the start
+    own.start()
 
     def collective():
         Event.stream += 5.0

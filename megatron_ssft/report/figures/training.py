@@ -12,6 +12,21 @@ from megatron_ssft.report.figures.line_charts import Chart, Curve, draw_curves, 
 from megatron_ssft.report.read.run_facts import RunFacts
 
 Value = Callable[[RunFacts], np.ndarray]
+_PARTS = {
+    "forward_backward": "forward and backward",
+    "matching": "matching",
+    "scoring": "scoring",
+    "optimizer": "optimizer",
+    "evaluation": "evaluation",
+    "save": "saving",
+    "data": "data and plans",
+    "other": "the rest",
+}
+"""Parts of a step's time in metrics.jsonl, and what the report calls them."""
+_MEMORY = (
+    ("peak_allocated_bytes", "GPU memory", "highest GPU memory in tensors per step"),
+    ("rss_bytes", "Host memory", "resident host memory of a process"),
+)
 
 
 def training_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
@@ -63,6 +78,11 @@ def cost_section(runs: Sequence[RunFacts], known: Sequence[str]) -> Section:
         note=_overall(runs),
     )  # fmt: skip
     add_curves(section, chart, runs, _matching_share, absent)
+    section.remarks += [_split(facts) for facts in runs if np.isfinite(facts.run.metrics["wall_seconds"]).any()]
+    for key, title, what in _MEMORY:
+        chart = Chart(key, title, f"{what}, of the rank with most", "GB", known=known, mean=False)
+        if any(len(points_of(c)[0]) for c in _curves(runs, _gigabytes(key)).values()):
+            add_curves(section, chart, runs, _gigabytes(key), absent)
     chart = Chart(
         "makespan", "Makespan over its lower bound", "makespan over its lower bound", "makespan / bound", known=known,
         note="Work of the busiest data-parallel rank over the least that any plan could give it; 1 is perfect.",
@@ -124,6 +144,23 @@ def _tokens_per_second(facts: RunFacts) -> np.ndarray:
     metrics = facts.run.metrics
     tokens = metrics["sequence_tokens"]
     return _ratio(tokens if np.isfinite(tokens).any() else metrics["trained_tokens"], metrics["seconds"])
+
+
+def _gigabytes(key: str) -> Value:
+    return lambda facts: facts.run.metrics[key] / 1e9
+
+
+def _split(facts: RunFacts) -> str:
+    """Where the time of a whole run went, the largest part first."""
+    metrics = facts.run.metrics
+    wall = float(np.nansum(metrics["wall_seconds"]))
+    parts = {name: float(np.nansum(metrics[f"{name}_seconds"])) for name in _PARTS}
+    shares = [
+        f"{_PARTS[name]} {seconds / max(wall, 1e-9):.0%}"
+        for name, seconds in sorted(parts.items(), key=lambda part: -part[1])
+        if seconds >= 0.005 * wall
+    ]
+    return f"Time of {clean(facts.name)}, {wall:,.1f} s over all logged steps: {join(shares)}."
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,28 @@ def test_optional_columns_of_the_log(tmp_path):
     assert exhibit_of(section, "matching_margin")
     assert exhibit_of(training.cost_section(facts, ["run"]), "mfu")
     assert "2 throughout, steps 2 to 12" in exhibit_of(training.training_section(facts, ["run"]), "eval_loss").text
+
+
+def test_what_the_steps_took(tmp_path):
+    """Of a run that was begun by a version that did not write it yet, and goes on with this one."""
+    old = make_run(tmp_path / "old")
+    section = training.cost_section(load_facts([old]), ["old"])
+    assert not any("Time of" in text or "memory" in text for text in section.remarks)
+    run = make_run(
+        tmp_path / "run", wall_seconds=[2.0, None], forward_backward_seconds=[1.0, None], matching_seconds=[0.5],
+        save_seconds=[0.001], other_seconds=[0.4], rss_bytes=[2e9, 3e9], slowest_host=["n1", None],
+    )  # fmt: skip
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    begun = [json.dumps({k: v for k, v in json.loads(line).items() if k in OLD}) for line in lines[:4]]
+    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in begun + lines[4:]))
+    section = training.cost_section(load_facts([run]), ["run"])
+    (text,) = [text for text in section.remarks if text.startswith("Time of run, 8.0 s")]
+    assert "forward and backward 50%" in text and "saving" not in text
+    assert "2 at step 5, 3 at step 12" in exhibit_of(section, "rss_bytes").text
+    assert not [e for e in section.exhibits if e.key == "peak_allocated_bytes"]
+
+
+OLD = ("iteration", "loss", "lr", "seconds", "sequence_tokens", "matching_cost", "matching_gap", "makespan_over_bound")
 
 
 def test_runs_look_alike_in_every_picture():
