@@ -13,6 +13,8 @@ from megatron_ssft.parallel.step_clock import PARTS
 from tests.helpers.captured import run_captured
 from tests.helpers.distributed import run_ranks
 from tests.helpers.fault_points import command_main
+from tests.helpers.policy_programs import ANCHOR, run_body
+from tests.helpers.policy_programs import flags as policy_flags
 from tests.helpers.struck_ranks import slow_down
 from tests.helpers.training_runs import BASE, flags, make_rows, write_rows
 
@@ -89,3 +91,23 @@ def test_planted_slow_rank_is_the_one_named(tmp_path, layout, place):
         assert sum(row[part] for part in SSFT_PARTS) == pytest.approx(row["wall_seconds"], abs=1e-9)
     named = [line for line in out.splitlines() if line.startswith("slow: ")]
     assert len(named) == 1 and named[0].startswith(f"slow: rank {slow} on {socket.gethostname()} ")
+
+
+POLICIES = {
+    "GFPO": (ANCHOR, {"scoring", "evaluation"}),
+    "GRPO": (("--objective", "grpo"), {"evaluation"}),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_parts_of_policy_learning(models, inputs, tmp_path, name):
+    more, expected = POLICIES[name]
+    run = tmp_path / "run"
+    run_ranks(1, run_body, policy_flags(models, inputs, run, *more, steps=6))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    parts = [f"{part}_seconds" for part in {*PARTS, *expected}]
+    for row in rows:
+        assert sum(row[part] for part in parts) == pytest.approx(row["wall_seconds"], abs=1e-9)
+        assert row["forward_backward_seconds"] > 0 and row["optimizer_seconds"] > 0
+        assert ("scoring_seconds" in row) == ("scoring" in expected)
+        assert all(row[f"{part}_seconds"] > 0 for part in expected)
