@@ -82,7 +82,7 @@ begin_attempt() {
 name_dumps() {
     local dumps=("$flight"*)
     if [[ -e ${dumps[0]} ]]; then
-        say "a collective timed out; NCCL's flight recorder wrote ${#dumps[@]} files: $flight*" \
+        say "the job hung; the flight recorder wrote ${#dumps[@]} files: $flight*" \
             "(read them with torchfrtrace)"
     fi
 }

@@ -52,6 +52,9 @@ class Saver:
         self._exports = True
         self._pending: CheckpointSave | None = None
         self._begun = 0.0
+        self._longest_step = 0.0
+        self._step_begun: float | None = None
+        self._has_told_of_stops = False
 
     def begin(self, iteration: int, train_iters: int, *, is_saved: bool) -> None:
         """Say what the run will need.
@@ -62,14 +65,18 @@ class Saver:
         self._saved_at = iteration if is_saved else None
         free = on_first_rank(lambda: shutil.disk_usage(self._folder).free, self._topology)
         self._log.say(space_line(self._checkpoint, self._size, iteration, train_iters, free))
+        self._step_begun = time.perf_counter()
 
     def after_step(self, iteration: int, state: Callable[[], RunState]) -> None:
         """Publish the checkpoint under way where all ranks have written it, and begin one where it is due."""
+        if self._step_begun is not None:
+            self._longest_step = max(self._longest_step, time.perf_counter() - self._step_begun)
         if self._pending is not None and not any_rank(not self._pending.is_written, self._topology):
             self.finish()
         every = self._checkpoint.save_interval
         if every is not None and iteration % every == 0:
             self._save(iteration, state(), has_optimizer=self._checkpoint.save_optim, waits=False)
+        self._step_begun = time.perf_counter()
 
     def end(self, iteration: int, state: Callable[[], RunState], *, is_stopped: bool) -> None:
         """Leave a checkpoint of the last step behind; where the run is to go on, one with the optimizer.
@@ -100,12 +107,24 @@ class Saver:
                 raise
             folder = pending.finish()
         background = " in the background" if self._checkpoint.async_save else ""
-        self._log.say(f"saved {folder} ({time.perf_counter() - self._begun:.1f} s{background})")
+        seconds = time.perf_counter() - self._begun
+        self._log.say(f"saved {folder} ({seconds:.1f} s{background})")
+        self._tell_of_stops(seconds)
         if self._checkpoint.export_hf_at_save and self._exports:
             self._export(folder)
         elif self._checkpoint.export_hf_at_save:
             self._log.say(f"{folder} is exported when the run goes on")
         self._thin(pending.iteration)
+
+    def _tell_of_stops(self, save_seconds: float) -> None:
+        """Say once what a stop takes, so that whoever stops the run leaves it the time."""
+        if self._has_told_of_stops or not self._longest_step:
+            return
+        self._has_told_of_stops = True
+        self._log.say(
+            f"a SIGTERM takes up to {self._longest_step + save_seconds:.0f} s from here on: a step "
+            f"({self._longest_step:.1f} s at most so far) and a save ({save_seconds:.1f} s)"
+        )
 
     def finish_after(self, error: UserError) -> None:
         """Publish the checkpoint under way although the run ends by an error, where all ranks do so together."""

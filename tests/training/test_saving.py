@@ -184,6 +184,21 @@ def test_a_stop_waits_for_the_save_under_way(data, plain, tmp_path):
     assert logs(run) == logs(plain[0])
 
 
+def test_what_a_stop_takes_is_said_once(data, plain):
+    _, output = plain
+    (line,) = [line for line in output.splitlines() if "a SIGTERM takes" in line]
+    total, step, save = map(
+        float, re.search(r"up to (\d+) s .* a step \(([\d.]+) s .* a save \(([\d.]+) s\)", line).groups()
+    )
+    assert abs(total - (step + save)) <= 0.6  # each is rounded
+    seconds = [
+        row["wall_seconds"] for row in metrics_of(plain[0])[:2]
+    ]  # the first two steps, the first save after them
+    assert abs(step - max(seconds)) <= 0.1 + 0.1 * max(seconds)
+    lines = output.splitlines()
+    assert lines[lines.index(line) - 1].endswith(f"iter_0000002 ({save:.1f} s)")
+
+
 def test_a_stop_saves_and_the_export_follows_when_the_run_goes_on(data, tmp_path):
     """Who stops a run gives it seconds. Exports at saves before and at the end are made as ever."""
     run = tmp_path / "run"
