@@ -21,6 +21,13 @@ class UserError(ValueError):
     """Set where every rank of a job raises the same error at the same time; the first rank then speaks for all."""
 
 
+class StillInUse(UserError):
+    """What this job needs is held by the remains of itself. The input is not at fault."""
+
+    status = 75
+    """As LostRank's."""
+
+
 class LostRank(UserError):
     """Another rank of the job is gone, or held it up for longer than it may. The input is not at fault."""
 
@@ -46,8 +53,9 @@ def is_full_disk(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def shared_error(text: str) -> UserError:
+def shared_error(text: str, status: int = UserError.status) -> UserError:
     """A UserError that every rank raises together."""
     error = UserError(text)
     error.shared = True
+    error.status = status
     return error

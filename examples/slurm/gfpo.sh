@@ -4,14 +4,20 @@
 set -euo pipefail
 
 home=$(realpath "${SSFT_HOME:-$SLURM_SUBMIT_DIR}")
-load=$(realpath "${LOAD:?the folder of the SSFT run}")
-questions=$(realpath "${QUESTIONS:?the JSONL file of questions with gold answers}")
-recipe=$(realpath "${RECIPE:-$home/examples/recipes/gfpo-32b.yaml}")
+: "${LOAD:?the folder of the SSFT run}" "${QUESTIONS:?the JSONL file of questions with gold answers}"
+RECIPE=${RECIPE:-$home/examples/recipes/gfpo-32b.yaml}
 mkdir -p "${WORK:?the folder of the loop}"
 run=$(realpath "$WORK")
 what="the loop"
 # shellcheck source=examples/slurm/job.sh
 source "$home/examples/slurm/job.sh"
+load=$(place LOAD)
+questions=$(place QUESTIONS)
+recipe=$(place RECIPE)
+
+how_it_ended() {
+    :  # the loop's status tells
+}
 
 export SSFT_REQUESTS=$records/requests-$job
 declare -A srun_of=()   # request -> pid of the shell around its step
@@ -27,7 +33,7 @@ done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 server=${SERVER:-$(printf '%q' "${VLLM:-vllm}") serve {model\} --host 0.0.0.0 --port {port\} --tensor-parallel-size 8}
 on_host="bash $(printf '%q' "$home/examples/slurm/on_host.sh")"
 loop=("${PYTHON:-python}" "$home/tools/run_gfpo.py" --load "$load" --data "$questions" --save "$run"
-    --rounds 3 --train-iters 10 --lr 1e-6 --verifier math --samples-per-tag 4 --questions-per-round 256
+    --rounds 1 --train-iters 10 --lr 1e-6 --verifier math --samples-per-tag 4 --questions-per-round 1000
     --backend openai --base-url "${urls[@]}" --serve "$on_host servers ${server//\{port\}/$port}"
     --generate-args "--temperature 0.7 --top-p 0.95 --max-new-tokens 30000 --concurrency 256"
     --launcher "$on_host ranks $(printf '%q' "${PYTHON:-python}")" --train-args "--config $(printf '%q' "$recipe")"
@@ -46,7 +52,7 @@ run_request() {
     esac
     step=("${step[0]}" --overlap "--job-name=${request##*/}" "${step[@]:1}")
     printf '%s:' "$script" && printf ' %q' "${step[@]}" "${program[@]}" && echo
-    trap 'kill -TERM "$srun_pid"' TERM
+    trap 'kill -TERM "$srun_pid" || true' TERM
     "${step[@]}" "${program[@]}" >> "$request.output" 2>&1 &
     srun_pid=$!
     local status=0
@@ -73,7 +79,7 @@ answer_requests() {
             unset "srun_of[$request]"
         elif [[ -e $request.stop ]]; then
             rm -f "$request.stop"
-            step_id=$(squeue --steps --noheader --job "$job" --format '%i %j' | awk -v name="${request##*/}" '$2 == name { print $1 }')
+            step_id=$(step_named "${request##*/}")
             if [[ $(head -z -n 1 "$request.taken" | tr -d '\0') == ranks && -n $step_id ]]; then
                 scancel --signal=TERM "$step_id" || say "step $step_id is gone"
             else
@@ -92,7 +98,7 @@ ask_to_stop() {
         return 0
     fi
     local step_id
-    step_id=$(squeue --steps --noheader --job "$job" --format '%i %j' | awk '$2 == "loop" { print $1 }')
+    step_id=$(step_named loop)
     scancel --signal=TERM "$step_id" || say "the loop is gone"
 }
 kill_now() {

@@ -25,6 +25,11 @@ refuse() {
     exit 2
 }
 
+# The full path in the variable NAME: of a link itself, whose name tells what it is.
+place() {
+    realpath -es -- "${!1}" 2> /dev/null || refuse "$1=${!1}: there is no such file or folder"
+}
+
 if [[ ! $max_restarts =~ ^[0-9]+$ ]]; then
     refuse "MAX_RESTARTS=$max_restarts: is no number"
 fi
@@ -32,9 +37,39 @@ if [[ ! $margin =~ ^[0-9]+$ ]]; then
     refuse "STOP_MARGIN=$margin: is no number of seconds"
 fi
 
-# A field of what scontrol says: `field NodeAddr node n1`.
+# What WORDS print. Asked again for a while where they fail: the controller of a large cluster is too busy now and then.
+ask() {
+    local try
+    for try in 1 2 3 4 5; do
+        if "$@"; then
+            return 0
+        fi
+        sleep "$try" || true
+    done
+    return 1
+}
+
+# A field of what scontrol says: `field NodeAddr node n1`; nothing where it does not answer.
 field() {
-    scontrol show "$2" "$3" --oneliner | grep -o "\b$1=[^ ]*" | cut -d= -f2
+    local answer
+    answer=$(ask scontrol show "$2" "$3" --oneliner) || return 0
+    grep -o "\b$1=[^ ]*" <<< "$answer" | cut -d= -f2 || true
+}
+
+# The id of the job's step of this name; nothing where there is none.
+step_named() {
+    local answer
+    answer=$(ask squeue --steps --noheader --job "$job" --format '%i %j') || return 0
+    awk -v name="$1" '$2 == name { print $1 }' <<< "$answer"
+}
+
+# SLURM ends this shell as soon as it has heard of it.
+requeue() {
+    until scontrol requeue "$job"; do
+        say "cannot requeue the job, asking again"
+        sleep 5 || true
+    done
+    exit 0
 }
 
 # Whether somebody listens at a port of this host, which is the job's first node.
@@ -43,11 +78,13 @@ is_taken() {
 }
 
 # -- attempts ------------------------------------------------------------------------------------------------------------
-# A line `begin` for each start of the ranks, and one that says how it ended. They outlive a requeue, and a node that
-# takes the batch shell with it leaves a `begin` without an end, which counts as a failure.
+# A line `begin` for each start of the ranks, one where they are told to stop, and one that says how it ended. They outlive
+# a requeue. A node that takes the batch shell with it leaves a `begin` without an end, which counts as a failure; SLURM
+# killing a save that took too long after a stop does not.
 
 failures() {
-    awk '$1 == "begin" { n++ } $1 == "stopped" { n-- } END { print n + 0 }' "$attempts" 2>/dev/null || echo 0
+    awk '$1 == "begin" { n++; told = 0 } $1 == "stopping" && !told { n--; told = 1 } $1 == "failed" && told { n++ }
+        END { print n + 0 }' "$attempts" 2>/dev/null || echo 0
 }
 
 begin_attempt() {
@@ -64,6 +101,7 @@ begin_attempt() {
     local first
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=$(field NodeAddr node "$first")  # its name need not be known to the resolver
+    MASTER_ADDR=${MASTER_ADDR:-$first}
     MASTER_PORT=$((10000 + (SLURM_JOB_ID + 1009 * attempt) % 20000))
     while is_taken "$MASTER_PORT"; do
         say "port $MASTER_PORT is in use on $first, taking the next one"
@@ -125,11 +163,16 @@ container_words() {
     fi
     while IFS= read -r name; do
         case $name in
-            MASTER_* | OMP_* | CUDA_* | NVIDIA_* | NCCL_* | TORCH* | PYTORCH_* | TRITON_* | NVTE_* | UCX_* | HF_* | WANDB_* | \
-                SSFT_* | SLURM_*)
+            MASTER_* | OMP_* | CUDA_* | NVIDIA_* | NCCL_* | GLOO_* | UCX_* | UCC_* | FI_* | TORCH* | PYTORCH_* | TRITON_* | \
+                NVTE_* | VLLM_* | HF_* | WANDB_* | SSFT_* | SLURM_*)
                 names+=("$name") ;;
         esac
     done < <(compgen -e)
+    if [[ -n ${CONTAINER_ENV:-} ]]; then
+        local more
+        IFS=, read -ra more <<< "$CONTAINER_ENV"
+        names+=("${more[@]}")
+    fi
     case ${CONTAINER_RUNTIME:-pyxis} in
         pyxis)
             local IFS=,
@@ -149,7 +192,7 @@ container_words() {
             ;;
         apptainer)
             for name in "${names[@]}"; do
-                case $name in SLURM_*) ;; *) export "APPTAINERENV_$name=${!name}" ;; esac  # images have none of SLURM's
+                case $name in SLURM_*) ;; *) export "APPTAINERENV_$name=${!name-}" ;; esac  # images have none of SLURM's
             done
             inside=(apptainer exec --pwd "$home")
             if [[ -e /dev/nvidiactl ]]; then
@@ -170,6 +213,7 @@ container_words() {
 
 stop=      # the signal that came
 killed=    # whether the step was killed since the time was over
+asked_at=  # when it was last asked to stop, in seconds of this shell
 child=
 killer=
 
@@ -179,6 +223,8 @@ on_signal() {
     fi
     stop=$1
     say "got $1, asking $what to save and stop"
+    echo "stopping $(date -Is) by $1" >> "$attempts"
+    asked_at=$SECONDS
     ask_to_stop
     if [[ $1 == USR1 ]]; then
         kill_in_time
@@ -189,7 +235,7 @@ on_signal() {
 kill_in_time() {
     local end seconds
     end=$(field EndTime job "$job")
-    if ! end=$(date -d "$end" +%s 2>/dev/null); then
+    if [[ -z $end ]] || ! end=$(date -d "$end" +%s 2>/dev/null); then
         return 0  # no time limit
     fi
     seconds=$((end - $(date +%s) - margin))
@@ -222,11 +268,19 @@ trap on_time_over USR2
 # Run WORDS to their end, whatever signals come; their status is in `status`. A trap runs between two naps: bash may lose
 # the status of a child for good whose end comes together with a signal that ends `wait`.
 run_to_the_end() {
+    status=143
+    if [[ -n $stop ]]; then
+        return 0  # the signal came before there was anything to stop
+    fi
     "$@" &
     child=$!
     while kill -0 "$child" 2> /dev/null; do
         if [[ -n ${SSFT_REQUESTS:-} ]]; then
             answer_requests
+        fi
+        if [[ -n $stop && -z $killed ]] && ((SECONDS - asked_at >= 10)); then
+            asked_at=$SECONDS
+            ask_to_stop  # ranks that had not begun when it was asked first, as with an image that is still loaded
         fi
         sleep 0.5 || true  # a signal to all processes of the job ends it too
     done
@@ -255,12 +309,16 @@ end_attempt() {
     # listen yet, the others are killed, and the step's status is theirs.
     if [[ -n $stop && ($status -eq 0 || $status -eq 143 || -n $killed || -e $stopped_early) ]]; then
         echo "stopped $(date -Is) by $stop, status $status" >> "$attempts"
-        if [[ $stop == USR1 ]]; then
+        if [[ $stop == USR1 && $(how_it_ended) != "done" ]]; then
             say "stopped, requeueing job $job"
-            scontrol requeue "$job"
-            exit 0
+            requeue
         fi
         exit "$status"
+    fi
+    if [[ $status -eq 0 && $(how_it_ended) == stopped ]]; then
+        echo "stopped $(date -Is) by somebody else" >> "$attempts"
+        say "$what was stopped by a signal to it alone and is not finished; submit the job again to go on"
+        exit 143
     fi
     if [[ $status -eq 0 ]]; then
         echo "finished $(date -Is)" >> "$attempts"
@@ -276,7 +334,6 @@ end_attempt() {
     fi
     say "status $status; restart $(failures) of at most $max_restarts (MAX_RESTARTS)"
     if [[ $stop == USR1 ]]; then
-        scontrol requeue "$job"
-        exit 0
+        requeue
     fi
 }

@@ -21,18 +21,25 @@
 #   CONTAINER_IMAGE   run in this image: for pyxis a URI or .sqsh file, for enroot a .sqsh file, for apptainer a .sif file
 #   CONTAINER_RUNTIME pyxis, enroot or apptainer [pyxis]
 #   CONTAINER_MOUNTS  mounts beside those of the folders above: SRC:DST,SRC:DST
+#   CONTAINER_ENV     names of further variables that the container gets from the job: NAME,NAME
 set -euo pipefail
 
 home=$(realpath "${SSFT_HOME:-$SLURM_SUBMIT_DIR}")
-model=$(realpath "${MODEL:?the Hugging Face folder to start from}")
-data=$(realpath "${DATA:?the JSONL file to train on}")
-recipe=$(realpath "${RECIPE:?the YAML file of settings}")
+: "${MODEL:?the Hugging Face folder to start from}" "${DATA:?the JSONL file to train on}" "${RECIPE:?the YAML file of settings}"
 folder=${RUN_DIR:?the folder of the run}${SLURM_ARRAY_TASK_ID:+/task_$SLURM_ARRAY_TASK_ID}
 mkdir -p "$folder"
 run=$(realpath "$folder")
 what="the trainer"
 # shellcheck source=examples/slurm/job.sh
 source "$home/examples/slurm/job.sh"
+model=$(place MODEL)
+data=$(place DATA)
+recipe=$(place RECIPE)
+
+# What the trainer says of its end.
+how_it_ended() {
+    sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' "$run/heartbeat.json" 2> /dev/null || true
+}
 
 for argument; do
     case $argument in
@@ -47,10 +54,12 @@ for argument; do
     esac
 done
 
-mounts=("$model" "${data%/*}" "${recipe%/*}")
+# A download cache is a folder of links to files elsewhere.
+mapfile -t linked < <(find "$model/" "$data" "$recipe" -maxdepth 1 -type l -exec realpath {} + | sed 's:/[^/]*$::' | sort -u)
+mounts=("$model" "${data%/*}" "${recipe%/*}" "${linked[@]}")
 inputs=(--config "$recipe" --data-path "$data")
 if [[ -n ${EVAL_DATA:-} ]]; then
-    eval_data=$(realpath "$EVAL_DATA")
+    eval_data=$(place EVAL_DATA)
     mounts+=("${eval_data%/*}")
     inputs+=(--eval-data-path "$eval_data")
 fi

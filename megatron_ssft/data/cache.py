@@ -30,7 +30,7 @@ from megatron_ssft.data.array_file import ArrayFile
 from megatron_ssft.data.fingerprint import FORMAT_VERSION, data_fingerprint
 from megatron_ssft.data.parts import Part
 from megatron_ssft.data.reading import Reading, Selection
-from megatron_ssft.data.shards import SHARD_BYTES, ShardJob, tokenize_shards
+from megatron_ssft.data.shards import SHARD_BYTES, KilledWorker, ShardJob, tokenize_shards
 from megatron_ssft.data.tokenization import Tally, TokenizationReport, rules_of
 from megatron_ssft.data.trace_filter import parse_trace_filter
 from megatron_ssft.errors import UserError, reason_of
@@ -178,6 +178,8 @@ def build_dataset(
             # Another process has finished the same work meanwhile, and cleared up.
             if _open_folder(folder) is None:
                 raise
+        except KilledWorker:
+            raise  # what is done is gone on with
         except UserError:  # with other rows it is another cache
             shutil.rmtree(parts, ignore_errors=True)
             raise

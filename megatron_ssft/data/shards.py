@@ -25,6 +25,10 @@ _PR_SET_PDEATHSIG = 1
 Progress = Callable[[int, int], None]
 
 
+class KilledWorker(UserError):
+    """A process that tokenizes is gone. The shards that are done stay."""
+
+
 class _Failed(Exception):
     """Rows of a shard are wrong, so that it becomes no part."""
 
@@ -120,7 +124,7 @@ def _in_processes(
             found[number] = future.result()
             advance(shards[number].questions)
     except BrokenProcessPool as error:
-        raise UserError(
+        raise KilledWorker(
             f"a process that tokenizes was killed, for want of memory mostly; start again with fewer than {workers} "
             "--tokenizing-workers: what is done is kept"
         ) from error

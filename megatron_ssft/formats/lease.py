@@ -19,7 +19,7 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import StillInUse, UserError
 from megatron_ssft.formats.files import naming, sync_file
 
 LEASE = ".lease.json"
@@ -27,6 +27,8 @@ BEAT_SECONDS = 10.0
 """An owner touches its lease this often."""
 SILENCE_SECONDS = 120.0
 """An owner that did not for so long is gone."""
+REMAINS_SECONDS = 300.0
+"""So long a job waits for the end of what a lost node has left of its earlier attempt."""
 _LOOK_SECONDS = 0.5
 
 
@@ -50,6 +52,10 @@ class Owner(Struct, frozen=True, kw_only=True):
     def runs_here(self) -> bool:
         """Whether its process id means something to this process."""
         return self.pid_space == _pid_space()
+
+    def is_of_the_job_of(self, other: Owner) -> bool:
+        """Whether both are of one SLURM job."""
+        return self.job is not None and self.job == other.job
 
     @property
     def is_dead(self) -> bool:
@@ -94,15 +100,19 @@ class Lease:
 
     def _touch(self, beat_seconds: float) -> None:
         while not self._ended.wait(beat_seconds):
-            owner = _owner(self._path)
-            if owner is None or owner.token != self._owner.token:
-                return  # `check` says so
             with contextlib.suppress(OSError):  # a file system that is away for a moment; touching needs no space
+                owner = _owner(self._path)
+                if owner is None or owner.token != self._owner.token:
+                    return  # `check` says so
                 os.utime(self._path)
 
 
 def acquire(
-    folder: Path, flag: str = "", beat_seconds: float = BEAT_SECONDS, silence_seconds: float = SILENCE_SECONDS
+    folder: Path,
+    flag: str = "",
+    beat_seconds: float = BEAT_SECONDS,
+    silence_seconds: float = SILENCE_SECONDS,
+    remains_seconds: float = REMAINS_SECONDS,
 ) -> Lease:
     """Take the lease on a folder, which is made where it is not there.
 
@@ -111,6 +121,7 @@ def acquire(
 
     Raises:
         UserError: another job holds it, whose owner is named; or a file is in the way.
+        StillInUse: an earlier attempt of this job holds it, and has not ended in `remains_seconds`.
         OSError: the folder cannot be written.
     """
     try:
@@ -118,12 +129,16 @@ def acquire(
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{flag}{folder}: {error.filename} is a file where a folder is needed") from error
     path, owner = folder / LEASE, this_process()
+    deadline = None
     try:
         while not _claim(path, owner):
             content, holder = _content(path), _owner(path)
             if content is None:
                 continue  # given back meanwhile
             if not (holder is not None and holder.is_dead) and not _is_silent(path, holder, silence_seconds):
+                if holder is not None and holder.is_of_the_job_of(owner):
+                    deadline = _wait_for_remains(path, holder, deadline, remains_seconds)
+                    continue
                 raise UserError(
                     f"{flag}{folder}: is in use by {holder or 'another job'}; wait for its end, stop it, or choose "
                     "another folder"
@@ -133,6 +148,17 @@ def acquire(
         _remove_empty(created)
         raise
     return Lease(folder, owner, created, beat_seconds)
+
+
+def _wait_for_remains(path: Path, holder: Owner, deadline: float | None, seconds: float) -> float:
+    """Let some time pass, and return until when that is done. Raises StillInUse after that."""
+    if deadline is None:
+        print(f"{path}: held by an earlier attempt of this job, {holder}; waiting up to {seconds:.0f} s", flush=True)
+        deadline = time.monotonic() + seconds
+    if time.monotonic() > deadline:
+        raise StillInUse(f"{path.parent}: is in use by an earlier attempt of this job, {holder}; it has to end first")
+    time.sleep(_LOOK_SECONDS)
+    return deadline
 
 
 def this_process() -> Owner:

@@ -78,12 +78,12 @@ def on_first_rank(work: Callable[[], T], topology: Topology) -> T:
         try:
             outcome = {"result": work()}
         except UserError as error:
-            outcome = {"error": str(error)}
+            outcome = {"error": str(error), "status": error.status}
         except OSError as error:  # a full or read-only disk, mostly
             outcome = {"error": f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error)}
     outcome = broadcast_json(outcome, topology)
     if "error" in outcome:
-        raise shared_error(outcome["error"])
+        raise shared_error(outcome["error"], outcome.get("status", UserError.status))
     result: T = outcome["result"]
     return result
 

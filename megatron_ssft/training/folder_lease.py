@@ -23,7 +23,10 @@ class FolderLease:
 
     @property
     def is_lost(self) -> bool:
-        """Whether this rank held the lease, and another job has the folder by now, or nobody. Not collective."""
+        """Whether this rank held the lease, and another job has the folder by now, or nobody. Not collective.
+
+        Raises OSError where that cannot be seen.
+        """
         if self._lease is None:
             return False
         try:

@@ -107,11 +107,11 @@ class Pulse:
                 return
             self._has_ended = state != "running"
             self._written_at = time.time()
-            if self._lease.is_lost:
-                return  # it is another job's folder by now
             # A disk that is full, or away for a moment: the log and the checkpoint speak of it, and whoever looks at
             # the heartbeat sees that it does not change.
             with contextlib.suppress(OSError):
+                if self._lease.is_lost:
+                    return  # it is another job's folder by now
                 write_heartbeat(self._folder, self._heartbeat(state, end))
 
     def _heartbeat(self, state: str, end: Mapping[str, Any]) -> Heartbeat:

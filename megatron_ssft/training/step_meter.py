@@ -43,13 +43,14 @@ class StepMeter:
         if self._stragglers is not None:
             gathered = gather_integers([own, *memory.values()], self._topology)
             memory = dict(zip(memory, gathered[:, 1:].max(axis=0).tolist()))
-            slowest, line = self._stragglers.look((gathered[:, 0] / 1e9).tolist())
-            figures = {
-                "slowest_rank": slowest.rank,
-                "slowest_host": slowest.host,
-                "slowest_work_seconds": slowest.seconds,
-                "median_work_seconds": slowest.median,
-            }
+            if self._topology.is_first_rank:  # whose log it is
+                slowest, line = self._stragglers.look((gathered[:, 0] / 1e9).tolist())
+                figures = {
+                    "slowest_rank": slowest.rank,
+                    "slowest_host": slowest.host,
+                    "slowest_work_seconds": slowest.seconds,
+                    "median_work_seconds": slowest.median,
+                }
         parts = self._engine.clock.lap()
         times = {f"{name}_seconds": seconds for name, seconds in parts.items()}
         return {"wall_seconds": sum(parts.values()), **times, **memory, **figures}, line

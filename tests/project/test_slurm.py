@@ -28,6 +28,7 @@ SRUN = """
 printf '%s\\0' "$@" > "$STUB/srun.arguments"
 env > "$STUB/srun.environment"
 trap 'echo TERM >> "$STUB/tasks"; [[ -z ${STUB_DEAF:-} ]] || { sleep 60 > /dev/null 2>&1 & wait; }
+    [[ -z ${STUB_STATE:-} ]] || echo "{\\"state\\": \\"$STUB_STATE\\"}" > "$RUN_DIR/heartbeat.json"
     sleep 0.3; echo saved >> "$STUB/tasks"; exit "${STUB_EXIT_ON_TERM:-0}"' TERM
 echo $$ >> "$STUB/srun.starts"
 echo $$ > "$STUB/srun.pid"
@@ -41,15 +42,21 @@ while true; do sleep 0.02; done
 """
 SCONTROL = """
 echo "$*" >> "$STUB/scontrol"
+if [[ -n ${STUB_BUSY:-} && "$*" == "$STUB_BUSY"* && ! -e "$STUB/was-busy" ]]; then
+    : > "$STUB/was-busy"
+    echo "slurm_load: Unable to contact slurm controller" >&2
+    exit 1
+fi
 case "$1 $2" in
     "show hostnames") printf 'alpha03\\nalpha04\\n' ;;
-    "show node") echo "NodeName=$3 NodeAddr=10.0.0.3 NodeHostName=$3" ;;
+    "show node") [[ -n ${STUB_NO_ADDRESS:-} ]] || echo "NodeName=$3 NodeAddr=10.0.0.3 NodeHostName=$3" ;;
     "show job") echo "JobId=1 EndTime=$(date -d "${STUB_SECONDS_LEFT:-300} seconds" +%Y-%m-%dT%H:%M:%S) Deadline=N/A" ;;
 esac
 """
 # As SLURM does without --batch and --full: the tasks get the signal, the batch shell does not.
 SCANCEL = """
 echo "$*" >> "$STUB/scancel"
+[[ -z ${STUB_LATE:-} || $(wc -l < "$STUB/scancel") -gt 1 ]] || exit 0  # the step has not begun
 [[ $1 == --signal=TERM ]] && kill -TERM "$(< "$STUB/srun.pid")"
 """
 
@@ -246,7 +253,7 @@ def test_usr1_stops_the_tasks_cleanly_and_requeues(start):
     assert job.lines("scancel") == [f"--signal=TERM {JOB_ID}"]
     assert job.lines("tasks") == ["TERM", "saved"]  # the shell waited for the trainer to finish saving
     assert job.requeued
-    assert job.attempts == ["begin", "stopped"]
+    assert job.attempts == ["begin", "stopping", "stopped"]
 
 
 def test_usr1_before_the_trainer_listens_requeues(start):
@@ -255,7 +262,7 @@ def test_usr1_before_the_trainer_listens_requeues(start):
     job.wait_for("srun.pid")
     job.process.send_signal(signal.SIGUSR1)
     assert job.finish() == 0
-    assert job.requeued and job.attempts == ["begin", "stopped"]
+    assert job.requeued and job.attempts == ["begin", "stopping", "stopped"]
 
 
 def test_what_does_not_end_before_the_time_limit_is_killed_and_requeued(start):
@@ -269,7 +276,7 @@ def test_what_does_not_end_before_the_time_limit_is_killed_and_requeued(start):
     assert job.finish() == 0
     assert time.monotonic() - begin < 30
     assert "has not ended in time" in job.output
-    assert job.requeued and job.attempts == ["begin", "stopped"]
+    assert job.requeued and job.attempts == ["begin", "stopping", "stopped"]
 
 
 def test_a_stop_that_fails_is_a_failure_and_goes_on_elsewhere(start):
@@ -278,7 +285,81 @@ def test_a_stop_that_fails_is_a_failure_and_goes_on_elsewhere(start):
     job.process.send_signal(signal.SIGUSR1)
     assert job.finish() == 0
     assert job.lines("tasks") == ["TERM", "saved"]
-    assert job.requeued and job.attempts == ["begin", "failed"]
+    assert job.requeued and job.attempts == ["begin", "stopping", "failed"]
+
+
+@pytest.mark.parametrize("question", ["requeue", "show job", "show node"])
+def test_a_controller_that_is_busy_for_a_moment_ends_no_job(start, question):
+    job = start(STUB_BUSY=question)
+    job.wait_for("srun.pid")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish() == 0, job.output
+    assert (job.stub / "was-busy").exists()
+    assert job.requeued and job.attempts == ["begin", "stopping", "stopped"]
+
+
+def test_where_the_controller_does_not_know_the_address_the_name_is_taken(tmp_path):
+    job = Job(tmp_path, "multi_node.sbatch", STUB_EXIT="0", STUB_NO_ADDRESS="yes")
+    assert job.finish() == 0, job.output
+    assert "MASTER_ADDR=alpha03" in job.lines("srun.environment")
+
+
+@pytest.mark.slow
+def test_a_step_that_had_not_begun_is_asked_again(start):
+    job = start(STUB_LATE="yes")
+    job.wait_for("srun.pid")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish() == 0, job.output
+    assert job.lines("tasks") == ["TERM", "saved"] and len(job.lines("scancel")) == 2
+    assert job.requeued and job.attempts == ["begin", "stopping", "stopped"]
+
+
+def test_a_trainer_that_somebody_else_stops_is_not_finished(start):
+    job = start(STUB_STATE="stopped")
+    job.wait_for("srun.pid")
+    os.kill(int((job.stub / "srun.pid").read_text()), signal.SIGTERM)
+    assert job.finish() == 143
+    assert not job.requeued and job.attempts == ["begin", "stopped"]
+    assert "is not finished" in job.output
+
+
+def test_a_trainer_that_finishes_as_it_is_stopped_is_not_requeued(start):
+    job = start(STUB_STATE="done")
+    job.wait_for("srun.pid")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.finish() == 0
+    assert not job.requeued
+
+
+def test_a_preempted_job_that_is_killed_in_its_save_has_not_failed(start, tmp_path):
+    """SLURM kills the batch shell as well, so nobody writes how it ended."""
+    records = tmp_path / "run with space" / "slurm"
+    records.mkdir(parents=True)
+    (records / f"attempts-{JOB_ID}").write_text("begin a\nstopping b\n" * 9)
+    job = start(STUB_EXIT="0", MAX_RESTARTS="0")
+    assert job.finish() == 0, job.output
+
+
+@pytest.mark.parametrize("name", ["MODEL", "DATA", "RECIPE", "EVAL_DATA"])
+def test_what_is_not_there_is_named(tmp_path, name):
+    job = Job(tmp_path, "multi_node.sbatch", **{name: "not there"})
+    assert job.finish() == 2
+    assert job.output.splitlines()[-1] == f"launch.sh: {name}=not there: there is no such file or folder"
+
+
+def test_a_model_of_a_download_cache_is_mounted_with_the_files_it_links_to(tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    (blobs / "1234").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/1234")
+    job = Job(tmp_path, "multi_node.sbatch", MODEL=str(snapshot), STUB_EXIT="0", CONTAINER_IMAGE="image.sqsh",
+              CONTAINER_ENV="FIRST,SECOND", FI_PROVIDER="efa", FIRST="1", SECOND="2")  # fmt: skip
+    assert job.finish() == 0, job.output
+    (mounts,) = [word for word in job.srun_arguments if word.startswith("--container-mounts=")]
+    assert f"{blobs}:{blobs}" in mounts and f"{snapshot}:{snapshot}" in mounts
+    (names,) = [word for word in job.srun_arguments if word.startswith("--container-env=")]
+    assert {"FI_PROVIDER", "FIRST", "SECOND"} <= set(names.removeprefix("--container-env=").split(","))
 
 
 def test_bad_input_found_while_stopping_is_not_requeued(start):
@@ -343,7 +424,7 @@ def test_stops_do_not_count_as_failures(start):
         job.process.send_signal(signal.SIGUSR1)
         assert job.finish() == 0, job.output
         (job.stub / "srun.pid").unlink()
-    assert job.attempts == ["begin", "stopped"] * 3
+    assert job.attempts == ["begin", "stopping", "stopped"] * 3
 
 
 def test_term_stops_cleanly_without_requeue(start):
@@ -553,7 +634,8 @@ def test_a_signal_at_the_moment_the_program_ends_is_no_hang(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             try:
-                assert process.wait(10) in (0, 143, -signal.SIGTERM)  # the last: before rank.sh has got to its trap
+                # The last two: before rank.sh or what writes its log has got to its trap.
+                assert process.wait(10) in (0, 143, -signal.SIGTERM, 128 + signal.SIGPIPE)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

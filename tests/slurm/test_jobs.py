@@ -108,7 +108,7 @@ def test_a_stop_during_imports_requeues_the_job(cluster, inputs, troubled, whole
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     end = cluster.end_of(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
-    assert attempts(run_dir) == ["begin", "stopped", "begin", "finished"]
+    assert attempts(run_dir) == ["begin", "stopping", "stopped", "begin", "finished"]
     assert results(run_dir) == results(whole)
 
 
@@ -134,7 +134,7 @@ def test_a_rank_that_always_dies_is_tried_a_bounded_number_of_times(cluster, inp
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     end = cluster.end_of(job)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "1"), cluster.output(job)
-    assert attempts(run_dir) == ["begin", "stopped", "begin", "failed", "begin", "failed"]
+    assert attempts(run_dir) == ["begin", "stopping", "stopped", "begin", "failed", "begin", "failed"]
     assert "MAX_RESTARTS=1 allows no further one" in cluster.output(job)
 
 
@@ -163,7 +163,7 @@ def test_a_signal_to_one_task_of_an_array_leaves_the_others_alone(cluster, input
     ends = [cluster.end_of(f"{array}_{task}") for task in (1, 2)]
     assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0"), ("COMPLETED", "1")]
     assert attempts(first) == ["begin", "finished"]
-    assert attempts(second) == ["begin", "stopped", "begin", "finished"]
+    assert attempts(second) == ["begin", "stopping", "stopped", "begin", "finished"]
     assert results(first) == results(whole)  # whose seed is 1 too
     assert results(second) != results(whole)
 
@@ -177,7 +177,7 @@ def test_scancel_saves_and_ends_the_job(cluster, inputs, troubled, tmp_path):
     begin = time.monotonic()
     cluster.run("scancel", job)
     assert cluster.end_of(job)["JobState"] == "CANCELLED"
-    cluster.wait(lambda: attempts(run_dir) == ["begin", "stopped"], "the batch script has ended")
+    cluster.wait(lambda: attempts(run_dir) == ["begin", "stopping", "stopped"], "the batch script has ended")
     assert time.monotonic() - begin < 30, "SLURM kills what takes longer"
     saved = int((run_dir / "latest_checkpointed_iteration.txt").read_text())
     assert saved == len(metrics.read_text().splitlines()) < SAVED_EVERY
@@ -189,7 +189,7 @@ def test_a_time_limit_is_survived(cluster, limited, whole):
     assert end["JobState"] == "COMPLETED", cluster.output(job)
     assert int(end["Restarts"]) >= 1
     told = attempts(run_dir)
-    assert told[:2] == ["begin", "stopped"] and told[-1] == "finished" and "failed" not in told
+    assert told[:3] == ["begin", "stopping", "stopped"] and told[-1] == "finished" and "failed" not in told
     assert results(run_dir) == results(whole)
 
 
@@ -199,6 +199,6 @@ def test_a_save_that_takes_longer_than_the_grace_period_is_survived(cluster, lim
     assert end["JobState"] == "COMPLETED", cluster.output(job)
     assert (run_dir.parent / "hung").exists()
     told = attempts(run_dir)
-    assert told[:2] == ["begin", "stopped"] and told[-1] == "finished" and "failed" not in told
+    assert told[:3] == ["begin", "stopping", "stopped"] and told[-1] == "finished" and "failed" not in told
     assert "has not ended in time: killing it" in cluster.output(job)
     assert results(run_dir) == results(whole)
