@@ -77,10 +77,15 @@ def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
 
     Nothing waits for the disk, unlike elsewhere: after a loss of power nobody asks whether the run lives.
     """
+    write_bytes(folder, (json.dumps(to_object(heartbeat)) + "\n").encode())
+
+
+def write_bytes(folder: Path, content: bytes) -> None:
+    """Write such a file, as `write_heartbeat` does."""
     path = folder / HEARTBEAT
     temporary = path.with_name(f".{HEARTBEAT}.tmp")
     try:
-        temporary.write_text(json.dumps(to_object(heartbeat)) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

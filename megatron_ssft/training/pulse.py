@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_ssft.config import ParallelConfig
 from megatron_ssft.errors import LostRank, UserError, is_full_disk
-from megatron_ssft.formats.heartbeat import HEARTBEAT, Heartbeat, write_heartbeat
-from megatron_ssft.formats.lease import LEASE, this_process
+from megatron_ssft.formats.heartbeat import HEARTBEAT, Heartbeat, write_bytes, write_heartbeat
+from megatron_ssft.formats.lease import this_process
 from megatron_ssft.parallel.watch.watch import Watch
 from megatron_ssft.training.folder_lease import FolderLease
 
@@ -38,6 +38,8 @@ class Pulse:
         self._process = this_process()
         self._lock = threading.Lock()
         self._has_begun = self._has_ended = False
+        self._before: bytes | None = None
+        """The heartbeat that a run had left here."""
         self._stop = threading.Event()
         self._beat = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._written_at = 0.0
@@ -50,6 +52,8 @@ class Pulse:
         """Begin to write: the folder is this run's."""
         if self._folder is None:
             return
+        with contextlib.suppress(OSError):
+            self._before = (self._folder / HEARTBEAT).read_bytes()
         self._has_begun = True
         self._write("running")
         self._watch.last_words = lambda text: self.fail(LostRank.status, text)
@@ -75,6 +79,8 @@ class Pulse:
         try:
             yield
         except UserError as error:
+            if error.status == UserError.status and self._train_iters is None:
+                self._withdraw()
             self.fail(error.status, str(error))
             raise
         except OSError as error:
@@ -88,13 +94,23 @@ class Pulse:
             if self._beat.is_alive():
                 self._beat.join()
 
+    def _withdraw(self) -> None:
+        """A start that is refused changes nothing: leave the folder as it was."""
+        if self._folder is None or not self._has_begun:
+            return
+        with self._lock:
+            self._has_ended = True
+            with contextlib.suppress(OSError):
+                if self._lease.is_lost:
+                    return
+                if self._before is None:
+                    (self._folder / HEARTBEAT).unlink(missing_ok=True)
+                else:
+                    write_bytes(self._folder, self._before)
+
     def _end(self, state: str, status: int, message: str | None) -> None:
         self._stop.set()
         self._write(state, status=status, message=message)
-        if state == "failed" and self._folder is not None and self._has_begun:
-            with contextlib.suppress(OSError):  # a start that was refused leaves no folder behind
-                if set(os.listdir(self._folder)) <= {HEARTBEAT, LEASE}:
-                    (self._folder / HEARTBEAT).unlink()
 
     def _run(self) -> None:
         while not self._stop.wait(max(0.1, self._written_at + BEAT_SECONDS - time.time())):

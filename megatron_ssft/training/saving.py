@@ -33,8 +33,13 @@ class Saver:
         log: Log,
         lease: FolderLease | None,
         export: Callable[[Path], None],
+        is_stopping: Callable[[], bool],
     ) -> None:
-        """`export`: writes the Hugging Face folder of a checkpoint, with --export-hf-at-save."""
+        """
+        Args:
+            export: writes the Hugging Face folder of a checkpoint, with --export-hf-at-save.
+            is_stopping: whether a rank has got the signal to stop, the same answer on all. Collective.
+        """
         assert config.checkpoint.save is not None
         self._checkpoint = config.checkpoint
         self._folder = Path(config.checkpoint.save)
@@ -43,13 +48,15 @@ class Saver:
         self._log = log
         self._lease = lease
         self._export = export
+        self._is_stopping = is_stopping
+        self._unexported: Path | None = None
+        """The newest checkpoint, where its export was put off."""
         self._size = measure_size(engine)
         self._retention: Retention | None = None
         if config.checkpoint.keep_last is not None:
             self._retention = Retention(self._folder, config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._saved_at: int | None = None
         self._is_whole = True
-        self._exports = True
         self._pending: CheckpointSave | None = None
         self._begun = 0.0
         self._longest_step = 0.0
@@ -84,7 +91,6 @@ class Saver:
         Who stops a run gives it seconds, which a save may need and an export not take: that is made when it goes on.
         """
         self.finish()
-        self._exports = not is_stopped
         is_whole = self._checkpoint.save_optim or is_stopped
         if self._saved_at != iteration or (is_whole and not self._is_whole):
             if is_whole and not self._checkpoint.save_optim:
@@ -92,6 +98,12 @@ class Saver:
             self._save(iteration, state(), has_optimizer=is_whole, waits=True)
         elif iteration and self._checkpoint.continues_in_place:
             self._thin(iteration)  # what a kill kept from being removed
+        if self._unexported is None:
+            return
+        if is_stopped:
+            self._log.say(f"{self._unexported} is exported when the run goes on")
+        else:  # the signal came within the last step, and nothing goes on
+            self._export(self._unexported)
 
     def finish(self) -> None:
         """Publish the checkpoint under way, if there is one, once all ranks have written it. Raises UserError."""
@@ -109,22 +121,27 @@ class Saver:
         background = " in the background" if self._checkpoint.async_save else ""
         seconds = time.perf_counter() - self._begun
         self._log.say(f"saved {folder} ({seconds:.1f} s{background})")
-        self._tell_of_stops(seconds)
-        if self._checkpoint.export_hf_at_save and self._exports:
-            self._export(folder)
+        export_seconds = 0.0
+        if self._checkpoint.export_hf_at_save and self._is_stopping():
+            self._unexported = folder
         elif self._checkpoint.export_hf_at_save:
-            self._log.say(f"{folder} is exported when the run goes on")
+            begin = time.perf_counter()
+            self._export(folder)
+            export_seconds = time.perf_counter() - begin
+            self._unexported = None
+        self._tell_of_stops(seconds, export_seconds)
         self._thin(pending.iteration)
 
-    def _tell_of_stops(self, save_seconds: float) -> None:
+    def _tell_of_stops(self, save_seconds: float, export_seconds: float) -> None:
         """Say once what a stop takes, so that whoever stops the run leaves it the time."""
         if self._has_told_of_stops or not self._longest_step:
             return
         self._has_told_of_stops = True
-        self._log.say(
-            f"a SIGTERM takes up to {self._longest_step + save_seconds:.0f} s from here on: a step "
-            f"({self._longest_step:.1f} s at most so far) and a save ({save_seconds:.1f} s)"
-        )
+        parts = [f"a step ({self._longest_step:.1f} s at most so far)", f"a save ({save_seconds:.1f} s)"]
+        if export_seconds:
+            parts.insert(1, f"an export that has begun ({export_seconds:.1f} s)")
+        total = self._longest_step + export_seconds + save_seconds
+        self._log.say(f"a SIGTERM takes up to {total:.0f} s from here on: {', '.join(parts[:-1])} and {parts[-1]}")
 
     def finish_after(self, error: UserError) -> None:
         """Publish the checkpoint under way although the run ends by an error, where all ranks do so together."""

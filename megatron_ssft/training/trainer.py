@@ -170,7 +170,7 @@ class Trainer:
             self._greet(log, folder)
             if self.pulse is not None:
                 self.pulse.step(self.iteration, self.train_iters)
-            saver = self._saver(log, lease) if checkpoint.save else None
+            saver = self._saver(stop, log, lease) if checkpoint.save else None
             if checkpoint.continues_in_place and self._export_is_missing():
                 self._export(log, checkpoint_folder(self.folder, self.iteration))
             try:
@@ -188,9 +188,17 @@ class Trainer:
             log.say(f"{end} at step {self.iteration} of {self.train_iters}")
         self.objective.end(self.context())
 
-    def _saver(self, log: Log, lease: FolderLease | None) -> Saver:
+    def _saver(self, stop: StopSignal, log: Log, lease: FolderLease | None) -> Saver:
         """What saves the run, told what is saved already."""
-        saver = Saver(self.config.run, self.engine, log, lease, functools.partial(self._export, log))
+        export = functools.partial(self._export, log)
+        saver = Saver(
+            self.config.run,
+            self.engine,
+            log,
+            lease,
+            export,
+            lambda: any_rank(stop.received, self.topology, log.failure),
+        )
         # Before the first step there is nothing to save: the command that started the run starts it anew.
         is_saved = self.config.run.checkpoint.continues_in_place or not self.iteration
         saver.begin(self.iteration, self.train_iters, is_saved=is_saved)

@@ -139,8 +139,18 @@ def test_several_processes_make_the_same(files, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_told(files, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_BYTES", 500)
-    with pytest.raises(UserError, match="was killed.*--tokenizing-workers"):
+
+    def stop(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(files, tmp_path / "cache", progress=stop)
+    parts = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert parts
+    with pytest.raises(UserError, match="was killed.*--tokenizing-workers: what is done is kept"):
         build(files, tmp_path / "cache", tokenizing_workers=2, rebuild=partial(char_tokenizer, True))
+    assert parts == sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
 
 
 MEASURE = """

@@ -88,7 +88,7 @@ module._run = test_no_survivors.run_in_its_place
 """
 
 
-def run_in_its_place(rank, world_size, port, output, words, strike):
+def run_in_its_place(rank, world_size, port, output, words, strike, variables=None):
     """As a rank of `run_struck` begins, and then stops."""
     lead_group()
     stop_with_a_child(os.path.dirname(output))

@@ -13,7 +13,7 @@ import time
 import msgspec
 import pytest
 
-from megatron_ssft.errors import UserError
+from megatron_ssft.errors import StillInUse, UserError
 from megatron_ssft.formats import lease
 from megatron_ssft.formats.lease import LEASE, Owner, acquire
 
@@ -116,6 +116,51 @@ def test_an_owner_elsewhere_is_watched(tmp_path, capsys):
     beat.join()
     assert "waiting up to 60 s" in capsys.readouterr().out
     take(tmp_path).release()  # silent now
+
+
+def test_remains_of_the_same_job_are_waited_for(tmp_path, monkeypatch, capsys):
+    """A lost node may live on for a while, and with it the rank that holds the folder."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    put(tmp_path, elsewhere())
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.05):
+            os.utime(tmp_path / LEASE)
+
+    beat = threading.Thread(target=touch)
+    beat.start()
+    try:
+        with pytest.raises(StillInUse, match="by an earlier attempt of this job, process 1 on node7") as caught:
+            acquire(tmp_path, beat_seconds=0.05, silence_seconds=0.6, remains_seconds=1.0)
+        assert caught.value.status == 75  # not the input's fault: try again
+        threading.Timer(1.0, ended.set).start()
+        acquire(tmp_path, beat_seconds=0.05, silence_seconds=0.6, remains_seconds=60.0).release()
+    finally:
+        ended.set()
+        beat.join()
+    assert "held by an earlier attempt of this job" in capsys.readouterr().out
+
+
+def test_a_lease_that_cannot_be_read_for_a_moment_is_touched_again(tmp_path, monkeypatch):
+    held, real = take(tmp_path), lease._owner
+    failures = []
+
+    def away(path):
+        if len(failures) < 3:
+            failures.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    monkeypatch.setattr(lease, "_owner", away)
+    deadline = time.monotonic() + 10
+    while len(failures) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    before = (tmp_path / LEASE).stat().st_mtime_ns
+    while (tmp_path / LEASE).stat().st_mtime_ns == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    held.release()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"token": 1}'])

@@ -267,7 +267,7 @@ def test_flags_and_files_of_a_command_that_is_not_run(block: Block):
 @each_page
 def test_flags_in_the_text_exist(page):
     known = {"--nproc-per-node", "--redirects", "--tee", "--rdzv-id"}  # torchrun's
-    known |= {"--target", "--signal"}  # docker's and sbatch's
+    known |= {"--target", "--signal", "--batch"}  # docker's, sbatch's and scancel's
     for command in COMMANDS:
         if command not in SUBCOMMANDS:
             known |= flags_of(("megatron-ssft", command))

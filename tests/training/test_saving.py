@@ -199,6 +199,19 @@ def test_what_a_stop_takes_is_said_once(data, plain):
     assert lines[lines.index(line) - 1].endswith(f"iter_0000002 ({save:.1f} s)")
 
 
+@pytest.mark.parametrize(("steps", "iters"), [(2, 6), (3, 6), (6, 6), (5, 5)])
+def test_no_export_in_the_grace_period_but_for_the_last_one(data, tmp_path, steps, iters):
+    """SIGTERM comes within a step that is saved anyway, within one that is not, and within the last step."""
+    run = tmp_path / "run"
+    words = [*flags(SAVES | data | {"save": run, "train_iters": iters}), "--export-hf-at-save"]
+    (outcome,) = run_ranks(1, stop_after, steps, words)
+    status, output, error = outcome
+    assert status == 0, error
+    folder = run / f"iter_{steps:07d}"
+    assert folder.is_dir() and (folder / "hf").is_dir() == (steps == iters)
+    assert ("is exported when the run goes on" in output) == (steps < iters)
+
+
 def test_a_stop_saves_and_the_export_follows_when_the_run_goes_on(data, tmp_path):
     """Who stops a run gives it seconds. Exports at saves before and at the end are made as ever."""
     run = tmp_path / "run"
