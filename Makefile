@@ -29,7 +29,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 TEST_WORKERS ?= 2
 SHELL_SCRIPTS := .ci/run requirements/renew.sh $(wildcard examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
-# One stamp for every set of packages, so that a second call installs nothing; another TORCH or PYTHON does.
+# One stamp for every set of packages, so that a second call installs nothing. Another TORCH or PYTHON begins an
+# environment anew: nothing of the one before stays, neither its packages nor its stamps.
 TORCH_NAME := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 TORCH_STAMP := $(VENV)/.stamp-$(PYTHON_VERSION)-$(TORCH_NAME)
 TEST_STAMP := $(TORCH_STAMP)-test
@@ -84,7 +85,7 @@ $(TORCH_STAMP):
 		"supported; name another one: make PYTHON=python3.12" >&2; exit 1;; esac
 	@case '$(DEPENDENCIES)-$(PYTHON_VERSION)' in oldest-3.11) ;; oldest-*) echo "DEPENDENCIES=oldest is locked for" \
 		"Python 3.11, $(PYTHON) is $(PYTHON_VERSION); add PYTHON=python3.11" >&2; exit 1;; esac
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c '$(CONSTRAINTS)' '$(TORCH)' setuptools
 	touch $@
 
