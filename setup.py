@@ -57,7 +57,8 @@ TEST = [
 # NVIDIA's apex is used where it can be imported and is deliberately no extra: the PyPI package of that name is an
 # unrelated project. NVIDIA's PyTorch images carry the right one.
 EXTRAS_REQUIRE = {
-    "te": ["transformer-engine[pytorch]>=2.9"],
+    # megatron-core 0.16's own range.
+    "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "wandb": ["wandb>=0.17"],
     "vllm": ["vllm>=0.8"],
     "parquet": ["pyarrow>=14"],
@@ -81,6 +82,9 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import megatron_ssft
 from tests.helpers.wheels import ROOT, build_wheel, repository_files
@@ -76,6 +78,22 @@ def test_requirements(metadata):
     assert all(">=" in versions for versions in requirements.values())
     assert set(metadata["Provides-Extra"]) == {"te", "wandb", "vllm", "parquet", "test", "dev"}
     assert not any(line.startswith("apex") for line in metadata["Requires-Dist"])  # another project on PyPI
+
+
+def test_pythons_are_those_that_the_makefile_takes(metadata):
+    accepted = re.search(r"in (3\.\d+(?:\|3\.\d+)*)\) ;;", (ROOT / "Makefile").read_text()).group(1).split("|")
+    prefix = "Programming Language :: Python :: 3."
+    assert [f"3.{c.removeprefix(prefix)}" for c in metadata["Classifier"] if c.startswith(prefix)] == accepted
+    assert metadata["Requires-Python"] == [f">={accepted[0]}"]
+
+
+def test_extra_te_is_within_megatron_core_s_range(metadata):
+    """pip would otherwise install a TransformerEngine that megatron-core was not made for."""
+    (core,) = (Requirement(x) for x in requires("megatron-core") if x.startswith("transformer-engine"))
+    (own,) = (Requirement(x) for x in metadata["Requires-Dist"] if x.startswith("transformer-engine"))
+    versions = [f"2.{minor}.0" for minor in range(30)]
+    allowed = [v for v in versions if v in own.specifier]
+    assert allowed and allowed == [v for v in versions if v in core.specifier]
 
 
 def test_every_imported_package_is_required(metadata):
