@@ -9,7 +9,7 @@ compile() { # FILE TORCH FLAGS...
     shift 2
     {
         echo "# Made by \`make lock\` from setup.py. torch stands in the Makefile, since its build depends on the machine."
-        "${UV:-uv}" pip compile --quiet --no-header --no-annotate --extra dev "$@" \
+        "${UV:-uv}" pip compile --quiet --no-header --no-annotate --extra dev --extra wandb --extra parquet "$@" \
             --constraints <(echo "$torch") --no-emit-package torch setup.py |
             grep --invert-match --extended-regexp '^(nvidia|cuda|triton)'
     } >"$file.partial"

@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 WITHOUT_LOCK = {"torch"}
 """Its build depends on the machine; the Makefile names it."""
-EXTRAS = ("test", "dev")
+EXTRAS = ("test", "dev", "wandb", "parquet")
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -28,7 +28,7 @@ def pins(path: Path) -> dict[str, str]:
 
 
 def direct_requirements() -> list[Requirement]:
-    """Of the package itself and of what the tests and checks need."""
+    """Of the package itself, of what the tests and checks need, and of what the images hold."""
     requirements = [Requirement(line) for line in requires("megatron-ssft")]
     return [r for r in requirements if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in EXTRAS)]
 
