@@ -42,7 +42,7 @@ USE = {
     "&& python $WORKSPACE/tools/prepare_data.py benchmark --format gsm8k q.parquet --output q.jsonl && cat q.jsonl",
     "report": "megatron-ssft report run --output report.html && grep -c '<svg\\|image/' report.html",
     "read-only": "! touch $WORKSPACE/x && ! touch $(dirname $(command -v megatron-ssft))/x && id -u",
-    **{name: f"megatron-ssft {name} --help" for name in COMMANDS},
+    **{f"{name} --help": f"megatron-ssft {name} --help" for name in COMMANDS},
 }
 """What a user of the image does, in this order."""
 
