@@ -1,6 +1,7 @@
 """The model on its ranks. The only folder that imports megatron.core and torch.distributed.
 
 engine.py          the model of this rank: scores, trains, evaluates
+pipeline.py        sends between pipeline stages, with shapes from the plan
 loss_terms.py      what a training step minimises, term by term
 optimizer.py       AdamW, data parallelism, the tags' own learning rate
 flat_shards.py     the distributed optimizer's state as parts of whole tensors

@@ -34,6 +34,7 @@ from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.model.trainable import freeze
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
 from megatron_ssft.parallel.own_work import OwnWork
+from megatron_ssft.parallel.pipeline import PlannedCommunicator, schedule_groups
 from megatron_ssft.parallel.scores import ScoredMicrobatch, Scores
 from megatron_ssft.parallel.step_clock import StepClock
 from megatron_ssft.parallel.topology import Topology
@@ -239,7 +240,8 @@ class Engine:
 
         with torch.no_grad():
             copies = range(self.config.parallel.pipeline_model_parallel_size)  # the interleaved schedule needs a group
-            self._run_schedule(step, copies, len(padded), 1, forward_only=True, collect_non_loss_data=True)
+            inputs = [(1, len(padded))] * len(copies)
+            self._run_schedule(step, copies, inputs, forward_only=True, collect_non_loss_data=True)
         share = shares[0] if shares else None
         return collect_logits(share, self.topology, len(ids), self.vocab_size)
 
@@ -247,13 +249,16 @@ class Engine:
 
     def _input(self, planned: PlannedBatch, microbatch: Microbatch) -> ModelInput:
         """Cut a microbatch from the data."""
-        return cut_microbatch(
+        model_input = cut_microbatch(
             planned,
             microbatch,
             pad_to_multiple=self._pad_to_multiple,
             context_rank=self.topology.cp_rank,
             context_size=self.topology.cp_size,
         )
+        rows, length = self._input_shape(planned, microbatch)
+        assert model_input.tokens.shape == (rows, length // self.topology.cp_size), "the plan gives another shape"
+        return model_input
 
     @property
     def _pad_to_multiple(self) -> int:
@@ -277,22 +282,32 @@ class Engine:
         """
         rank = self.topology.dp_rank
         microbatches = [(number, mb) for number, planned in enumerate(batches) for mb in planned.plan.ranks[rank]]
-        # Hints only: every microbatch tells its own shape.
-        rows = len(microbatches[0][1].sequences) if batches[0].plan.layout == "padded" else 1
-        longest = max(microbatch.size.tokens for _, microbatch in microbatches) // rows
-        self._run_schedule(step, microbatches, longest, rows, **kwargs)
+        inputs = [self._input_shape(batches[number], microbatch) for number, microbatch in microbatches]
+        self._run_schedule(step, microbatches, inputs, **kwargs)
+
+    def _input_shape(self, planned: PlannedBatch, microbatch: Microbatch) -> tuple[int, int]:
+        """(rows, tokens in each) that a microbatch has as the model's input, of all context-parallel ranks."""
+        rows = len(microbatch.sequences) if planned.plan.layout == "padded" else 1
+        length, multiple = microbatch.size.tokens // rows, self._pad_to_multiple
+        return rows, -(-length // multiple) * multiple
 
     def _run_schedule(
-        self, step: Step, microbatches: Sequence[object], seq_length: int, micro_batch_size: int, **kwargs: bool
+        self, step: Step, microbatches: Sequence[object], inputs: Sequence[tuple[int, int]], **kwargs: Any
     ) -> None:
+        """`inputs`: (rows, tokens in each) of every microbatch, from which stages know what they receive."""
         modules = self.wrapped or self.chunks
         data = [iter(microbatches) for _ in modules]
+        parallel, core = self.config.parallel, self.chunks[0].config
+        if parallel.pipeline_model_parallel_size > 1:
+            shares = self.topology.cp_size * (self.topology.tp_size if parallel.sequence_parallel else 1)
+            shapes = [(length // shares, rows, core.hidden_size) for rows, length in inputs]
+            kwargs |= {"p2p_communicator": PlannedCommunicator(core, shapes), "pg_collection": schedule_groups()}
         get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=data if len(data) > 1 else data[0],
             model=modules if len(modules) > 1 else modules[0],
             num_microbatches=len(microbatches),
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
+            seq_length=inputs[0][1],  # these two are for shapes that are not asked for
+            micro_batch_size=inputs[0][0],
             **kwargs,
         )
