@@ -22,6 +22,7 @@ from megatron_ssft.config import RunConfig
 from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, raise_together, sum_over_ranks
+from megatron_ssft.parallel.device import autocast_type
 from megatron_ssft.parallel.finite import (
     LOWER_LR,
     find_damaged_weight,
@@ -142,7 +143,7 @@ class Engine:
 
         for chunk in self.wrapped:
             chunk.eval()
-        device = self.topology.device.type
+        device = autocast_type(self.topology.device)
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=low_precision):
             self._schedule(step, [planned], forward_only=True, collect_non_loss_data=True)
         # Copied to the host only now that the last microbatch is under way.
@@ -198,7 +199,7 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._schedule(step, [term.planned for term in terms], forward_only=False)
-        loss, tokens, *rest = sum_over_ranks(sums.cpu().numpy(), self.topology)
+        loss, tokens, *rest = sum_over_ranks(sums, self.topology)
         refuse_bad_loss(loss, rest[len(names) :], terms)
         with self.clock.part("optimizer"):
             grad_norm = self._optimizer_step(terms, lr)

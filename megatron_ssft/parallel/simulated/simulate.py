@@ -1,0 +1,190 @@
+"""Runs the real step of one rank of a job of any size in this process, without a GPU and without its memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.optimizer import clip_grads
+from torch import Tensor, nn
+
+from megatron_ssft.config import RunConfig
+from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.cuda_calls import CudaCalls
+from megatron_ssft.parallel.engine import Engine
+from megatron_ssft.parallel.loss_terms import LossTerm
+from megatron_ssft.parallel.model import loss_head
+from megatron_ssft.parallel.optimizer import state_tensors
+from megatron_ssft.parallel.scores import Scores
+from megatron_ssft.parallel.simulated.counters import Counters
+from megatron_ssft.parallel.simulated.gpu import GPU, Kind, SimulatedGpu, apply_in_place
+from megatron_ssft.parallel.simulated.groups import simulated_groups
+from megatron_ssft.parallel.simulated.records import SimulatedStep
+from megatron_ssft.parallel.topology import Topology
+from megatron_ssft.records import PlannedBatch, StepMetrics
+
+Step = Callable[["CountedEngine"], object]
+"""One step of training on an engine: it scores and trains."""
+
+
+class CountedEngine(Engine):
+    """An engine whose passes become sections of what is counted."""
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, vocab_size: int, forking_rows: Sequence[int], counters: Counters
+    ) -> None:
+        """Called inside the `with` block of the counters."""
+        self._counters = counters
+        counters.memory.usual_part = "weights"
+        super().__init__(config, topology, vocab_size, forking_rows)
+
+    def start(self, last_layers: int | None = None) -> None:
+        super().start(last_layers)
+        memory = self._counters.memory
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                memory.is_for(parameter, "weights")
+        for wrapped in self.wrapped:
+            for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+                memory.is_for(buffer.grad_data, "gradients")
+        memory.usual_part = "activations"
+
+    def score(self, planned: PlannedBatch, *, top_k: int | None = None, low_precision: bool = False) -> Scores:
+        with self._counters.section("scoring"):
+            return super().score(planned, top_k=top_k, low_precision=low_precision)
+
+    def train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
+        with self._counters.section("training"):
+            metrics = super().train(terms, lr)
+            for tensor in state_tensors(self.optimizer):
+                self._counters.memory.is_for(tensor, "optimizer")
+            return metrics
+
+    def account(self, process_groups: int) -> SimulatedStep:
+        """What the sections since the last account counted."""
+        return SimulatedStep(
+            rank=self.topology.rank,
+            world_size=self.topology.world_size,
+            parameters=self.num_parameters,
+            process_groups=process_groups,
+            attention=self.attention.name,
+            sections=self._counters.take_sections(),
+        )
+
+
+@dataclass(frozen=True)
+class SimulatedRank:
+    """One rank of a job that is not there."""
+
+    config: RunConfig
+    topology: Topology
+    gpu: SimulatedGpu
+    process_groups: int
+    """Made by all ranks together."""
+
+    def engine(self, vocab_size: int, forking_rows: Sequence[int]) -> CountedEngine:
+        """This rank's part of the model, without weights; `start` makes it trainable."""
+        return CountedEngine(self.config, self.topology, vocab_size, forking_rows, self.gpu)
+
+
+@contextlib.contextmanager
+def simulated_rank(
+    config: RunConfig, world_size: int, rank: int, *, kind: Kind = "gpu", nodes_of: int = 8
+) -> Iterator[SimulatedRank]:
+    """Inside the `with` block this process is rank `rank` of `world_size`, and its GPU is simulated.
+
+    No process group may be open. The block leaves none, and nothing else behind.
+
+    Args:
+        kind: whose kernels are simulated.
+        nodes_of: ranks on a node.
+
+    Raises:
+        UserError: the ranks cannot be arranged so, or the configuration asks for what cannot be simulated.
+    """
+    _refuse_unknown(config)
+    gpu = SimulatedGpu(kind, nodes_of)
+    with _cuda_is(gpu), gpu, simulated_groups(config, rank, world_size, GPU) as (topology, made):
+        yield SimulatedRank(config, topology, gpu, made)
+
+
+def simulate(
+    config: RunConfig,
+    world_size: int,
+    rank: int,
+    vocab_size: int,
+    forking_rows: Sequence[int],
+    step: Step,
+    *,
+    steps: int = 2,
+    kind: Kind = "gpu",
+    nodes_of: int = 8,
+) -> SimulatedStep:
+    """The last of so many steps of one rank: in the first there is no optimizer state yet.
+
+    Args:
+        vocab_size: vocabulary entries in use.
+        forking_rows: vocabulary rows whose input embeddings are a parameter of their own.
+        step: scores and trains, as often as a step does.
+        kind, nodes_of: see `simulated_rank`.
+
+    Raises:
+        UserError: see `simulated_rank`.
+        MixedDevices: an operator was given tensors of the host and of the GPU.
+    """
+    with simulated_rank(config, world_size, rank, kind=kind, nodes_of=nodes_of) as simulated:
+        engine = simulated.engine(vocab_size, forking_rows)
+        engine.start()
+        simulated.gpu.take_sections()
+        for _ in range(steps):
+            account = (step(engine), engine.account(simulated.process_groups))[1]
+        return account
+
+
+def _refuse_unknown(config: RunConfig) -> None:
+    """Raise UserError for what the simulation has no answer to."""
+    if config.model.transformer_impl != "local":
+        raise UserError(
+            "--transformer-impl transformer_engine: its kernels cannot be simulated; simulate --transformer-impl local"
+        )
+
+
+@contextlib.contextmanager
+def _cuda_is(gpu: SimulatedGpu) -> Iterator[None]:
+    """Inside the `with` block calls of CUDA go to the simulated GPU."""
+    calls = CudaCalls(GPU, gpu.wait, _ANSWERS, gpu.functions)
+    replaced: list[tuple[Any, str, object]] = [(nn.Module, "_apply", apply_in_place)]
+    if gpu.kind == "gpu":  # without apex and TransformerEngine megatron-core reads the norm of every gradient
+        replaced.append((clip_grads, "l2_norm_impl", _l2_norm))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, answer in replaced:
+        setattr(owner, name, answer)
+    loss_head.sums_stay_float32.cache_clear()
+    calls.install()
+    try:
+        yield
+    finally:
+        calls.remove()
+        loss_head.sums_stay_float32.cache_clear()
+        for owner, name, answer in before:
+            setattr(owner, name, answer)
+
+
+_ANSWERS: dict[str, object] = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "device_count": lambda: 8,
+    "get_device_name": lambda device=None: "a simulated GPU",
+    "get_device_capability": lambda device=None: (9, 0),
+    "get_device_properties": lambda device=None: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
+    "is_current_stream_capturing": lambda: False,
+}
+
+
+def _l2_norm(chunk: int, overflow: Tensor, lists: list[list[Tensor]], *_: object) -> tuple[Tensor, None]:
+    """The norm of all gradients in one kernel, as apex and TransformerEngine have it."""
+    return torch.stack([torch.norm(tensor) for tensor in lists[0]]).norm().view(1), None
