@@ -54,6 +54,11 @@ class SimulatedGpu(Counters):
             self._fake = _FakeMode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
 
+    def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func is torch.ops.prim.device.default:  # most of the calls: `tensor.device`
+            return GPU
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     # -- operators ---------------------------------------------------------------------------------------------------
 
     def execute(self, func: Any, args: tuple, kwargs: dict) -> object:
@@ -153,7 +158,13 @@ class SimulatedGpu(Counters):
     @property
     def functions(self) -> dict[Callable, Callable]:
         """Functions of torch, and what takes their place on this GPU."""
-        return {F.scaled_dot_product_attention: self.attend, torch.tensor: _then_copied(torch.tensor)}
+        functions: dict[Callable, Callable] = {
+            F.scaled_dot_product_attention: self.attend,
+            torch.tensor: _then_copied(torch.tensor),
+        }
+        if self.kind == "cpu":
+            functions[torch.Tensor.is_cpu.__get__] = lambda tensor: True  # type: ignore[attr-defined]  # a descriptor
+        return functions
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """F.scaled_dot_product_attention: with the kernel that the simulated device would take."""

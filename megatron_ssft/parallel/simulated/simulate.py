@@ -157,9 +157,10 @@ def _refuse_unknown(config: RunConfig) -> None:
 def _cuda_is(gpu: SimulatedGpu) -> Iterator[None]:
     """Inside the `with` block calls of CUDA go to the simulated GPU."""
     calls = CudaCalls(GPU, gpu.wait, _ANSWERS, gpu.functions)
-    replaced: list[tuple[Any, str, object]] = [(nn.Module, "_apply", apply_in_place)]
-    if gpu.kind == "gpu":  # without apex and TransformerEngine megatron-core reads the norm of every gradient
-        replaced.append((clip_grads, "l2_norm_impl", _l2_norm))
+    replaced: list[tuple[Any, str, object]] = [
+        (nn.Module, "_apply", apply_in_place),
+        (clip_grads, "l2_norm_impl", _l2_norm),  # without apex and TransformerEngine each gradient's norm is read
+    ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, answer in replaced:
         setattr(owner, name, answer)
