@@ -25,20 +25,17 @@ class CudaCalls(TorchFunctionMode):
         device: torch.device,
         waits: Callable[[str], None] | None = None,
         answers: Mapping[str, object] | None = None,
-        functions: Mapping[Callable, Callable] | None = None,
     ) -> None:
         """
         Args:
             device: what stands for the GPU.
             waits: told what the host waits for, wherever it would wait for the GPU.
             answers: further names of torch.cuda, and what takes their place.
-            functions: of torch, and what is called in their place.
         """
         super().__init__()
         self._device = device
         self._waits = waits or (lambda what: None)
         self._answers = answers or {}
-        self._functions = functions or {}
         self._replaced: list[tuple[Any, str, object]] = []
         self._type_names = {f"torch.{'' if device.type == 'cpu' else device.type + '.'}": "torch.cuda."}
 
@@ -74,8 +71,6 @@ class CudaCalls(TorchFunctionMode):
             name: str = func(*args)
             begin = next((begin for begin in self._type_names if name.startswith(begin)), None)
             return name if begin is None else self._type_names[begin] + name.removeprefix(begin)
-        elif func in self._functions:
-            return self._functions[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _torch_cuda(self) -> dict[str, object]:

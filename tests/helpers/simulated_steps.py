@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 from megatron_ssft.config import GFPOConfig, SSFTConfig
@@ -53,16 +54,23 @@ def config_of(values):
     return build_config(values, GFPOConfig if "objective" in values else SSFTConfig)
 
 
-def count_real(values):
-    """A step around real tensors. Runs on every rank."""
-    config = config_of(values)
-    topology = initialize_topology(config.run)
-    with Counters() as counters:
-        step = count_steps(config, topology, counters, 2, fill=lambda e: initialize_weights(e.chunks, config.run))
-    destroy_topology()
-    return step
+def count_real(runs):
+    """The second step of each of these runs, around real tensors. Runs on every rank."""
+    steps = []
+    for values in runs:
+        config = config_of(values)
+        topology = initialize_topology(config.run)
+        with Counters() as counters:
+            fill = functools.partial(_fill, config=config)
+            steps.append(count_steps(config, topology, counters, 2, fill=fill))
+        destroy_topology()
+    return steps
 
 
-def simulate_ranks(values, world_size, ranks, kind="gpu"):
-    """Steps of these ranks, simulated one after the other in this process."""
-    return [simulate_run(config_of(values), world_size, rank, kind=kind) for rank in ranks]
+def _fill(engine, config):
+    initialize_weights(engine.chunks, config.run)
+
+
+def simulate_ranks(runs, kind="gpu"):
+    """The second step of each (values, world size, rank), simulated one after the other in this process."""
+    return [simulate_run(config_of(values), world_size, rank, kind=kind) for values, world_size, rank in runs]

@@ -124,7 +124,8 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
     def suppose_begun(self) -> None:
         lengths = [len(completion.ids) for completion in self.inputs.completions]
         shape = (len(self.inputs.questions), self.vocabulary.tags.num_tags)
-        self.reference = MadeUpReference(lengths, shape, min(self.policy.anchor_top_k, self.vocabulary.size))
+        top_k = 0 if self.policy.anchor == "none" else min(self.policy.anchor_top_k, self.vocabulary.size)
+        self.reference = MadeUpReference(lengths, shape, top_k)
 
     def reference_fork(self, step: StepContext) -> np.ndarray | None:
         """float64 [Q, N]: log-probabilities of the tags under the weights in place, where the objective needs them."""

@@ -30,6 +30,7 @@ six tags a probability below 1 together. A truth value reads as true, a whole nu
 _KNOWN_AT_MOST = 1 << 16
 """Elements of an integer tensor whose values are remembered when it is copied to the GPU."""
 aten = torch.ops.aten
+_attend = F.scaled_dot_product_attention
 
 
 class MixedDevices(RuntimeError):
@@ -155,26 +156,26 @@ class SimulatedGpu(Counters):
 
     # -- functions that choose a kernel by the device ------------------------------------------------------------------
 
-    @property
-    def functions(self) -> dict[Callable, Callable]:
-        """Functions of torch, and what takes their place on this GPU."""
-        functions: dict[Callable, Callable] = {
-            F.scaled_dot_product_attention: self.attend,
-            torch.tensor: _then_copied(torch.tensor),
-        }
+    def replacements(self) -> list[tuple[Any, str, object]]:
+        """(owner, name, what takes its place) of functions of torch that act by the device."""
+        replacements: list[tuple[Any, str, object]] = [
+            (F, "scaled_dot_product_attention", self.attend),
+            (torch, "tensor", _then_copied(torch.tensor)),
+            (nn.Module, "_apply", apply_in_place),
+        ]
         if self.kind == "cpu":
-            functions[torch.Tensor.is_cpu.__get__] = lambda tensor: True  # type: ignore[attr-defined]  # a descriptor
-        return functions
+            replacements.append((torch.Tensor, "is_cpu", property(lambda tensor: True)))
+        return replacements
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """F.scaled_dot_product_attention: with the kernel that the simulated device would take."""
         if not isinstance(query, FakeTensor):
-            return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+            return _attend(query, key, value, *args, **kwargs)
         given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args)) | kwargs
         mask, is_causal, scale = given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale")
         kernel = self._kernel_on_cpu(query, key, value, given) if self.kind == "cpu" else _kernel_on_gpu(query, mask)
         if kernel == SDPBackend.MATH:
-            return F.scaled_dot_product_attention(query, key, value, **given)
+            return _attend(query, key, value, **given)
         call: Callable[..., Any] = {
             (SDPBackend.FLASH_ATTENTION, "cpu"): aten._scaled_dot_product_flash_attention_for_cpu,
             (SDPBackend.FLASH_ATTENTION, "gpu"): aten._scaled_dot_product_flash_attention,
@@ -219,7 +220,7 @@ def _then_copied(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function that makes a tensor of Python's numbers: on the host first, as torch does it unseen."""
 
     def made(*args: Any, device: object = None, **kwargs: Any) -> Tensor:
-        on_gpu = device is not None and torch.device(device).type == GPU.type  # type: ignore[call-overload]
+        on_gpu = device is not None and torch.device(device).type in (GPU.type, "cuda")  # type: ignore[call-overload]
         tensor = make(*args, **kwargs)
         return tensor.to(GPU) if on_gpu else tensor
 

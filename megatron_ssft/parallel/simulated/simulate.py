@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from megatron.core.optimizer import clip_grads
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
@@ -21,7 +20,7 @@ from megatron_ssft.parallel.model import loss_head
 from megatron_ssft.parallel.optimizer import state_tensors
 from megatron_ssft.parallel.scores import Scores
 from megatron_ssft.parallel.simulated.counters import Counters
-from megatron_ssft.parallel.simulated.gpu import GPU, Kind, SimulatedGpu, apply_in_place
+from megatron_ssft.parallel.simulated.gpu import GPU, Kind, SimulatedGpu
 from megatron_ssft.parallel.simulated.groups import simulated_groups
 from megatron_ssft.parallel.simulated.records import SimulatedStep
 from megatron_ssft.parallel.topology import Topology
@@ -156,12 +155,11 @@ def _refuse_unknown(config: RunConfig) -> None:
 @contextlib.contextmanager
 def _cuda_is(gpu: SimulatedGpu) -> Iterator[None]:
     """Inside the `with` block calls of CUDA go to the simulated GPU."""
-    calls = CudaCalls(GPU, gpu.wait, _ANSWERS, gpu.functions)
-    replaced: list[tuple[Any, str, object]] = [
-        (nn.Module, "_apply", apply_in_place),
-        (clip_grads, "l2_norm_impl", _l2_norm),  # without apex and TransformerEngine each gradient's norm is read
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    calls = CudaCalls(GPU, gpu.wait, _ANSWERS)
+    replaced = gpu.replacements()
+    # Without apex and TransformerEngine megatron-core reads the norm of every gradient on the host.
+    replaced.append((clip_grads, "l2_norm_impl", _l2_norm))
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
     for owner, name, answer in replaced:
         setattr(owner, name, answer)
     loss_head.sums_stay_float32.cache_clear()
@@ -171,8 +169,11 @@ def _cuda_is(gpu: SimulatedGpu) -> Iterator[None]:
     finally:
         calls.remove()
         loss_head.sums_stay_float32.cache_clear()
-        for owner, name, answer in before:
-            setattr(owner, name, answer)
+        for owner, name, own in before:
+            if own is None:  # inherited
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
 
 
 _ANSWERS: dict[str, object] = {

@@ -54,6 +54,9 @@ class Traffic:
         if kind is None:
             raise NotImplementedError(f"{func}: the simulation does not know this collective")
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+        name = _name_of(group)
+        if name is None:  # hosts talk, of next to nothing
+            return
         ranks = dist.get_process_group_ranks(group)
         concerned = ranks
         if kind in ("send", "receive"):
@@ -61,7 +64,7 @@ class Traffic:
             concerned = [dist.get_rank(), ranks[peer]]
         if len(concerned) > 1:
             nodes = {rank // self._nodes_of for rank in concerned}
-            key = (kind, _name_of(group), len(ranks), len(nodes) > 1)
+            key = (kind, name, len(ranks), len(nodes) > 1)
             entry = self._messages.setdefault(key, [0, 0])
             entry[0] += 1
             entry[1] += _payload(kind, args)
@@ -72,11 +75,12 @@ class Traffic:
         return tuple(sorted(found, key=lambda each: -each.bytes))
 
 
-def _name_of(group: dist.ProcessGroup) -> str:
+def _name_of(group: dist.ProcessGroup) -> str | None:
+    """None for a group that is not megatron-core's."""
     for name, named in _NAMED:
         if getattr(named(), "group_name", None) == group.group_name:
             return name
-    return "control"
+    return None
 
 
 def _is_group(value: torch.ScriptObject) -> bool:
