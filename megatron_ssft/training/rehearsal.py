@@ -21,12 +21,12 @@ from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 
 
 def simulate_run(
-    config: TrainingRun, world_size: int, rank: int, *, steps: int = 2, kind: Kind = "gpu", nodes_of: int = 8
+    config: TrainingRun, world_size: int, rank: int, *, steps: int = 1, kind: Kind = "gpu", nodes_of: int = 8
 ) -> SimulatedStep:
     """The last of the first so many steps of a run, of one rank of a job that is not there.
 
     Args:
-        steps: at least 2, for a step with optimizer state in place.
+        steps: the first one is like all others: the optimizer's state is there.
         kind: whose kernels are simulated.
         nodes_of: ranks on a node.
 

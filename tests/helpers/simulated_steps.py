@@ -55,14 +55,14 @@ def config_of(values):
 
 
 def count_real(runs):
-    """The second step of each of these runs, around real tensors. Runs on every rank."""
+    """The first step of each of these runs, around real tensors. Runs on every rank."""
     steps = []
     for values in runs:
         config = config_of(values)
         topology = initialize_topology(config.run)
         with Counters() as counters:
             fill = functools.partial(_fill, config=config)
-            steps.append(count_steps(config, topology, counters, 2, fill=fill))
+            steps.append(count_steps(config, topology, counters, 1, fill=fill))
         destroy_topology()
     return steps
 
@@ -72,5 +72,5 @@ def _fill(engine, config):
 
 
 def simulate_ranks(runs, kind="gpu"):
-    """The second step of each (values, world size, rank), simulated one after the other in this process."""
+    """The first step of each (values, world size, rank), simulated one after the other in this process."""
     return [simulate_run(config_of(values), world_size, rank, kind=kind) for values, world_size, rank in runs]

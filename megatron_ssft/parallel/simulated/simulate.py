@@ -17,7 +17,7 @@ from megatron_ssft.parallel.cuda_calls import CudaCalls
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model import loss_head
-from megatron_ssft.parallel.optimizer import state_tensors
+from megatron_ssft.parallel.optimizer import allocate_state, state_tensors
 from megatron_ssft.parallel.scores import Scores
 from megatron_ssft.parallel.simulated.counters import Counters
 from megatron_ssft.parallel.simulated.gpu import GPU, Kind, SimulatedGpu
@@ -42,7 +42,10 @@ class CountedEngine(Engine):
         super().__init__(config, topology, vocab_size, forking_rows)
 
     def start(self, last_layers: int | None = None) -> None:
+        """As the engine does, with the optimizer's state in place, as after a first step."""
         super().start(last_layers)
+        allocate_state(self.optimizer)
+        loss_head.sums_stay_float32(self.topology.device)  # tried once in a run, not in every step
         memory = self._counters.memory
         for chunk in self.chunks:
             for parameter in chunk.parameters():
@@ -50,6 +53,8 @@ class CountedEngine(Engine):
         for wrapped in self.wrapped:
             for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
                 memory.is_for(buffer.grad_data, "gradients")
+        for tensor in state_tensors(self.optimizer):
+            memory.is_for(tensor, "optimizer")
         memory.usual_part = "activations"
 
     def score(self, planned: PlannedBatch, *, top_k: int | None = None, low_precision: bool = False) -> Scores:
@@ -58,10 +63,7 @@ class CountedEngine(Engine):
 
     def train(self, terms: Sequence[LossTerm], lr: float) -> StepMetrics:
         with self._counters.section("training"):
-            metrics = super().train(terms, lr)
-            for tensor in state_tensors(self.optimizer):
-                self._counters.memory.is_for(tensor, "optimizer")
-            return metrics
+            return super().train(terms, lr)
 
     def account(self, process_groups: int) -> SimulatedStep:
         """What the sections since the last account counted."""
@@ -119,11 +121,10 @@ def simulate(
     forking_rows: Sequence[int],
     step: Step,
     *,
-    steps: int = 2,
     kind: Kind = "gpu",
     nodes_of: int = 8,
 ) -> SimulatedStep:
-    """The last of so many steps of one rank: in the first there is no optimizer state yet.
+    """One step of one rank.
 
     Args:
         vocab_size: vocabulary entries in use.
@@ -139,9 +140,8 @@ def simulate(
         engine = simulated.engine(vocab_size, forking_rows)
         engine.start()
         simulated.gpu.take_sections()
-        for _ in range(steps):
-            account = (step(engine), engine.account(simulated.process_groups))[1]
-        return account
+        step(engine)
+        return engine.account(simulated.process_groups)
 
 
 def _refuse_unknown(config: RunConfig) -> None:
