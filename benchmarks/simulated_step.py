@@ -30,8 +30,8 @@ from megatron_ssft.records import Assignment, ForkingTokens, PlannedBatch
 from megatron_ssft.scheduling.planner import Planner
 
 GIB = 2**30
-PIPELINE = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4}
-FULL = {"recompute_granularity": "full"}
+PIPELINE: dict[str, object] = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4}
+FULL: dict[str, object] = {"recompute_granularity": "full"}
 ROWS: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "32b-pp4-first": ("qwen2.5-32b", 64, 0, PIPELINE | FULL),
     "32b-pp4-last": ("qwen2.5-32b", 64, 63, PIPELINE | FULL),

@@ -146,8 +146,12 @@ class Engine:
         device = autocast_type(self.topology.device)
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=low_precision):
             self._schedule(step, [planned], forward_only=True, collect_non_loss_data=True)
-        # Copied to the host only now that the last microbatch is under way.
-        return [ScoredMicrobatch(m, i, output.double().cpu().numpy()) for m, i, output in outputs]
+        if not outputs:
+            return []
+        # Copied to the host only now that the last microbatch is under way, and all at once.
+        values = torch.cat([output.double() for _, _, output in outputs]).cpu().numpy()
+        ends = np.cumsum([len(output) for _, _, output in outputs])
+        return [ScoredMicrobatch(m, i, part) for (m, i, _), part in zip(outputs, np.split(values, ends[:-1]))]
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -170,7 +174,8 @@ class Engine:
         names = list(dict.fromkeys(name for term in terms for name in term.figures))
         slots = {(i, id(mb)): 2 + len(names) + k for k, (i, mb) in enumerate(microbatches_of(terms))}
         sums = torch.zeros(2 + len(names) + len(slots), dtype=torch.float64, device=device)  # no host sync in the step
-        places = [torch.tensor([2 + names.index(n) for n in t.figures], device=device, dtype=torch.long) for t in terms]
+        numbers = [torch.tensor([2 + names.index(name) for name in term.figures], dtype=torch.long) for term in terms]
+        places = [each.to(device, non_blocking=True) for each in numbers]
 
         def loss_of(term: int, slot: int, inputs: list[Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict]:
             loss, figures = terms[term].loss(output, *inputs)

@@ -35,14 +35,17 @@ VALUES = MODEL | {
 """Of a run of SSFT."""
 
 
-def write_sets(folder, questions=12):
-    """Questions with four traces of 40 to 160 letters; the values that name them."""
+def write_sets(folder, questions=12, letters=160):
+    """Questions with four traces of so many letters, or down to a quarter of it; the values that name them."""
     rng = random.Random(1)
     rows = [
         {
             "id": f"q{i}",
             "question": "what is " + "x" * rng.randint(1, 20),
-            "traces": [{"text": "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(40, 160)))} for _ in "1234"],
+            "traces": [
+                {"text": "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(letters // 4, letters)))}
+                for _ in "1234"
+            ],
         }
         for i in range(questions)
     ]

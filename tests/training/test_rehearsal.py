@@ -123,9 +123,8 @@ def sections_and_plans(values):
         ("training", (accountant.training(train.plan), 3 * padded[1])),
     ):
         flops = [step.section(name).flops for step in steps]
-        told.append(
-            (*(sum(getattr(f, kind) for f in flops) for kind in ("forward", "backward", "recomputed")), expected)
-        )
+        sums = (sum(getattr(each, kind) for each in flops) for kind in ("forward", "backward", "recomputed"))
+        told.append((*sums, *expected))
     return told
 
 

@@ -80,7 +80,8 @@ class VocabParallelHead:
     def move_to(self, device: torch.device) -> None:
         """Put the indices there."""
         if self.tags.device != device:  # once: an index that comes from the host stalls the stream
-            self.tags, self.tag_columns = self.tags.to(device), self.tag_columns.to(device)
+            self.tags = self.tags.to(device, non_blocking=True)
+            self.tag_columns = self.tag_columns.to(device, non_blocking=True)
 
     def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
         """float32 [t, V] of a chunk."""

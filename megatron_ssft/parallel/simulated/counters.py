@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +28,7 @@ class _Tally:
 
     def __init__(self, nodes_of: int) -> None:
         self.traffic = Traffic(nodes_of)
-        self.flops: Counter[str] = Counter()
+        self.flops: defaultdict[str, float] = defaultdict(float)
         self.waits: Counter[tuple[str, Site]] = Counter()
         self.copies = self.copied_bytes = self.blocking_copies = 0
         self.operations = 0
@@ -39,7 +39,7 @@ class _Tally:
         return Section(
             name=name,
             memory=memory,
-            flops=Flops(*(float(self.flops[kind]) for kind in ("forward", "backward", "recomputed"))),
+            flops=Flops(*(self.flops[kind] for kind in ("forward", "backward", "recomputed"))),
             collectives=self.traffic.account(),
             copies=Copies(self.copies, self.copied_bytes, self.blocking_copies),
             waits=tuple(Wait(*key, count) for key, count in self.waits.most_common()),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,8 +33,16 @@ aten = torch.ops.aten
 _attend = F.scaled_dot_product_attention
 
 
-class MixedDevices(RuntimeError):
-    """An operator was given tensors of the GPU and of the host, which a GPU refuses or silently waits for."""
+class FaultOnGpu(Exception):
+    """What a GPU would refuse, or silently wait for; begins with `file:line`."""
+
+
+class MixedDevices(FaultOnGpu):
+    """An operator was given tensors of the GPU and of the host."""
+
+
+class ValuesNeeded(FaultOnGpu):
+    """The size of an operator's result depends on values, for which the host has to wait."""
 
 
 class _FakeMode(FakeTensorMode):
@@ -84,8 +92,11 @@ class SimulatedGpu(Counters):
     def _on_gpu(self, func: Any, args: tuple, kwargs: dict) -> object:
         if func is aten.mm.dtype:
             return self._wide_product(*args)
-        with self._fake:
-            out = func(*args, **kwargs)
+        try:
+            with self._fake:
+                out = func(*args, **kwargs)
+        except DynamicOutputShapeException as error:
+            raise ValuesNeeded(f"{here()}: the size of what {func} gives depends on values on the GPU") from error
         for leaf in tree_leaves(out):
             if isinstance(leaf, FakeTensor):
                 self.memory.add(leaf)
@@ -111,7 +122,7 @@ class SimulatedGpu(Counters):
             target, source = args[0], args[1]
             if isinstance(source, FakeTensor) and not isinstance(target, FakeTensor):
                 target.copy_(self._to_host(source, target.dtype))
-                return target  # type: ignore[no-any-return]
+                return target
             if isinstance(target, FakeTensor) and not isinstance(source, FakeTensor) and source.dim() > 0:
                 self.count_copy(source.nbytes, bool(args[2]) if len(args) > 2 else False)
                 return target
@@ -144,7 +155,7 @@ class SimulatedGpu(Counters):
         self.count_message(func, args)
         from torch._C._distributed_c10d import FakeWork
 
-        done = FakeWork().boxed()  # type: ignore[attr-defined]  # torch has no stubs for it
+        done = FakeWork().boxed()
         results = [argument.type for argument in func._schema.returns]
         if len(results) == 1:
             return done
@@ -188,7 +199,7 @@ class SimulatedGpu(Counters):
             result = call(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
         else:
             result = call(query, key, value, 0.0, is_causal, scale=scale)
-        return result[0]  # type: ignore[no-any-return]
+        return result[0]
 
     def _kernel_on_cpu(self, query: Tensor, key: Tensor, value: Tensor, given: dict) -> SDPBackend:
         """Torch decides by shapes alone, so it is asked about tensors whose memory is never touched."""
@@ -199,9 +210,11 @@ class SimulatedGpu(Counters):
             shape, stride = tensor.shape, tensor.stride()
             return torch.empty_strided(shape, stride, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 
-        like = [real(tensor) for tensor in (query, key, value)]
+        like: list[Any] = [real(tensor) for tensor in (query, key, value)]
         number = torch._fused_sdp_choice(
-            *like,  # type: ignore[arg-type]
+            like[0],
+            like[1],
+            like[2],
             attn_mask=real(given.get("attn_mask")),
             is_causal=bool(given.get("is_causal")),
             scale=given.get("scale"),

@@ -134,7 +134,7 @@ def simulate(
 
     Raises:
         UserError: see `simulated_rank`.
-        MixedDevices: an operator was given tensors of the host and of the GPU.
+        FaultOnGpu: an operator was given tensors of the host and of the GPU, or gives as many values as it finds.
     """
     with simulated_rank(config, world_size, rank, kind=kind, nodes_of=nodes_of) as simulated:
         engine = simulated.engine(vocab_size, forking_rows)
