@@ -15,6 +15,11 @@ load=$(place LOAD)
 questions=$(place QUESTIONS)
 recipe=$(place RECIPE)
 
+# How many stages have been finished.
+progress() {
+    cat "$run"/round_*/stages.json 2> /dev/null | grep -o '"seconds"' | wc -l || true
+}
+
 how_it_ended() {
     :  # the loop's status tells
 }

@@ -78,13 +78,18 @@ is_taken() {
 }
 
 # -- attempts ------------------------------------------------------------------------------------------------------------
-# A line `begin` for each start of the ranks, one where they are told to stop, and one that says how it ended. They outlive
-# a requeue. A node that takes the batch shell with it leaves a `begin` without an end, which counts as a failure; SLURM
-# killing a save that took too long after a stop does not.
+# A line `begin` for each start of the ranks, with the progress until then, one where they are told to stop, and one that
+# says how it ended. They outlive a requeue. Where SLURM kills the batch shell there is no end: that is a failure, unless
+# the ranks were told to stop and have got on in the attempt. So a job that gets nowhere is not tried for ever.
 
 failures() {
-    awk '$1 == "begin" { n++; told = 0 } $1 == "stopping" && !told { n--; told = 1 } $1 == "failed" && told { n++ }
-        END { print n + 0 }' "$attempts" 2>/dev/null || echo 0
+    awk -v now="$(progress)" '
+        function close_without_end(progress) { if (open && !(told && progress > since)) n++ }
+        $1 == "begin" { close_without_end($NF); open = 1; told = 0; since = $NF }
+        $1 == "stopping" { told = 1 }
+        $1 == "stopped" || $1 == "finished" || $1 == "refused" { open = 0 }
+        $1 == "failed" { open = 0; n++ }
+        END { close_without_end(now); print n + 0 }' "$attempts" 2>/dev/null || echo 0
 }
 
 begin_attempt() {
@@ -94,7 +99,7 @@ begin_attempt() {
         exit 1
     fi
     rm -f "$bad_input" "$stopped_early"
-    echo "begin $(date -Is) restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST" >> "$attempts"
+    echo "begin $(date -Is) restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST at $(progress)" >> "$attempts"
     attempt=$(grep -c '^begin' "$attempts")
     # Rendezvous: every task derives its rank from the variables of its SLURM step. The port depends on the job and the
     # attempt, so that none meets the remains of another, and stays below the range from which kernels hand out ports.

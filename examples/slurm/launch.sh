@@ -36,6 +36,11 @@ model=$(place MODEL)
 data=$(place DATA)
 recipe=$(place RECIPE)
 
+# The step of the newest checkpoint.
+progress() {
+    cat "$run/latest_checkpointed_iteration.txt" 2> /dev/null || echo 0
+}
+
 # What the trainer says of its end.
 how_it_ended() {
     sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' "$run/heartbeat.json" 2> /dev/null || true

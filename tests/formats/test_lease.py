@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -61,6 +62,24 @@ def put(folder, owner):
     (folder / LEASE).write_bytes(msgspec.json.encode(owner))
 
 
+@contextlib.contextmanager
+def touched(folder):
+    """Its lease gets signs of life, until the event that is given is set or the block ends."""
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.05):
+            os.utime(folder / LEASE)
+
+    beat = threading.Thread(target=touch)
+    beat.start()
+    try:
+        yield ended
+    finally:
+        ended.set()
+        beat.join()
+
+
 def take(folder, seconds=0.3):
     return acquire(folder, "--save ", beat_seconds=0.05, silence_seconds=seconds)
 
@@ -103,17 +122,8 @@ def test_a_process_id_that_is_used_again_is_another_process(tmp_path):
 
 def test_an_owner_elsewhere_is_watched(tmp_path, capsys):
     put(tmp_path, elsewhere())
-    ended = threading.Event()
-
-    def touch():
-        while not ended.wait(0.05):
-            os.utime(tmp_path / LEASE)
-
-    beat = threading.Thread(target=touch)
-    beat.start()
-    assert "is in use by process 1 on node7 (SLURM job 4711)" in refused(tmp_path, seconds=60)
-    ended.set()
-    beat.join()
+    with touched(tmp_path):
+        assert "is in use by process 1 on node7 (SLURM job 4711)" in refused(tmp_path, seconds=60)
     assert "waiting up to 60 s" in capsys.readouterr().out
     take(tmp_path).release()  # silent now
 
@@ -122,23 +132,12 @@ def test_remains_of_the_same_job_are_waited_for(tmp_path, monkeypatch, capsys):
     """A lost node may live on for a while, and with it the rank that holds the folder."""
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     put(tmp_path, elsewhere())
-    ended = threading.Event()
-
-    def touch():
-        while not ended.wait(0.05):
-            os.utime(tmp_path / LEASE)
-
-    beat = threading.Thread(target=touch)
-    beat.start()
-    try:
+    with touched(tmp_path) as ended:
         with pytest.raises(StillInUse, match="by an earlier attempt of this job, process 1 on node7") as caught:
             acquire(tmp_path, beat_seconds=0.05, silence_seconds=0.6, remains_seconds=1.0)
         assert caught.value.status == 75  # not the input's fault: try again
         threading.Timer(1.0, ended.set).start()
         acquire(tmp_path, beat_seconds=0.05, silence_seconds=0.6, remains_seconds=60.0).release()
-    finally:
-        ended.set()
-        beat.join()
     assert "held by an earlier attempt of this job" in capsys.readouterr().out
 
 

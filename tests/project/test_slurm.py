@@ -331,13 +331,16 @@ def test_a_trainer_that_finishes_as_it_is_stopped_is_not_requeued(start):
     assert not job.requeued
 
 
-def test_a_preempted_job_that_is_killed_in_its_save_has_not_failed(start, tmp_path):
+@pytest.mark.parametrize(("steps", "now", "status"), [((0, 10, 20), 30, 0), ((0, 10, 10), 30, 1), ((0, 10, 20), 20, 1)])
+def test_a_preempted_job_that_is_killed_in_its_save_has_failed_if_it_got_nowhere(start, tmp_path, steps, now, status):
     """SLURM kills the batch shell as well, so nobody writes how it ended."""
-    records = tmp_path / "run with space" / "slurm"
-    records.mkdir(parents=True)
-    (records / f"attempts-{JOB_ID}").write_text("begin a\nstopping b\n" * 9)
+    run = tmp_path / "run with space"
+    (run / "slurm").mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text(f"{now}")
+    lines = "".join(f"begin then on n1 at {step}\nstopping then by TERM\n" for step in steps)
+    (run / "slurm" / f"attempts-{JOB_ID}").write_text(lines)
     job = start(STUB_EXIT="0", MAX_RESTARTS="0")
-    assert job.finish() == 0, job.output
+    assert job.finish() == status, job.output
 
 
 @pytest.mark.parametrize("name", ["MODEL", "DATA", "RECIPE", "EVAL_DATA"])

@@ -147,7 +147,8 @@ def test_a_lost_node_is_survived(cluster, inputs, troubled, whole, tmp_path):
     cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     end = cluster.end_of(job)  # the node comes back by itself (ReturnToService)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
-    assert attempts(run_dir) == ["begin", "begin", "finished"]  # nobody was left to write how the first one ended
+    told = [word for word in attempts(run_dir) if word != "stopping"]  # the ranks of the other node may be told
+    assert told == ["begin", "begin", "finished"]  # nobody was left to write how the first one ended
     assert results(run_dir) == results(whole)
 
 

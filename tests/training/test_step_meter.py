@@ -59,7 +59,8 @@ def test_parts_add_up_and_memory_is_that_of_the_process(tmp_path):
         assert "slowest_rank" not in row and "peak_allocated_bytes" not in row
     assert sum(row["wall_seconds"] for row in rows) < seconds
     # A save stands in the line of the step after it, an evaluation in its own.
-    assert [row["save_seconds"] > 0.005 for row in rows] == [False, False, True, False] + [True, False] * 2
+    after_save = [row["save_seconds"] for row in rows if row["iteration"] in (3, 5, 7)]
+    assert min(after_save) > max(row["save_seconds"] for row in rows if row["iteration"] not in (3, 5, 7))
     evaluated = [row["evaluation_seconds"] for row in rows if "eval_loss" in row]
     assert len(evaluated) == 3 and min(evaluated) > max(
         row["evaluation_seconds"] for row in rows if "eval_loss" not in row
@@ -83,11 +84,12 @@ def test_planted_slow_rank_is_the_one_named(tmp_path, layout, place):
     """`scoring` is slow in forward passes, `training` between gradients and the optimizer's step."""
     ranks, values = LAYOUTS[layout]
     slow = ranks - 1
-    rows, out, _, _ = _run(tmp_path, ranks, values, slow, place, 0.3)
+    seconds = 0.8  # more than a step of the others takes, on a busy machine too
+    rows, out, _, _ = _run(tmp_path, ranks, values, slow, place, seconds)
     for row in rows[1:]:
         assert row["slowest_rank"] == slow, row
         assert row["slowest_host"] == socket.gethostname()
-        assert row["slowest_work_seconds"] > 0.3 > row["median_work_seconds"]
+        assert row["slowest_work_seconds"] > seconds > row["median_work_seconds"]
         assert sum(row[part] for part in SSFT_PARTS) == pytest.approx(row["wall_seconds"], abs=1e-9)
     named = [line for line in out.splitlines() if line.startswith("slow: ")]
     assert len(named) == 1 and named[0].startswith(f"slow: rank {slow} on {socket.gethostname()} ")
