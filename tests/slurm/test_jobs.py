@@ -40,12 +40,12 @@ def troubled(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(cluster, inputs, troubled, tmp_path_factory):
-    """Two jobs that run into a time limit of a minute, beside the other ones: (id, RUN_DIR) by name."""
+    """Two jobs that run into a time limit of two minutes, beside the other ones: (id, RUN_DIR) by name."""
     folder = tmp_path_factory.mktemp("limited")
-    limit = ("--time=1", "--signal=B:USR1@12")
+    limit = ("--time=2", "--signal=B:USR1@30")  # SLURM sends it up to 30 seconds earlier
     troubles = {
-        "stopped": {"STEP_SECONDS": 5},
-        "too slow": {"STEP_SECONDS": 5, "HANG_ONCE": folder / "hung", "STOP_MARGIN": 8},
+        "stopped": {"STEP_SECONDS": 9},
+        "too slow": {"STEP_SECONDS": 9, "HANG_ONCE": folder / "hung", "STOP_MARGIN": 8},
     }
     jobs = {}
     for name, trouble in troubles.items():
@@ -186,7 +186,7 @@ def test_scancel_saves_and_ends_the_job(cluster, inputs, troubled, tmp_path):
 
 def test_a_time_limit_is_survived(cluster, limited, whole):
     job, run_dir = limited["stopped"]
-    end = cluster.end_of(job, 300)
+    end = cluster.end_of(job, 420)
     assert end["JobState"] == "COMPLETED", cluster.output(job)
     assert int(end["Restarts"]) >= 1
     told = attempts(run_dir)
@@ -196,7 +196,7 @@ def test_a_time_limit_is_survived(cluster, limited, whole):
 
 def test_a_save_that_takes_longer_than_the_grace_period_is_survived(cluster, limited, whole):
     job, run_dir = limited["too slow"]
-    end = cluster.end_of(job, 300)
+    end = cluster.end_of(job, 420)
     assert end["JobState"] == "COMPLETED", cluster.output(job)
     assert (run_dir.parent / "hung").exists()
     told = attempts(run_dir)

@@ -41,13 +41,16 @@ _ALLOWED = {
 
 
 _READ = (".metadata", "metadata.json", "common.pt")
-_BACKENDS = {
+BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""What metadata.json of every checkpoint of ours says; another backend would read the files by other rules."""
+"""What metadata.json of every checkpoint of ours says; another backend would read the files by other rules.
+
+megatron-core before 0.19 asks for all of it, and later ones for the first two.
+"""
 # What unpickling damaged bytes was seen to raise, and what pickle's documentation says it may.
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -95,8 +98,8 @@ def refuse_unusable(folder: Path) -> None:
     try:
         backends = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
-        if backends != _BACKENDS:
-            raise ValueError(f"metadata.json holds {str(backends)[:80]} and not {_BACKENDS}")
+        if backends != BACKENDS:
+            raise ValueError(f"metadata.json holds {str(backends)[:80]} and not {BACKENDS}")
         if not isinstance(common, dict):
             raise ValueError("common.pt holds no dictionary")
     except (OSError, *_DAMAGE) as error:

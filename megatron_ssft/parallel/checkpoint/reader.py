@@ -27,8 +27,11 @@ from torch.futures import Future
 class SharingStrategy(TorchDistLoadShardedStrategy):
     """Fills the tensors of a sharded state where they are; replicas share the reading."""
 
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
-        """Load, collectively. Raises torch's CheckpointException, on all ranks, where one cannot read its share."""
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, async_strategy: str = "") -> StateDict:
+        """Load, collectively. Raises torch's CheckpointException, on all ranks, where one cannot read its share.
+
+        megatron-core passes on a strategy of saving since 0.17.
+        """
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         entries = [entry for entry in nested_values(sharded_state_dict) if isinstance(entry, ShardedTensor)]
         shared = _readers(sharded_state_dict, group)

@@ -12,13 +12,14 @@ change them meanwhile.
 from __future__ import annotations
 
 import inspect
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
@@ -33,10 +34,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ssft.formats.files import naming, sync_path
 from megatron_ssft.formats.manifest import FileRecord, record_of
+from megatron_ssft.parallel.checkpoint.pickle_scan import BACKENDS
 
 WRITER_THREADS = 2
-BACKEND = ("torch_dist", 1)
-"""Name and version of the format, in megatron-core's words."""
 _SERIALIZATION = (
     {"serialization_format": filesystem.SerializationFormat.TORCH_SAVE}
     if "serialization_format" in inspect.signature(filesystem._write_item).parameters
@@ -62,12 +62,12 @@ class _ThreadsStrategy(TorchDistSaveShardedStrategy):
     """The torch_dist strategy, its writer replaced by threads."""
 
     def __init__(self, is_copied: bool) -> None:
-        super().__init__(*BACKEND, thread_count=WRITER_THREADS)
+        super().__init__(BACKENDS["sharded_backend"], BACKENDS["sharded_backend_version"], thread_count=WRITER_THREADS)
         self._is_copied = is_copied
         self.writer: ThreadsWriter | None = None
 
-    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
-        """Plan the save, collectively; `writer` does it."""
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, async_strategy: str = "") -> None:
+        """Plan the save, collectively; `writer` does it. megatron-core passes on a strategy since 0.17."""
         by_key, _, _ = torch_strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         writer = ThreadsWriter(checkpoint_dir, self._is_copied)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -139,7 +139,7 @@ class ThreadsWriter(FileSystemWriterAsync):
         """Write what says where each tensor lies; for the first rank. Raises OSError."""
         assert self.metadata is not None, "the first rank has it"
         self.finish(self.metadata, results)
-        save_config(CheckpointingConfig(*BACKEND), str(self.checkpoint_dir))
+        (Path(self.checkpoint_dir) / CONFIG_FNAME).write_text(json.dumps(BACKENDS), encoding="utf-8")
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _transformer_engine_spec(config: RunConfig) -> tuple[object, type]:
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
-    """Tell sharded weights from replicated ones, as megatron-core does only when it initialises them itself.
+    """Tell sharded weights from replicated ones, as megatron-core before 0.18 does only when it draws them itself.
 
     Without the marks the gradient norm takes every rank's shard but the first for a replica and leaves it out.
     """
@@ -134,8 +134,9 @@ def _mark_sharded_weights(model: torch.nn.Module) -> None:
     }
     for module in model.modules():
         dim = partition_dims.get(type(module))
-        if dim is not None and module.weight is not None:
-            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+        weight = None if dim is None else module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 class SetGPTModel(GPTModel):
