@@ -310,11 +310,14 @@ end_attempt() {
         say "the input or a setting is at fault, see above; not tried again"
         exit 2
     fi
+    if [[ -n $stop && ($status -eq 0 || $status -eq 143) && $(how_it_ended) == "done" ]]; then
+        stop= status=0  # it came after the work and met the ranks on their way out
+    fi
     # 143: ended by TERM before it listened for it, so nothing was begun that could be lost. Where only some ranks did not
     # listen yet, the others are killed, and the step's status is theirs.
     if [[ -n $stop && ($status -eq 0 || $status -eq 143 || -n $killed || -e $stopped_early) ]]; then
         echo "stopped $(date -Is) by $stop, status $status" >> "$attempts"
-        if [[ $stop == USR1 && $(how_it_ended) != "done" ]]; then
+        if [[ $stop == USR1 ]]; then
             say "stopped, requeueing job $job"
             requeue
         fi

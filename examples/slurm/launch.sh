@@ -41,9 +41,14 @@ progress() {
     cat "$run/latest_checkpointed_iteration.txt" 2> /dev/null || echo 0
 }
 
-# What the trainer says of its end.
+# What the trainer says of its end; nothing where it did not get so far as to say something.
 how_it_ended() {
-    sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' "$run/heartbeat.json" 2> /dev/null || true
+    if [[ $(heartbeat) != "$last_heartbeat" ]]; then
+        heartbeat | sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p'
+    fi
+}
+heartbeat() {
+    cat "$run/heartbeat.json" 2> /dev/null || true
 }
 
 for argument; do
@@ -88,6 +93,7 @@ while true; do
         trainer+=(--load "$model")
     fi
     printf '%s:' "$script" && printf ' %q' "${step[@]}" "${trainer[@]}" && echo
+    last_heartbeat=$(heartbeat)  # of an earlier attempt
     run_to_the_end "${step[@]}" "${trainer[@]}"
     end_attempt || break
 done

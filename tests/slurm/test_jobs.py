@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -110,6 +111,32 @@ def test_a_stop_during_imports_requeues_the_job(cluster, inputs, troubled, whole
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
     assert attempts(run_dir) == ["begin", "stopping", "stopped", "begin", "finished"]
     assert results(run_dir) == results(whole)
+
+
+def test_a_stop_after_the_last_step_changes_nothing(cluster, inputs, troubled, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    environment = inputs.environment(run_dir, **troubled(EXIT_SECONDS=30))
+    job = cluster.submit("single_node.sbatch", *ARGUMENTS, options=ONE_NODE, **environment)
+    beat = run_dir / "heartbeat.json"
+    cluster.wait(lambda: beat.exists() and json.loads(beat.read_text())["state"] == "done", "the last step is done")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    end = cluster.end_of(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), cluster.output(job)
+    assert attempts(run_dir) == ["begin", "stopping", "finished"]
+    assert results(run_dir) == results(whole)
+
+
+def test_a_stop_before_a_finished_run_goes_on_is_no_end(cluster, inputs, troubled, whole, tmp_path):
+    """What the folder says of its end is then older than the job."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("slurm"))
+    environment = inputs.environment(run_dir, **troubled(IMPORT_SECONDS=4))
+    job = cluster.submit("single_node.sbatch", *ARGUMENTS, options=ONE_NODE, **environment)
+    cluster.wait(lambda: list((run_dir / "slurm" / "logs").glob("*/rank0.log")), "rank 0 has begun")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    end = cluster.end_of(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
+    assert attempts(run_dir) == ["begin", "stopping", "stopped", "begin", "finished"]
 
 
 def test_a_killed_rank_is_tried_again(cluster, inputs, troubled, whole, tmp_path):

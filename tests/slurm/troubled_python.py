@@ -1,8 +1,9 @@
-"""A Python that runs a program on bad days: slow steps, a last save without end, a rank that dies.
+"""A Python that runs a program on bad days: slow steps, a last save without end, a rank that dies, a slow way out.
 
 `TROUBLED_PYTHON` is a PYTHON= for the batch scripts. Environment:
   STEP_SECONDS    seconds that every step takes longer
   IMPORT_SECONDS  seconds before the first import
+  EXIT_SECONDS    seconds that it stays when all is done
   HANG_ONCE       file: the save of the first stop never ends; the file tells that it was tried
   DIE_AT          step before which rank 1 is killed
   DIE_TIMES       how often, at most; counted in the file DIED
@@ -62,4 +63,8 @@ if __name__ == "__main__":
     _trouble()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as at every interpreter's end
+        time.sleep(float(os.environ.get("EXIT_SECONDS", 0)))
