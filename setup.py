@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     # No upper limit: the torch that a GPU image brings along must be left alone.
     "torch>=2.9",
     # Model, schedules and optimizer hook into internals that change from one minor version to the next.
-    "megatron-core>=0.16.1,<0.17",
+    "megatron-core>=0.16.1,<0.20",
     "numpy>=1.26",
     "lap>=0.5.12",
     "transformers>=5.0",
@@ -57,7 +57,7 @@ TEST = [
 # NVIDIA's apex is used where it can be imported and is deliberately no extra: the PyPI package of that name is an
 # unrelated project. NVIDIA's PyTorch images carry the right one.
 EXTRAS_REQUIRE = {
-    # megatron-core 0.16's own range.
+    # The range of megatron-core 0.16; later ones state none.
     "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
     "wandb": ["wandb>=0.17"],
     "vllm": ["vllm>=0.8"],

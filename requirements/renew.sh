@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes the lock: python-X.Y.txt with the newest versions that setup.py allows, oldest.txt with the oldest ones.
-# Called by `make lock`. Arguments: the torch of the lock and the oldest torch, as pip requirements.
+# megatron-core stays with the version that the GPU image's TransformerEngine is made for. Called by `make lock`.
+# Arguments: the torch of the lock and the oldest torch, as pip requirements.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,7 +11,7 @@ compile() { # FILE TORCH FLAGS...
     {
         echo "# Made by \`make lock\` from setup.py. torch stands in the Makefile, since its build depends on the machine."
         "${UV:-uv}" pip compile --quiet --no-header --no-annotate --extra dev --extra wandb --extra parquet "$@" \
-            --constraints <(echo "$torch") --no-emit-package torch setup.py |
+            --constraints <(printf '%s\n' "$torch" 'megatron-core<0.17') --no-emit-package torch setup.py |
             grep --invert-match --extended-regexp '^(nvidia|cuda|triton)'
     } >"$file.partial"
     mv "$file.partial" "$file"

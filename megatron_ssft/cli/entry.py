@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ _NOTICES = (
     "`torch.distributed.(reduce_scatter|all_gather)",
     "full scope is deprecated",
 )
+_LOGGED_NOTICES = {"megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED"}  # megatron-core 0.19
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -69,6 +71,8 @@ def _report(error: UserError) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Silence import-time notices about optional packages that nobody can act on."""
+    """Silence the libraries' notices that nobody can act on."""
     for text in _NOTICES:
         warnings.filterwarnings("ignore", message=text)
+    for logger, text in _LOGGED_NOTICES.items():
+        logging.getLogger(logger).addFilter(lambda record, text=text: not record.getMessage().startswith(text))

@@ -125,6 +125,17 @@ def test_exit_status_and_one_line_from_a_process():
         assert done.stderr.count("\n") == (0 if status == 0 else 1) or "usage: " in done.stderr
 
 
+def test_of_what_libraries_log_only_what_nobody_can_act_on_is_dropped():
+    program = """
+import logging
+from megatron_ssft.cli.entry import run_command
+logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+run_command(lambda: [logger.warning(text) for text in ("GPTModel IS DEPRECATED. Use another.", "A checkpoint is bad.")])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "A checkpoint is bad.\n")
+
+
 # -- doors and stages ------------------------------------------------------------------------------------------------
 
 
