@@ -76,4 +76,9 @@ def _quiet_libraries() -> None:
     for text in _NOTICES:
         warnings.filterwarnings("ignore", message=text)
     for logger, text in _LOGGED_NOTICES.items():
-        logging.getLogger(logger).addFilter(lambda record, text=text: not record.getMessage().startswith(text))
+        logging.getLogger(logger).addFilter(_other_than(text))
+
+
+def _other_than(text: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter that drops messages that begin so."""
+    return lambda record: not record.getMessage().startswith(text)
