@@ -311,7 +311,7 @@ end_attempt() {
         exit 2
     fi
     if [[ -n $stop && ($status -eq 0 || $status -eq 143) && $(how_it_ended) == "done" ]]; then
-        stop= status=0  # it came after the work and met the ranks on their way out
+        stop='' status=0  # it came after the work and met the ranks on their way out
     fi
     # 143: ended by TERM before it listened for it, so nothing was begun that could be lost. Where only some ranks did not
     # listen yet, the others are killed, and the step's status is theirs.
