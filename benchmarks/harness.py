@@ -44,6 +44,10 @@ SHAPES: dict[str, dict[str, object]] = {
         "num_layers": 28, "hidden_size": 3584, "ffn_hidden_size": 18944, "num_attention_heads": 28,
         "num_query_groups": 4, "add_qkv_bias": True, "untie_embeddings_and_output_weights": True, "vocab_size": 152064,
     },
+    "qwen2.5-32b": {
+        "num_layers": 64, "hidden_size": 5120, "ffn_hidden_size": 27648, "num_attention_heads": 40,
+        "num_query_groups": 8, "add_qkv_bias": True, "untie_embeddings_and_output_weights": True, "vocab_size": 152064,
+    },
 }  # fmt: skip
 """Shapes of well-known models, for random weights: speed does not depend on their values."""
 

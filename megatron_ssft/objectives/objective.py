@@ -161,6 +161,9 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
         With `load_weights` others can be looked at; the last ones loaded are trained.
         """
 
+    def suppose_begun(self) -> None:
+        """Take made-up answers for those that `begin` would ask the model for: the run is only rehearsed."""
+
     def before_step(self, step: StepContext) -> Report:
         """Called before `decide`."""
         return Report()

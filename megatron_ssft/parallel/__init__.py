@@ -1,12 +1,16 @@
 """The model on its ranks. The only folder that imports megatron.core and torch.distributed.
 
 engine.py          the model of this rank: scores, trains, evaluates
+pipeline.py        sends between pipeline stages, with shapes from the plan
 loss_terms.py      what a training step minimises, term by term
 optimizer.py       AdamW, data parallelism, the tags' own learning rate
 flat_shards.py     the distributed optimizer's state as parts of whole tensors
 topology.py        process groups, and this rank's place in the parallel layout
 collectives.py     small collectives on plain values
+cuda_calls.py      calls of CUDA that another device answers
 cpu_backend.py     megatron-core without CUDA
+
+simulated/                      a rank of a cluster, on a GPU that is not there
 
 watch/                          signs of life: no wait without a bound, and for whom it was
 

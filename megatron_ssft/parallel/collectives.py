@@ -88,7 +88,7 @@ def on_first_rank(work: Callable[[], T], topology: Topology) -> T:
     return result
 
 
-def sum_over_ranks(values: np.ndarray, topology: Topology) -> np.ndarray:
+def sum_over_ranks(values: np.ndarray | torch.Tensor, topology: Topology) -> np.ndarray:
     """float64 sum over all ranks, same shape, in one all-reduce. Ranks without a share pass zeros."""
     tensor = torch.as_tensor(values, dtype=torch.float64).to(topology.device)
     with topology.watch.waiting():

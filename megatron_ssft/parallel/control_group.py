@@ -31,26 +31,29 @@ def block_size(world_size: int) -> int:
 class ControlGroup:
     """All ranks of a job. Each operation is for all ranks to call, in the same order, but `send` and `receive`."""
 
-    def __init__(self, rank: int, world_size: int, first_replica: Sequence[int], timeout: timedelta) -> None:
+    def __init__(
+        self, rank: int, world_size: int, first_replica: Sequence[int], timeout: timedelta, backend: str = "gloo"
+    ) -> None:
         """Build the groups. Collective.
 
         Args:
             first_replica: ranks that hold one copy of the model between them, the first rank among them; `send` and
                 `receive` are between these.
             timeout: for one operation.
+            backend: torch's name of what connects the ranks.
         """
         self._rank, self._world_size = rank, world_size
         self._size = size = block_size(world_size)
         leaders = range(0, world_size, size)
         self._block: dist.ProcessGroup | None = None
         for first in leaders:
-            group = dist.new_group(range(first, min(first + size, world_size)), timeout, "gloo")
+            group = dist.new_group(range(first, min(first + size, world_size)), timeout, backend)
             if self._leader_of(rank) == first:
                 self._block = group
         self._leaders = self._replica = None
         if len(leaders) > 1:
-            self._leaders = dist.new_group(leaders, timeout, "gloo")
-            self._replica = dist.new_group(sorted(first_replica), timeout, "gloo")
+            self._leaders = dist.new_group(leaders, timeout, backend)
+            self._replica = dist.new_group(sorted(first_replica), timeout, backend)
 
     def _leader_of(self, rank: int) -> int:
         return rank // self._size * self._size

@@ -52,6 +52,11 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def autocast_type(device: torch.device) -> str:
+    """What torch.autocast knows the device by; a simulated GPU (simulated/) has no type of its own there."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def why_no_cuda() -> str:
     """Why torch has no GPU here, and what to do."""
     if not torch.backends.cuda.is_built():

@@ -22,6 +22,7 @@ from megatron_ssft.config import RunConfig
 from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, raise_together, sum_over_ranks
+from megatron_ssft.parallel.device import autocast_type
 from megatron_ssft.parallel.finite import (
     LOWER_LR,
     find_damaged_weight,
@@ -34,6 +35,7 @@ from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
 from megatron_ssft.parallel.model.trainable import freeze
 from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
 from megatron_ssft.parallel.own_work import OwnWork
+from megatron_ssft.parallel.pipeline import PlannedCommunicator, schedule_groups
 from megatron_ssft.parallel.scores import ScoredMicrobatch, Scores
 from megatron_ssft.parallel.step_clock import StepClock
 from megatron_ssft.parallel.topology import Topology
@@ -141,11 +143,15 @@ class Engine:
 
         for chunk in self.wrapped:
             chunk.eval()
-        device = self.topology.device.type
+        device = autocast_type(self.topology.device)
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=low_precision):
             self._schedule(step, [planned], forward_only=True, collect_non_loss_data=True)
-        # Copied to the host only now that the last microbatch is under way.
-        return [ScoredMicrobatch(m, i, output.double().cpu().numpy()) for m, i, output in outputs]
+        if not outputs:
+            return []
+        # Copied to the host only now that the last microbatch is under way, and all at once.
+        values = torch.cat([output.double() for _, _, output in outputs]).cpu().numpy()
+        ends = np.cumsum([len(output) for _, _, output in outputs])
+        return [ScoredMicrobatch(m, i, part) for (m, i, _), part in zip(outputs, np.split(values, ends[:-1]))]
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -168,7 +174,8 @@ class Engine:
         names = list(dict.fromkeys(name for term in terms for name in term.figures))
         slots = {(i, id(mb)): 2 + len(names) + k for k, (i, mb) in enumerate(microbatches_of(terms))}
         sums = torch.zeros(2 + len(names) + len(slots), dtype=torch.float64, device=device)  # no host sync in the step
-        places = [torch.tensor([2 + names.index(n) for n in t.figures], device=device, dtype=torch.long) for t in terms]
+        numbers = [torch.tensor([2 + names.index(name) for name in term.figures], dtype=torch.long) for term in terms]
+        places = [each.to(device, non_blocking=True) for each in numbers]
 
         def loss_of(term: int, slot: int, inputs: list[Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict]:
             loss, figures = terms[term].loss(output, *inputs)
@@ -197,7 +204,7 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._schedule(step, [term.planned for term in terms], forward_only=False)
-        loss, tokens, *rest = sum_over_ranks(sums.cpu().numpy(), self.topology)
+        loss, tokens, *rest = sum_over_ranks(sums, self.topology)
         refuse_bad_loss(loss, rest[len(names) :], terms)
         with self.clock.part("optimizer"):
             grad_norm = self._optimizer_step(terms, lr)
@@ -239,7 +246,8 @@ class Engine:
 
         with torch.no_grad():
             copies = range(self.config.parallel.pipeline_model_parallel_size)  # the interleaved schedule needs a group
-            self._run_schedule(step, copies, len(padded), 1, forward_only=True, collect_non_loss_data=True)
+            inputs = [(1, len(padded))] * len(copies)
+            self._run_schedule(step, copies, inputs, forward_only=True, collect_non_loss_data=True)
         share = shares[0] if shares else None
         return collect_logits(share, self.topology, len(ids), self.vocab_size)
 
@@ -247,13 +255,16 @@ class Engine:
 
     def _input(self, planned: PlannedBatch, microbatch: Microbatch) -> ModelInput:
         """Cut a microbatch from the data."""
-        return cut_microbatch(
+        model_input = cut_microbatch(
             planned,
             microbatch,
             pad_to_multiple=self._pad_to_multiple,
             context_rank=self.topology.cp_rank,
             context_size=self.topology.cp_size,
         )
+        rows, length = self._input_shape(planned, microbatch)
+        assert model_input.tokens.shape == (rows, length // self.topology.cp_size), "the plan gives another shape"
+        return model_input
 
     @property
     def _pad_to_multiple(self) -> int:
@@ -277,22 +288,32 @@ class Engine:
         """
         rank = self.topology.dp_rank
         microbatches = [(number, mb) for number, planned in enumerate(batches) for mb in planned.plan.ranks[rank]]
-        # Hints only: every microbatch tells its own shape.
-        rows = len(microbatches[0][1].sequences) if batches[0].plan.layout == "padded" else 1
-        longest = max(microbatch.size.tokens for _, microbatch in microbatches) // rows
-        self._run_schedule(step, microbatches, longest, rows, **kwargs)
+        inputs = [self._input_shape(batches[number], microbatch) for number, microbatch in microbatches]
+        self._run_schedule(step, microbatches, inputs, **kwargs)
+
+    def _input_shape(self, planned: PlannedBatch, microbatch: Microbatch) -> tuple[int, int]:
+        """(rows, tokens in each) that a microbatch has as the model's input, of all context-parallel ranks."""
+        rows = len(microbatch.sequences) if planned.plan.layout == "padded" else 1
+        length, multiple = microbatch.size.tokens // rows, self._pad_to_multiple
+        return rows, -(-length // multiple) * multiple
 
     def _run_schedule(
-        self, step: Step, microbatches: Sequence[object], seq_length: int, micro_batch_size: int, **kwargs: bool
+        self, step: Step, microbatches: Sequence[object], inputs: Sequence[tuple[int, int]], **kwargs: Any
     ) -> None:
+        """`inputs`: (rows, tokens in each) of every microbatch, from which stages know what they receive."""
         modules = self.wrapped or self.chunks
         data = [iter(microbatches) for _ in modules]
+        parallel, core = self.config.parallel, self.chunks[0].config
+        if parallel.pipeline_model_parallel_size > 1:
+            shares = self.topology.cp_size * (self.topology.tp_size if parallel.sequence_parallel else 1)
+            shapes = [(length // shares, rows, core.hidden_size) for rows, length in inputs]
+            kwargs |= {"p2p_communicator": PlannedCommunicator(core, shapes), "pg_collection": schedule_groups()}
         get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=data if len(data) > 1 else data[0],
             model=modules if len(modules) > 1 else modules[0],
             num_microbatches=len(microbatches),
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
+            seq_length=inputs[0][1],  # these two are for shapes that are not asked for
+            micro_batch_size=inputs[0][0],
             **kwargs,
         )

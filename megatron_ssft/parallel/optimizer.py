@@ -94,6 +94,19 @@ def set_hyperparameters(optimizer: MegatronOptimizer, config: RunConfig, lr: flo
         group["eps"] = training.adam_eps
 
 
+def state_tensors(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """What the optimizer itself holds on the device: AdamW's moments, and the float32 weights of mixed precision."""
+    tensors: list[torch.Tensor] = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        tensors += [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        if getattr(part.config, "bf16", False):
+            tensors += [p for group in inner.param_groups for p in group["params"] if p.dtype == torch.float32]
+    return tensors
+
+
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Give every parameter its AdamW state, as a first step would, so that a checkpoint has a place to load into.
 

@@ -89,10 +89,23 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
     slow = timedelta(minutes=config.parallel.slow_work_timeout_minutes)
     store, watch = meet(rank, world_size, timeout, slow, facts or {})
     with watch.explaining():
-        control_group = _build_groups(config, backend, store, rank, world_size)
+        dist.init_process_group(backend, timeout=_limit(timeout), rank=rank, world_size=world_size, store=store)
+        initialize_model_parallel(config, _limit(timeout).total_seconds() / 60)
+        control_group = ControlGroup(rank, world_size, first_replica(config.parallel, world_size), _limit(slow))
     _open.append((watch, control_group))
+    return place_in_groups(config, device, control_group, watch)
+
+
+def _limit(own: timedelta) -> timedelta:
+    """Of a process group: the watch is faster and names who is missing; this is for the case that it cannot."""
+    return 1.1 * own + timedelta(seconds=12)
+
+
+def place_in_groups(config: RunConfig, device: torch.device, control_group: ControlGroup, watch: Watch) -> Topology:
+    """This rank's place in the groups that are there, with random numbers seeded."""
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     torch.manual_seed(config.training.seed)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     return Topology(
         rank=rank,
         world_size=world_size,
@@ -108,17 +121,6 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
         control_group=control_group,
         watch=watch,
     )
-
-
-def _build_groups(config: RunConfig, backend: str, store: dist.Store, rank: int, world_size: int) -> ControlGroup:
-    """Build all process groups; returns the control group."""
-    # The watch is faster and names who is missing; this is for the case that it cannot.
-    minutes = 1.1 * config.parallel.distributed_timeout_minutes + 0.2
-    timeout = timedelta(minutes=minutes)
-    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size, store=store)
-    initialize_model_parallel(config, minutes)
-    slow = timedelta(minutes=1.1 * config.parallel.slow_work_timeout_minutes + 0.2)
-    return ControlGroup(rank, world_size, first_replica(config.parallel, world_size), slow)
 
 
 def first_replica(parallel: ParallelConfig, world_size: int) -> list[int]:

@@ -27,6 +27,7 @@ from megatron_ssft.objectives.policy.completion_scoring import CompletionScorer
 from megatron_ssft.objectives.policy.forks import Forks
 from megatron_ssft.objectives.policy.inputs import PolicyInputs, check_rewards_model, read_inputs
 from megatron_ssft.objectives.policy.reference import (
+    MadeUpReference,
     Reference,
     ReferenceIndex,
     refuse_other_inputs,
@@ -119,6 +120,12 @@ class PolicyObjective(Objective[GFPOConfig, Decision]):
         index = ReferenceIndex(self.inputs.fingerprint, self.planned_iters, str(reference.resolve()), self._noise(step))
         write_reference(self.save, self.topology, index, fork_QN, answers, other)
         self.reference = Reference(self.save)
+
+    def suppose_begun(self) -> None:
+        lengths = [len(completion.ids) for completion in self.inputs.completions]
+        shape = (len(self.inputs.questions), self.vocabulary.tags.num_tags)
+        top_k = 0 if self.policy.anchor == "none" else min(self.policy.anchor_top_k, self.vocabulary.size)
+        self.reference = MadeUpReference(lengths, shape, top_k)
 
     def reference_fork(self, step: StepContext) -> np.ndarray | None:
         """float64 [Q, N]: log-probabilities of the tags under the weights in place, where the objective needs them."""

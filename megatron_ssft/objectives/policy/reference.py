@@ -190,5 +190,35 @@ class Reference:
         return files["ids"][:0], files["logp"][:0]
 
     def _get(self, completion: int, name: str) -> np.ndarray:
+        """One of `nll`, `reference`, `ids` and `logp` of a completion."""
         rank, place = self._where[completion]
         return self._files[rank][name][place]
+
+
+class MadeUpReference(Reference):
+    """Answers of the right shapes that no model gave, for a run that is only rehearsed."""
+
+    def __init__(self, lengths: Sequence[int], fork_shape: tuple[int, int], top_k: int) -> None:
+        """
+        Args:
+            lengths: tokens of every completion.
+            fork_shape: questions and tags.
+            top_k: tokens that are kept of each distribution.
+        """
+        self.noise = 0.0
+        self._lengths, self._top_k = lengths, top_k
+        self.fork_QN = np.full(fork_shape, -np.log(2.0 * fork_shape[1]))
+
+    def reference_nll(self, completion: int) -> np.ndarray:
+        return self.nll(completion)
+
+    @property
+    def no_top(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((0, self._top_k), dtype=np.int32), np.zeros((0, self._top_k), dtype=np.float32)
+
+    def _get(self, completion: int, name: str) -> np.ndarray:
+        length, shape = self._lengths[completion], (self._lengths[completion], self._top_k)
+        if name == "ids":
+            return np.tile(np.arange(self._top_k, dtype=np.int32), (length, 1))
+        value = -np.log(2.0 * self._top_k) if name == "logp" else 1.0
+        return np.full(shape if name == "logp" else length, value, dtype=np.float32)

@@ -63,7 +63,7 @@ def _unusable(name: str, dtype: torch.dtype, device: torch.device) -> str | None
     """Why a kernel cannot be used with this precision on this device; None if it can."""
     if name == "sdpa":
         return None
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "needs CUDA"
     if dtype not in (torch.bfloat16, torch.float16):
         return "needs --bf16"

@@ -83,7 +83,7 @@ class SdpaAttend:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         n, g, d = query.size(1), key.size(1), query.size(2)
-        if query.is_cuda and n != g:  # with a mask and grouped heads no fused CUDA kernel is found
+        if not query.is_cpu and n != g:  # with a mask and grouped heads no fused CUDA kernel is found
             key, value = (t.repeat_interleave(n // g, dim=1) for t in (key, value))
             g = n
         query, key, value = (t.flatten(1) for t in (query, key, value))

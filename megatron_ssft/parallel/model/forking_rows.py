@@ -33,8 +33,8 @@ class ForkingRows(nn.Module):
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.zeros(len(row_ids), config.hidden_size, dtype=config.params_dtype))
-        self.weight.data = self.weight.data.to(device)
+        shape = (len(row_ids), config.hidden_size)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
         self.register_buffer("ids", torch.tensor(row_ids, device=device), persistent=False)
         # Under sequence parallelism each rank sees its part of the sequence: gradients are summed over ranks.
         mark(self.weight, "sequence_parallel", config.sequence_parallel)

@@ -76,6 +76,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # With batched sends and two stages the previous and the next stage are the same peer and would mix up.
         overlap_p2p_comm=config.virtual_pipeline_size is not None,
         batch_p2p_comm=config.virtual_pipeline_size is None,
+        batch_p2p_sync=False,  # against a bug of old versions of torch
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

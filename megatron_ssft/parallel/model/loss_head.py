@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ssft.parallel.device import autocast_type
+
 CHUNK_TOKENS = 1024
 
 
@@ -78,7 +80,8 @@ class VocabParallelHead:
     def move_to(self, device: torch.device) -> None:
         """Put the indices there."""
         if self.tags.device != device:  # once: an index that comes from the host stalls the stream
-            self.tags, self.tag_columns = self.tags.to(device), self.tag_columns.to(device)
+            self.tags = self.tags.to(device, non_blocking=True)
+            self.tag_columns = self.tag_columns.to(device, non_blocking=True)
 
     def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
         """float32 [t, V] of a chunk."""
@@ -97,16 +100,16 @@ class VocabParallelHead:
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """float32 hidden @ weight^T. Logits rounded to bfloat16 first would be off by up to 2^-8 of their size."""
-    device = hidden.device
-    wants_bf16 = hidden.dtype == torch.bfloat16 or torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False):  # which would round the result
-        if wants_bf16 and _sums_stay_float32(device):
+    device, autocast = hidden.device, autocast_type(hidden.device)
+    wants_bf16 = hidden.dtype == torch.bfloat16 or torch.is_autocast_enabled(autocast)
+    with torch.autocast(autocast, enabled=False):  # which would round the result
+        if wants_bf16 and sums_stay_float32(device):
             return torch.mm(hidden.bfloat16(), weight.bfloat16().t(), out_dtype=torch.float32)
         return (hidden.to(weight.dtype) @ weight.t()).float()
 
 
 @functools.cache
-def _sums_stay_float32(device: torch.device) -> bool:
+def sums_stay_float32(device: torch.device) -> bool:
     """Whether this torch can hand out a bfloat16 product's float32 sums: on CUDA, from 2.8 on."""
     one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
     try:
