@@ -221,6 +221,9 @@ class MicrobatchPlan:
     makespan_lower_bound: float
     """No plan can have a smaller makespan: max(total work / R, heaviest part that cannot be divided)."""
     layout: PlanLayout = "padded"
+    idle_share: float = 0.0
+    """Estimated share of the pipeline's time in which stages wait for each other, on the rank that takes longest (its
+    bubble); 0 without pipeline stages."""
 
     @property
     def sequences(self) -> list[SequenceSpec]:

@@ -75,6 +75,8 @@ class SSFTMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pad_sequences: int
     pad_lower_bound: int
     makespan_over_bound: float
+    pipeline_idle_share: Optional = UNSET
+    """Estimated share of its time in which a pipeline's stages wait. Earlier versions did not write it."""
     questions: int
     trained_sequences: int
     trained_tokens: int
@@ -133,6 +135,8 @@ class GFPOMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     questions: int
     pad_sequences: int
     makespan_over_bound: float
+    pipeline_idle_share: Optional = UNSET
+    """Estimated share of its time in which a pipeline's stages wait. Earlier versions did not write it."""
     trained_sequences: int
     trained_tokens: int
     truncated_share: Optional = UNSET
@@ -161,6 +165,8 @@ class GRPOMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     questions: int
     pad_sequences: int
     makespan_over_bound: float
+    pipeline_idle_share: Optional = UNSET
+    """Estimated share of its time in which a pipeline's stages wait. Earlier versions did not write it."""
     trained_sequences: int
     trained_tokens: int
     truncated_share: Optional = UNSET

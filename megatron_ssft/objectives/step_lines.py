@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_PIPELINE = "pipeline idle {:.0%}"
+
 
 def step_line(fields: Mapping[str, object]) -> str:
     """One step for a person; the fields are those of `SSFTMetrics`."""
@@ -24,6 +26,8 @@ def step_line(fields: Mapping[str, object]) -> str:
     share = number("matching_seconds") / seconds if seconds else 0.0
     pads = f"PAD {number('pad_sequences')}/{number('pad_lower_bound')}"
     parts.append(f"{pads} makespan {number('makespan_over_bound'):.3f}")
+    if "pipeline_idle_share" in fields:
+        parts.append(_PIPELINE.format(number("pipeline_idle_share")))
     parts.append(f"{seconds:.2f} s ({share:.0%} matching)")
     parts.append(f"{number('sequence_tokens') / max(seconds, 1e-9):.0f} tokens/s")
     if fields.get("mfu") is not None:
@@ -53,6 +57,7 @@ def policy_line(fields: Mapping[str, object]) -> str:
         ("anchor_kl", "anchor kl {:.4f}"),
         (shift, "NLL of completions {:+.4f}"),
         ("effective_sample_size", "effective samples {:.0%}"),
+        ("pipeline_idle_share", _PIPELINE),
         ("mfu", "MFU {:.1%}"),
     ):
         if name in fields:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_ssft.records import Microbatch, MicrobatchPlan, PlanLayout
 from megatron_ssft.scheduling.limits import StreamLayout
+from megatron_ssft.scheduling.pipeline_time import Pipeline
 from megatron_ssft.scheduling.shared_nodes import StreamNodes
 from megatron_ssft.scheduling.work import WorkModel
 
@@ -18,8 +19,14 @@ def assemble_plan(
     layout: PlanLayout,
     pad_lower_bound: int,
     makespan_lower_bound: float,
+    pipeline: Pipeline,
 ) -> MicrobatchPlan:
-    """The plan in which rank r runs `ranks[r]` in this order; its PADs and its makespan are counted here."""
+    """The plan in which rank r runs `ranks[r]`, in this order or, in a pipeline of several stages, in its best one.
+
+    PADs, makespan and idle share are counted here.
+    """
+    if pipeline.stages > 1:
+        ranks = [_in_order(microbatches, work, pipeline) for microbatches in ranks]
     makespan = max(math.fsum(work.of(microbatch.size) for microbatch in microbatches) for microbatches in ranks)
     return MicrobatchPlan(
         ranks=tuple(map(tuple, ranks)),
@@ -28,7 +35,24 @@ def assemble_plan(
         makespan=makespan,
         makespan_lower_bound=min(makespan, makespan_lower_bound),  # which is rounded
         layout=layout,
+        idle_share=pipeline_idle_share([ranks], work, pipeline),
     )
+
+
+def _in_order(microbatches: Sequence[Microbatch], work: WorkModel, pipeline: Pipeline) -> list[Microbatch]:
+    return [microbatches[k] for k in pipeline.order([work.of(microbatch.size) for microbatch in microbatches])]
+
+
+def pipeline_idle_share(plans: Sequence[Sequence[Sequence[Microbatch]]], work: WorkModel, pipeline: Pipeline) -> float:
+    """Share of the pipeline's time in which stages wait, of the rank that takes longest.
+
+    Args:
+        plans: the microbatches of each rank, of one plan or of several that go through the pipeline as one pass.
+    """
+    if pipeline.stages == 1:
+        return 0.0
+    works = [[work.of(mb.size) for ranks in plans for mb in ranks[rank]] for rank in range(len(plans[0]))]
+    return pipeline.idle_share(max(works, key=pipeline.time))
 
 
 def assemble_streams(
@@ -37,8 +61,9 @@ def assemble_streams(
     work: WorkModel,
     layout: StreamLayout,
     pad_lower_bound: int,
+    pipeline: Pipeline,
 ) -> MicrobatchPlan:
-    """The plan of these streams, each rank's heaviest first.
+    """The plan of these streams, each rank's heaviest first or in the order that suits its pipeline.
 
     No plan has a smaller makespan than max(work with every prompt and tag once / R, heaviest sequence).
     """
@@ -49,4 +74,5 @@ def assemble_streams(
         layout=layout.name,
         pad_lower_bound=pad_lower_bound,
         makespan_lower_bound=bound,
+        pipeline=pipeline,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -169,11 +169,19 @@ def split_heaviest(
         key: what comes first is halved first; begins with the negative work, for instance.
         halve: two pieces, or None where it cannot be divided.
     """
-    if len(pieces) >= count:
-        return
+    if len(pieces) < count:
+        for _ in halvings(pieces, key, halve):
+            if len(pieces) == count:
+                return
+
+
+def halvings(
+    pieces: list[Item], key: Callable[[Item], tuple[float, ...]], halve: Callable[[Item], tuple[Item, Item] | None]
+) -> Iterator[int]:
+    """As `split_heaviest`, one halving at a time: the place of the half that took the other's place; it is appended."""
     heap = [(key(piece), place) for place, piece in enumerate(pieces)]
     heapq.heapify(heap)
-    while len(pieces) < count and heap:
+    while heap:
         _, place = heapq.heappop(heap)
         halves = halve(pieces[place])
         if halves is None:
@@ -182,3 +190,4 @@ def split_heaviest(
         pieces.append(halves[1])
         for half in (place, len(pieces) - 1):
             heapq.heappush(heap, (key(pieces[half]), half))
+        yield place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 
 import numpy as np
@@ -18,6 +19,10 @@ from megatron_ssft.scheduling.work import WorkModel
 
 Run = tuple[int, int]
 """(start, stop) in the line of pairs: a stream."""
+_PART = 6
+"""Numbers of streams that are tried to fill a pipeline differ by one of so many."""
+_PATIENCE = 6
+"""Numbers tried after the best so far."""
 _PRECISION = 1000
 """The greatest work of a stream is found within 1/_PRECISION."""
 
@@ -31,7 +36,8 @@ def plan_cost_streams(
     (`distinct_traces`). The pairs stand in a line, question by question, tag by tag, trace by trace, which is cut
     into streams of at most `max_tokens` tokens or of one longer pair; so a cut repeats at most one prompt and one
     tag. There are as few streams as the budget allows, but as many on every rank, and at least `min_microbatches`
-    there if there are pairs enough; within that they are as even in work as can be, and then spread over the ranks.
+    there if there are pairs enough; with pipeline stages as many as take the least time, if they do not become too
+    small. Within that they are as even in work as can be, and then spread over the ranks.
     `fewest` below is therefore the fewest streams that a cut of the line needs, and the plan's PAD lower bound holds
     among such cuts.
 
@@ -52,6 +58,8 @@ def plan_cost_streams(
     line = _Line(nodes, limits.max_tokens, limits.layout.one_question)
     fewest = len(line.cut())
     count = _stream_count(fewest, len(pairs), limits)
+    if limits.pipeline.stages > 1:
+        count = _filling_count(line, count, limits)
     runs = line.even(min(count, len(pairs)))
     num_pads = count - len(runs)
     streams = [stream_microbatch(batch, pairs[start:stop], tags, share_prompt) for start, stop in runs]
@@ -60,7 +68,7 @@ def plan_cost_streams(
     placed = balance(works, num_ranks, equal_counts=count % num_ranks == 0)
     ranks = [[streams[k] for k in of_rank] for of_rank in placed]
     least_pads = pad_lower_bound(len(pairs), fewest, num_ranks, equal_counts=group_size > 1, group_size=group_size)
-    return assemble_streams(ranks, nodes, work, limits.layout, least_pads)
+    return assemble_streams(ranks, nodes, work, limits.layout, least_pads, limits.pipeline)
 
 
 def _stream_count(fewest: int, num_pairs: int, limits: StreamLimits) -> int:
@@ -73,6 +81,26 @@ def _stream_count(fewest: int, num_pairs: int, limits: StreamLimits) -> int:
     if limits.group_size == 1 and count > num_pairs:  # counts may differ, so only a rank with nothing to do needs a PAD
         count = max(num_pairs, limits.num_ranks)
     return count
+
+
+def _filling_count(line: _Line, count: int, limits: StreamLimits) -> int:
+    """How many streams, `count` or more, take a pipeline the least time.
+
+    In a forward pass alone the stages wait for the heaviest stream p - 1 times, and for 1 / v of it if they have v
+    chunks. More streams are lighter and repeat more prompts and tags.
+    """
+    pipeline, num_ranks = limits.pipeline, limits.num_ranks
+    step = num_ranks * limits.group_size
+    most = min(line.count, line.num_tokens // limits.smallest_stream)
+    best, least, misses, tried = count, math.inf, 0, count
+    while tried <= most and misses < _PATIENCE:
+        works = [line.work(*run) for run in line.even(tried)]
+        time = sum(works) / num_ranks + max(works) * (pipeline.stages - 1) / pipeline.chunks
+        misses += 1
+        if time < least:
+            best, least, misses = tried, time, 0
+        tried += max(1, tried // (_PART * step)) * step
+    return best
 
 
 class _Line:
@@ -99,6 +127,7 @@ class _Line:
         self.works, self.work_again = along(nodes.own_work, nodes.tag_work, nodes.prompt_work)
         self.heaviest = int(nodes.alone_work.max())
         tokens, again = along(nodes.own_tokens, nodes.tag_tokens, nodes.prompt_tokens)
+        self.num_tokens = int(tokens[-1])
         self.farthest = _reach(tokens, again, max_tokens)  # ends of the longest runs within the budget
         if one_question:
             starts = np.append(np.flatnonzero(new_question), count)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ssft.records import PlanLayout
+from megatron_ssft.scheduling.pipeline_time import Pipeline
+
+SMALLEST_STREAM = 1024
+"""Tokens. Streams are not divided into smaller ones to fill a pipeline: small matrix products are slow."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class RowLimits:
     """Padded tokens (rows x longest) in a microbatch of the cost pass; one longer sequence may stand alone."""
     group_size: int = 1
     """v, to which the virtual pipeline needs the microbatches per rank to be a multiple; 1 without one."""
+    pipeline: Pipeline = Pipeline()
+    """Which order of its microbatches is the best on a rank."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class StreamLimits:
     """Training gives all ranks the same number of streams. The cost pass does so where `group_size` > 1."""
     min_microbatches: int = 1
     """Streams per rank that the cost pass makes if there are pairs enough, to keep a pipeline filled."""
+    pipeline: Pipeline = Pipeline()
+    """What a rank's streams go through; more than one stage is to be kept busy."""
+    smallest_stream: int = SMALLEST_STREAM
+    """Tokens in a stream that comes of keeping it busy."""
     layout: StreamLayout = PACKED
     search_effort: int = 200_000
     """Streams that the search for a packing without PADs looks at before it gives up (200,000 take some 30 ms)."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from megatron_ssft.scheduling.balance import split_heaviest
+from megatron_ssft.scheduling.balance import halvings, split_heaviest
 from megatron_ssft.scheduling.shared_nodes import OPEN_PARTS, ItemNodes, Part, question_parts
 
 
@@ -70,16 +70,35 @@ def pack_tightly(nodes: ItemNodes, max_tokens: int, one_question: bool) -> list[
     return min((pack(parts, max_tokens, one_question) for parts in ways), key=len)
 
 
-def split_to(streams: list[list[int]], count: int, nodes: ItemNodes) -> None:
+def split_to(streams: list[list[int]], count: int, nodes: ItemNodes, smallest: int = 0) -> None:
     """Split streams of several items until there are `count`, in place; there have to be as many items.
 
     Streams of several questions come first, divided between questions, which costs nothing; then the heaviest.
-    """
 
+    Args:
+        smallest: no stream that comes of it has fewer tokens, so that there may be fewer streams than asked for.
+    """
+    split_heaviest(streams, count, *_way_to_split(nodes, smallest))
+
+
+def splits(streams: list[list[int]], nodes: ItemNodes, smallest: int) -> Iterator[int]:
+    """`split_to` one stream more at a time, as long as there are any to split; see `halvings`."""
+    return halvings(streams, *_way_to_split(nodes, smallest))
+
+
+def _way_to_split(
+    nodes: ItemNodes, smallest: int
+) -> tuple[Callable[[list[int]], tuple[bool, int]], Callable[[list[int]], tuple[list[int], list[int]] | None]]:
     def key(items: list[int]) -> tuple[bool, int]:
         return (len({nodes.question[item] for item in items}) == 1, -nodes.work(items))
 
-    split_heaviest(streams, count, key, lambda items: _halves(items, nodes))
+    def halve(items: list[int]) -> tuple[list[int], list[int]] | None:
+        halves = _halves(items, nodes)
+        if halves is None or (smallest and min(map(nodes.tokens, halves)) < smallest):
+            return None
+        return halves
+
+    return key, halve
 
 
 def _halves(items: list[int], nodes: ItemNodes) -> tuple[list[int], list[int]] | None:

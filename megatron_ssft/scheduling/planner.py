@@ -15,18 +15,14 @@ from megatron_ssft.records import (
     QuestionBatch,
     SequenceCut,
 )
+from megatron_ssft.scheduling.assembly import pipeline_idle_share
 from megatron_ssft.scheduling.cost_streams import plan_cost_streams
 from megatron_ssft.scheduling.limits import RowLimits, StreamLayout, StreamLimits
+from megatron_ssft.scheduling.pipeline_time import Pipeline
 from megatron_ssft.scheduling.rows import plan_cost_rows, plan_train_rows
 from megatron_ssft.scheduling.sequences import distinct_traces
 from megatron_ssft.scheduling.train_streams import plan_train_streams
 from megatron_ssft.scheduling.work import WorkModel
-
-MICROBATCHES_PER_STAGE = 4
-"""The cost pass is cut into this many microbatches for every pipeline stage, so that stages seldom wait: a bubble of
-(p - 1) / (4 p + p - 1), under a fifth."""
-SMALLEST_STREAM = 1024
-"""The cost pass is not cut into smaller streams: small matrix products are slow, and prompts are repeated."""
 
 
 class Planner:
@@ -51,46 +47,62 @@ class Planner:
         interleaved = config.virtual_pipeline_size is not None
         # The interleaved schedule takes microbatches in groups of the pipeline size, the same number on all ranks.
         group_size = stages if interleaved else 1
-        self.min_microbatches = MICROBATCHES_PER_STAGE * stages if stages > 1 else 1
-        self.rows: RowLimits | None = None
+        self.pipeline = Pipeline(stages, config.virtual_pipeline_size or 1, _backward_ratio(config))
+        """What a rank's training microbatches go through."""
+        forward = dataclasses.replace(self.pipeline, backward_ratio=0.0)
+        self.train_rows: RowLimits | None = None
         """Limits in the padded layout; None: token streams."""
+        self.cost_rows: RowLimits | None = None
         if training.sequence_layout == "padded":
-            self.rows = RowLimits(num_ranks, training.micro_batch_size, cost_tokens, group_size)
+            self.train_rows = RowLimits(num_ranks, training.micro_batch_size, cost_tokens, group_size, self.pipeline)
+            self.cost_rows = dataclasses.replace(self.train_rows, pipeline=forward)
         self.train_streams = StreamLimits(
             num_ranks,
             config.train_tokens_per_microbatch,
             group_size,
             equal_counts=interleaved,
+            pipeline=self.pipeline,
             layout=StreamLayout(training.share_prompt, one_question=training.sequence_layout == "concatenated"),
         )
-        self.cost_streams = dataclasses.replace(self.train_streams, max_tokens=cost_tokens)
+        self.cost_streams = dataclasses.replace(self.train_streams, max_tokens=cost_tokens, pipeline=forward)
 
     def plan_costs(self, batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int) -> PlannedBatch:
-        """The cost pass: every pair (tag, trace) once, traces cut to their first `matching_tokens` tokens.
-
-        In streams it has enough microbatches to keep a pipeline filled, if they do not get too small.
-        """
+        """The cost pass: every pair (tag, trace) once, traces cut to their first `matching_tokens` tokens."""
+        if self.cost_rows is not None:
+            plan = plan_cost_rows(batch, matching_tokens, tags, self.cost_rows, self.work)
+        else:
+            plan = plan_cost_streams(batch, matching_tokens, tags, self.cost_streams, self.work)
         scored_as = tuple(distinct_traces(example, matching_tokens) for example in batch.sets)
-        cut = SequenceCut(max_completion_tokens=matching_tokens)
-        return PlannedBatch(batch, self._cost_plan(batch, tags, matching_tokens), tags, cut, scored_as)
-
-    def _cost_plan(self, batch: QuestionBatch, tags: ForkingTokens, matching_tokens: int) -> MicrobatchPlan:
-        if self.rows is not None:
-            return plan_cost_rows(batch, matching_tokens, tags, self.rows, self.work)
-        plan = plan_cost_streams(batch, matching_tokens, tags, self.cost_streams, self.work)
-        affordable = plan.size.tokens // (self.num_ranks * SMALLEST_STREAM)
-        microbatches = min(self.min_microbatches, affordable)
-        if microbatches > min(map(len, plan.ranks)):
-            limits = dataclasses.replace(self.cost_streams, min_microbatches=microbatches)
-            plan = plan_cost_streams(batch, matching_tokens, tags, limits, self.work)
-        return plan
+        return PlannedBatch(batch, plan, tags, SequenceCut(max_completion_tokens=matching_tokens), scored_as)
 
     def plan_sequences(
         self, batch: QuestionBatch, assignments: Sequence[Assignment], tags: ForkingTokens, cut: SequenceCut = WHOLE
     ) -> PlannedBatch:
         """Every trace once, under its tag: on which rank, in which microbatch."""
-        if self.rows is not None:
-            plan = plan_train_rows(batch, assignments, tags, self.rows, self.work)
+        if self.train_rows is not None:
+            plan = plan_train_rows(batch, assignments, tags, self.train_rows, self.work)
         else:
             plan = plan_train_streams(batch, assignments, tags, self.train_streams, self.work)
         return PlannedBatch(batch, plan, tags, cut)
+
+    def idle_share(self, plans: Sequence[MicrobatchPlan]) -> float:
+        """Estimated share of the pipeline's time in which stages wait while these plans are trained in one pass.
+
+        Of the rank that takes longest; 0 without pipeline stages.
+        """
+        return pipeline_idle_share([plan.ranks for plan in plans], self.work, self.pipeline)
+
+
+def _backward_ratio(config: RunConfig) -> float:
+    """Work of the backward over that of the forward pass: 2, and 1 more for the share of the layers recomputed.
+
+    Selective recompute repeats core attention alone, which is not counted.
+    """
+    parallel = config.parallel
+    if parallel.recompute_granularity != "full":
+        return 2.0
+    if parallel.recompute_method == "uniform":
+        return 3.0
+    assert config.model.num_layers, "a configuration has its defaults filled in"
+    chunks = parallel.pipeline_model_parallel_size * (config.virtual_pipeline_size or 1)
+    return 2.0 + min(1.0, parallel.recompute_num_layers * chunks / config.model.num_layers)

@@ -32,7 +32,7 @@ def plan_train_rows(
     All ranks get the same number K of microbatches, of exactly b sequences each, K a multiple of v. Sequences are
     sorted by length and cut into microbatches in that order, PADs last: no other grouping has less padded work.
     `balance` then spreads the microbatches over the ranks; which question a trace belongs to plays no part. Each rank
-    runs its longest microbatch first.
+    runs its longest microbatch first, or they stand in the order that suits its pipeline.
 
     Raises:
         ValueError: the batch has no traces.
@@ -51,7 +51,7 @@ def plan_train_rows(
     )
     sequences += [PAD] * (-count % (limits.num_ranks * size * limits.group_size))
     microbatches = [padded_microbatch(sequences[k : k + size]) for k in range(0, len(sequences), size)]
-    return _spread(microbatches, limits.num_ranks, work, equal_counts=True, least_pads=least_pads)
+    return _spread(microbatches, limits, work, equal_counts=True, least_pads=least_pads)
 
 
 def plan_cost_rows(
@@ -83,21 +83,22 @@ def plan_cost_rows(
     microbatches = [padded_microbatch(pairs[start:stop]) for start, stop in runs]
     microbatches += [padded_microbatch([PAD])] * max(0, count - len(pairs))
     least_pads = pad_lower_bound(len(pairs), fewest, limits.num_ranks, equal_counts=equal, group_size=limits.group_size)
-    return _spread(microbatches, limits.num_ranks, work, equal_counts=equal, least_pads=least_pads)
+    return _spread(microbatches, limits, work, equal_counts=equal, least_pads=least_pads)
 
 
 def _spread(
-    microbatches: Sequence[Microbatch], num_ranks: int, work: WorkModel, *, equal_counts: bool, least_pads: int
+    microbatches: Sequence[Microbatch], limits: RowLimits, work: WorkModel, *, equal_counts: bool, least_pads: int
 ) -> MicrobatchPlan:
     """The plan that gives the microbatches (sorted as each rank shall run them) to balanced ranks."""
     works = [work.of(microbatch.size) for microbatch in microbatches]
-    placed = balance(works, num_ranks, equal_counts=equal_counts)
+    placed = balance(works, limits.num_ranks, equal_counts=equal_counts)
     return assemble_plan(
         [[microbatches[k] for k in items] for items in placed],
         work,
         layout="padded",
         pad_lower_bound=least_pads,
-        makespan_lower_bound=makespan_lower_bound(works, num_ranks),
+        makespan_lower_bound=makespan_lower_bound(works, limits.num_ranks),
+        pipeline=limits.pipeline,
     )
 
 

@@ -117,17 +117,25 @@ class ItemNodes:
         """Work of a stream of these items."""
         if len(items) == 1:
             return self.alone_work[items[0]]
+        return self._sum(items, self.prompt_work, self.tag_work, self.own_work)
+
+    def tokens(self, items: Sequence[int]) -> int:
+        """Tokens of a stream of these items."""
+        return self._sum(items, self.prompt_tokens, self.tag_tokens, self.own_tokens)
+
+    def _sum(self, items: Sequence[int], prompt: list[int], tag: list[int], own: list[int]) -> int:
+        """Every item's own, with the prompt of each question and each of its tags once."""
         total = 0
         seen: set[tuple[int, int]] = set()
         for item in items:
             question = self.question[item]
-            total += self.own_work[item]
+            total += own[item]
             if (question, -1) not in seen:
                 seen.add((question, -1))
-                total += self.prompt_work[item]
+                total += prompt[item]
             if (question, self.tag[item]) not in seen:
                 seen.add((question, self.tag[item]))
-                total += self.tag_work[item]
+                total += tag[item]
         return total
 
 

@@ -8,6 +8,7 @@ from megatron_ssft.layouts.packed import stream_microbatch
 from megatron_ssft.records import PAD, Assignment, ForkingTokens, Microbatch, MicrobatchPlan, QuestionBatch
 from megatron_ssft.scheduling.assembly import assemble_streams
 from megatron_ssft.scheduling.balance import balance
+from megatron_ssft.scheduling.fill_pipeline import count_small, fill_pipelines, slowest_time
 from megatron_ssft.scheduling.limits import StreamLimits
 from megatron_ssft.scheduling.pack_streams import pack, pack_tightly, split_to
 from megatron_ssft.scheduling.pad_bound import fewest_streams, pad_lower_bound
@@ -32,7 +33,8 @@ def plan_train_streams(
 
     Traces of a question stay together, so that their prompt is computed once, except where the budget or the balance
     of the ranks needs them divided (`spread_over_ranks`). Each rank then packs what it has into few streams and runs
-    the heaviest first. A rank has at least one stream; there are PADs, one a stream, only where there are too few
+    the heaviest first; with pipeline stages into as many as take the least time, in the order that does
+    (`fill_pipelines`). A rank has at least one stream; there are PADs, one a stream, only where there are too few
     sequences for that:
 
     - Counts may differ: PADs only on ranks for which no sequence is left.
@@ -64,6 +66,9 @@ def plan_train_streams(
         ranks = [[[item]] if item < len(sequences) else [[]] for item in range(num_ranks)]
     else:
         _feed(ranks, 1, items)
+    if limits.pipeline.stages > 1:
+        ranks = _more_streams(ranks, items, limits) if limits.equal_counts else ranks
+        ranks = fill_pipelines(ranks, items, limits)
 
     def microbatch(stream: list[int]) -> Microbatch:
         stream.sort(key=lambda item: (items.question[item], items.tag[item], item))
@@ -73,7 +78,7 @@ def plan_train_streams(
         len(sequences), fewest, num_ranks, equal_counts=limits.equal_counts, group_size=limits.group_size
     )
     planned = [[microbatch(stream) for stream in streams] for streams in ranks]
-    return assemble_streams(planned, nodes, work, limits.layout, least_pads)
+    return assemble_streams(planned, nodes, work, limits.layout, least_pads, limits.pipeline)
 
 
 def _equal_counts(ranks: Ranks, items: ItemNodes, limits: StreamLimits, fewest: int) -> tuple[Ranks, int]:
@@ -119,6 +124,32 @@ def _equal_with_pads(items: ItemNodes, limits: StreamLimits, fewest: int) -> tup
             fewest = without + 1
     streams = [[item] for item in range(count)] + [[] for _ in range(without + step - count)]
     return _spread_evenly(streams, num_ranks, items), fewest
+
+
+def _more_streams(ranks: Ranks, items: ItemNodes, limits: StreamLimits) -> Ranks:
+    """The ranks with the equal number of streams, this or a higher one, that takes the slowest the least time."""
+    count, num_ranks, smallest = len(items.question), limits.num_ranks, limits.smallest_stream
+    best, least, misses = ranks, slowest_time(ranks, items, limits), 0
+    most_small = count_small(ranks, items, smallest)
+    everything = [list(stream) for streams in ranks for stream in streams]
+    first, step = len(ranks[0]) + limits.group_size, limits.group_size
+    for number in range(first, count // num_ranks + 1, step):
+        plans = [[[list(stream) for stream in streams] for streams in ranks]]
+        _feed(plans[0], number, items)
+        for streams in plans[0]:
+            split_to(streams, number, items, smallest)
+        split_to(everything, number * num_ranks, items, smallest)
+        if len(everything) == number * num_ranks:
+            plans.append(_spread_evenly(everything, num_ranks, items))
+        for plan in plans:
+            if {len(streams) for streams in plan} == {number} and count_small(plan, items, smallest) <= most_small:
+                time = slowest_time(plan, items, limits)
+                if time < least:
+                    best, least, misses = plan, time, -1
+        misses += 1
+        if misses == _COUNTS_TRIED:
+            break
+    return best
 
 
 def _load(streams: list[list[int]], items: ItemNodes) -> int:

@@ -137,13 +137,14 @@ def _step_lines(
     training, epochs = config.run.training, config.batches.train_epochs
     total = training.train_iters or (epochs or 0) * len(sizes)
     about = "" if training.train_iters else "about "
+    idle = f", {plan.idle_share:.0%} of the pipeline idle" if planner.pipeline.stages > 1 else ""
     return [
         f"ranks: {world_size}, data-parallel {ranks}",
         f"steps: about {len(sizes)} per epoch, {about}{total} in all, warm-up {warmup_iterations(training, total)}",
         f"first step: {len(batch.sets)} questions, {sizes[0]} traces, {len(plan.ranks[0])} microbatches on the first "
         f"rank, {plan.pad_sequences} PAD sequences (at least {plan.pad_lower_bound}), makespan "
-        f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound; optimal matching takes {matching:.1%} of "
-        "the training's FLOPs",
+        f"{plan.makespan / plan.makespan_lower_bound:.3f} x its lower bound{idle}; optimal matching takes "
+        f"{matching:.1%} of the training's FLOPs",
         *checkpoint_lines(config.run, vocabulary, resumed_at or 0, total),
     ]
 

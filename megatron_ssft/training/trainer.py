@@ -141,6 +141,7 @@ class Trainer:
             **decision.figures(metrics.figures),
             "pad_sequences": sum(plan.pad_sequences for plan in plans),
             "makespan_over_bound": max(plan.makespan / plan.makespan_lower_bound for plan in plans),
+            **({"pipeline_idle_share": self.planner.idle_share(plans)} if self.planner.pipeline.stages > 1 else {}),
             "questions": decision.questions,
             "trained_sequences": metrics.trained_sequences,
             "trained_tokens": metrics.trained_tokens,
