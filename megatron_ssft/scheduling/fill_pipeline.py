@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from megatron_ssft.scheduling.limits import StreamLimits
 from megatron_ssft.scheduling.pack_streams import splits
@@ -28,7 +29,7 @@ _GAIN = 0.999
 _PARTNERS = 3
 """Of the ranks that are done first, these are looked at."""
 _EFFORT = 200_000
-"""Tasks (forward or backward of a microbatch in a stage) looked at for moves: some 20 ms."""
+"""Tasks (forward or backward of a microbatch in a stage) looked at for moves: some 30 ms."""
 
 
 def fill_pipelines(ranks: Sequence[Streams], items: ItemNodes, limits: StreamLimits) -> list[Streams]:
@@ -41,7 +42,7 @@ def fill_pipelines(ranks: Sequence[Streams], items: ItemNodes, limits: StreamLim
     Args:
         ranks: at least one stream on every rank. Counts may differ; where they must not, they stay what they are.
     """
-    filled = [_Rank(streams, items, limits) for streams in ranks]
+    filled = [_Rank.of(streams, items, limits) for streams in ranks]
     if not limits.equal_counts:
         filled = [_split(rank, items, limits) for rank in filled]
     _even_out(filled, items, limits)
@@ -50,7 +51,12 @@ def fill_pipelines(ranks: Sequence[Streams], items: ItemNodes, limits: StreamLim
 
 def slowest_time(ranks: Sequence[Streams], items: ItemNodes, limits: StreamLimits) -> float:
     """Time of the rank that takes longest, in units of work."""
-    return max(_Rank(streams, items, limits).time for streams in ranks)
+    return max(_Rank.of(streams, items, limits).time for streams in ranks)
+
+
+def enough_time(ranks: Sequence[Streams], items: ItemNodes, limits: StreamLimits) -> float:
+    """A time of the rank that takes longest with which to be content: its work and next to no idle time."""
+    return _NEAR * max(_Rank.of(streams, items, limits).busy(limits) for streams in ranks)
 
 
 def count_small(ranks: Sequence[Streams], items: ItemNodes, smallest: int) -> int:
@@ -61,12 +67,14 @@ def count_small(ranks: Sequence[Streams], items: ItemNodes, smallest: int) -> in
 class _Rank:
     """Streams with their works and the time that they take."""
 
-    def __init__(
-        self, streams: Streams, items: ItemNodes, limits: StreamLimits, works: list[int] | None = None
-    ) -> None:
+    def __init__(self, streams: Streams, works: list[int], limits: StreamLimits) -> None:
         self.streams = streams
-        self.works = list(map(items.work, streams)) if works is None else works
-        self.time = limits.pipeline.time_in_order(self.works)
+        self.works = works
+        self.time = limits.pipeline.quick_time(works)
+
+    @classmethod
+    def of(cls, streams: Streams, items: ItemNodes, limits: StreamLimits) -> _Rank:
+        return cls(streams, list(map(items.work, streams)), limits)
 
     def busy(self, limits: StreamLimits) -> float:
         """Time in which a stage has work."""
@@ -87,7 +95,7 @@ def _split(rank: _Rank, items: ItemNodes, limits: StreamLimits) -> _Rank:
         if len(streams) < look_at:
             continue
         look_at += 1 + len(streams) // _LOOK_AT_ALL
-        trial = _Rank(list(streams), items, limits, list(works))
+        trial = _Rank(list(streams), list(works), limits)
         if trial.time < best.time:
             best, misses = trial, 0
         else:
@@ -97,54 +105,66 @@ def _split(rank: _Rank, items: ItemNodes, limits: StreamLimits) -> _Rank:
     return best
 
 
+class _Exchange(NamedTuple):
+    """What two ranks have after an exchange, and the time of the one that then takes longer."""
+
+    time: float
+    own: _Rank
+    partner: int
+    other: _Rank
+
+
 def _even_out(ranks: list[_Rank], items: ItemNodes, limits: StreamLimits) -> None:
     """Move streams and sequences from the rank that takes longest to others, in place, while that helps."""
-    pipeline = limits.pipeline
-    effort = _EFFORT
+    effort, pipeline = _EFFORT, limits.pipeline
+    tasks = 2 * pipeline.stages * pipeline.chunks * (1 if pipeline.chunks == 1 else 3)  # for each stream
     for _ in range(_MOST_MOVES):
         by_time = sorted(range(len(ranks)), key=lambda r: (ranks[r].time, r))
-        slow = ranks[by_time[-1]]
-        best = slow.time * _GAIN
-        exchange: tuple[int, Streams, list[int], Streams, list[int]] | None = None
+        slow, best = by_time[-1], None
+        limit = ranks[slow].time * _GAIN
         for partner in by_time[:-1][:_PARTNERS]:
-            other = ranks[partner]
-            spare = int((slow.time - other.time) * pipeline.stages / (1 + pipeline.backward_ratio))
-            for kept, given in _gifts(slow, items, limits):
-                for taken in _returns(other, items.work(given), spare, limits):
-                    back = [] if taken is None else [other.streams[taken]]
-                    mine = [*kept, *back]
-                    theirs = [stream for k, stream in enumerate(other.streams) if k != taken] + [given]
-                    if not mine:
-                        continue
-                    works = list(map(items.work, mine)), list(map(items.work, theirs))
-                    effort -= 2 * pipeline.stages * (len(mine) + len(theirs))
-                    longest = max(map(pipeline.time_in_order, works))
-                    if longest < best:
-                        best, exchange = longest, (partner, mine, works[0], theirs, works[1])
-            if effort < 0:
-                break
-        if exchange is None:
+            for own, other in _exchanges(ranks[slow], ranks[partner], items, limits):
+                effort -= (len(own.works) + len(other.works)) * tasks
+                time = max(own.time, other.time)
+                if time < limit:
+                    best, limit = _Exchange(time, own, partner, other), time
+                if effort < 0:
+                    break
+        if best is None:
             return
-        partner, mine, own_works, theirs, other_works = exchange
-        for place, streams, works in ((by_time[-1], mine, own_works), (partner, theirs, other_works)):
-            ranks[place] = _Rank(streams, items, limits, works)
-            if not limits.equal_counts:
+        ranks[slow], ranks[best.partner] = best.own, best.other
+        if not limits.equal_counts:
+            for place in (slow, best.partner):
                 ranks[place] = _split(ranks[place], items, limits)
         if effort < 0:
             return
 
 
-def _gifts(rank: _Rank, items: ItemNodes, limits: StreamLimits) -> Iterator[tuple[Streams, list[int]]]:
-    """(the streams without what is given, the stream that is given): each stream, each sequence of several."""
-    for place, stream in enumerate(rank.streams):
-        others = rank.streams[:place] + rank.streams[place + 1 :]
-        yield others, stream
+def _exchanges(slow: _Rank, other: _Rank, items: ItemNodes, limits: StreamLimits) -> Iterator[tuple[_Rank, _Rank]]:
+    """Both ranks after each exchange that is worth a look: a stream, or a sequence of several, for a stream or none."""
+    pipeline = limits.pipeline
+    spare = int((slow.time - other.time) * pipeline.stages / (1 + pipeline.backward_ratio))
+    for place, stream in enumerate(slow.streams):
+        streams, works = _without(slow, place)
+        for taken in _returns(other, slow.works[place], spare, limits):
+            own, theirs = (streams, works), (other.streams, other.works)
+            if taken is not None:
+                own = [*streams, other.streams[taken]], [*works, other.works[taken]]
+                theirs = _without(other, taken)
+            if own[0]:
+                yield _Rank(*own, limits), _Rank([*theirs[0], stream], [*theirs[1], slow.works[place]], limits)
         if len(stream) == 1 or limits.equal_counts:
             continue
         for item in stream:
             rest = [k for k in stream if k != item]
             if min(items.alone_tokens[item], items.tokens(rest)) >= limits.smallest_stream:
-                yield [*others, rest], [item]
+                given = [*other.streams, [item]], [*other.works, items.alone_work[item]]
+                yield _Rank([*streams, rest], [*works, items.work(rest)], limits), _Rank(*given, limits)
+
+
+def _without(rank: _Rank, place: int) -> tuple[Streams, list[int]]:
+    """Streams and works of the rank but for one."""
+    return rank.streams[:place] + rank.streams[place + 1 :], rank.works[:place] + rank.works[place + 1 :]
 
 
 def _returns(rank: _Rank, work: int, spare: int, limits: StreamLimits) -> list[int | None]:

@@ -8,7 +8,7 @@ from megatron_ssft.layouts.packed import stream_microbatch
 from megatron_ssft.records import PAD, Assignment, ForkingTokens, Microbatch, MicrobatchPlan, QuestionBatch
 from megatron_ssft.scheduling.assembly import assemble_streams
 from megatron_ssft.scheduling.balance import balance
-from megatron_ssft.scheduling.fill_pipeline import count_small, fill_pipelines, slowest_time
+from megatron_ssft.scheduling.fill_pipeline import count_small, enough_time, fill_pipelines, slowest_time
 from megatron_ssft.scheduling.limits import StreamLimits
 from megatron_ssft.scheduling.pack_streams import pack, pack_tightly, split_to
 from megatron_ssft.scheduling.pad_bound import fewest_streams, pad_lower_bound
@@ -24,6 +24,8 @@ Ranks = list[list[list[int]]]
 _NEAR = 1.01
 """Equal counts are planned another way, too, if the first exceeds the makespan without them by more."""
 _COUNTS_TRIED = 4
+_PART = 8
+"""Equal counts that are tried to fill a pipeline differ by one of so many, or by as little as they can."""
 
 
 def plan_train_streams(
@@ -128,12 +130,16 @@ def _equal_with_pads(items: ItemNodes, limits: StreamLimits, fewest: int) -> tup
 
 def _more_streams(ranks: Ranks, items: ItemNodes, limits: StreamLimits) -> Ranks:
     """The ranks with the equal number of streams, this or a higher one, that takes the slowest the least time."""
-    count, num_ranks, smallest = len(items.question), limits.num_ranks, limits.smallest_stream
+    num_ranks, step, smallest = limits.num_ranks, limits.group_size, limits.smallest_stream
     best, least, misses = ranks, slowest_time(ranks, items, limits), 0
+    enough = enough_time(ranks, items, limits)
     most_small = count_small(ranks, items, smallest)
-    everything = [list(stream) for streams in ranks for stream in streams]
-    first, step = len(ranks[0]) + limits.group_size, limits.group_size
-    for number in range(first, count // num_ranks + 1, step):
+    everything = [stream for streams in ranks for stream in streams]
+    number = len(ranks[0])
+    while misses < _COUNTS_TRIED and least > enough:
+        number += max(1, number // (_PART * step)) * step
+        if number > len(items.question) // num_ranks:
+            break
         plans = [[[list(stream) for stream in streams] for streams in ranks]]
         _feed(plans[0], number, items)
         for streams in plans[0]:
@@ -141,14 +147,12 @@ def _more_streams(ranks: Ranks, items: ItemNodes, limits: StreamLimits) -> Ranks
         split_to(everything, number * num_ranks, items, smallest)
         if len(everything) == number * num_ranks:
             plans.append(_spread_evenly(everything, num_ranks, items))
+        misses += 1
         for plan in plans:
             if {len(streams) for streams in plan} == {number} and count_small(plan, items, smallest) <= most_small:
                 time = slowest_time(plan, items, limits)
                 if time < least:
-                    best, least, misses = plan, time, -1
-        misses += 1
-        if misses == _COUNTS_TRIED:
-            break
+                    best, least, misses = plan, time, 0
     return best
 
 
