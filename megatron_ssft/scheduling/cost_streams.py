@@ -21,6 +21,8 @@ Run = tuple[int, int]
 """(start, stop) in the line of pairs: a stream."""
 _PART = 6
 """Numbers of streams that are tried to fill a pipeline differ by one of so many."""
+_ENOUGH = 0.99
+"""No more numbers are tried where they could gain no more than this."""
 _PATIENCE = 6
 """Numbers tried after the best so far."""
 _PRECISION = 1000
@@ -94,11 +96,15 @@ def _filling_count(line: _Line, count: int, limits: StreamLimits) -> int:
     most = min(line.count, line.num_tokens // limits.smallest_stream)
     best, least, misses, tried = count, math.inf, 0, count
     while tried <= most and misses < _PATIENCE:
-        works = [line.work(*run) for run in line.even(tried)]
-        time = sum(works) / num_ranks + max(works) * (pipeline.stages - 1) / pipeline.chunks
+        starts, stops = np.array(line.even(tried)).T
+        works = line.works[stops] - line.works[starts] + line.work_again[starts]
+        busy, heaviest = int(works.sum()) / num_ranks, int(works.max())
+        time = busy + heaviest * (pipeline.stages - 1) / pipeline.chunks
         misses += 1
         if time < least:
             best, least, misses = tried, time, 0
+        if busy > _ENOUGH * least:  # more streams have more work
+            break
         tried += max(1, tried // (_PART * step)) * step
     return best
 

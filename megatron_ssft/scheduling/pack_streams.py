@@ -70,6 +70,34 @@ def pack_tightly(nodes: ItemNodes, max_tokens: int, one_question: bool) -> list[
     return min((pack(parts, max_tokens, one_question) for parts in ways), key=len)
 
 
+def pack_evenly(
+    items: Iterable[int], count: int, nodes: ItemNodes, max_tokens: int, one_question: bool
+) -> list[list[int]]:
+    """The items in `count` streams of about the same work, by LPT; [] where some stay empty or an item has no room."""
+    streams = [_Stream() for _ in range(count)]
+    work = [0] * count
+    for item in sorted(items, key=lambda k: (-nodes.alone_work[k], k)):
+        part, question, tag = Part(nodes, item), nodes.question[item], nodes.tag[item]
+        best: tuple[int, int] | None = None
+        for place, stream in enumerate(streams):
+            after = work[place] + nodes.own_work[item]
+            if question not in stream.tags:
+                after += nodes.prompt_work[item]
+            if tag not in stream.tags.get(question, ()):
+                after += nodes.tag_work[item]
+            if best is not None and (after, place) >= best:
+                continue
+            fits = stream.tokens + stream.added_tokens(part) <= max_tokens
+            if not stream.items or (fits and (question in stream.tags or not one_question)):
+                best = (after, place)
+        if best is None:
+            return []
+        work[best[1]] = best[0]
+        streams[best[1]].add(part)
+    packed = [stream.items for stream in streams]
+    return packed if all(packed) else []
+
+
 def split_to(streams: list[list[int]], count: int, nodes: ItemNodes, smallest: int = 0) -> None:
     """Split streams of several items until there are `count`, in place; there have to be as many items.
 

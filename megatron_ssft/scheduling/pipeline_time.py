@@ -86,10 +86,11 @@ class Pipeline:
 
         Heaviest first, lightest first, and orders that rise and then fall: while a pipeline fills and drains most
         stages wait for its first and its last microbatch, so these had better be light; and neighbours that are alike
-        do not wait for each other in between. Of equal times the order named first wins. One stage: heaviest first.
+        do not wait for each other in between. Of equal times the order named first wins. One stage, or forward passes
+        alone that are not interleaved: heaviest first, as no order takes longer.
         """
         falling = sorted(range(len(works)), key=lambda k: (-works[k], k))
-        if self.stages == 1 or len(works) < 3:
+        if self.stages == 1 or len(works) < 2 or (self.backward_ratio == 0 and self.chunks == 1):
             return falling
         best, least = falling, self.time([works[k] for k in falling]) * (1 - _ROUNDING)
         for order in _rise_and_fall(falling[::-1]):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from megatron_ssft.layouts.packed import stream_microbatch
 from megatron_ssft.records import PAD, Assignment, ForkingTokens, Microbatch, MicrobatchPlan, QuestionBatch
@@ -10,7 +11,7 @@ from megatron_ssft.scheduling.assembly import assemble_streams
 from megatron_ssft.scheduling.balance import balance
 from megatron_ssft.scheduling.fill_pipeline import count_small, enough_time, fill_pipelines, slowest_time
 from megatron_ssft.scheduling.limits import StreamLimits
-from megatron_ssft.scheduling.pack_streams import pack, pack_tightly, split_to
+from megatron_ssft.scheduling.pack_streams import pack, pack_evenly, pack_tightly, split_to
 from megatron_ssft.scheduling.pad_bound import fewest_streams, pad_lower_bound
 from megatron_ssft.scheduling.search_streams import fit_into
 from megatron_ssft.scheduling.sequences import train_sequences
@@ -24,6 +25,8 @@ Ranks = list[list[list[int]]]
 _NEAR = 1.01
 """Equal counts are planned another way, too, if the first exceeds the makespan without them by more."""
 _COUNTS_TRIED = 4
+_EVENLY = 2048
+"""Sequences times streams of a rank up to which it is packed anew for every count."""
 _PART = 8
 """Equal counts that are tried to fill a pipeline differ by one of so many, or by as little as they can."""
 
@@ -136,24 +139,33 @@ def _more_streams(ranks: Ranks, items: ItemNodes, limits: StreamLimits) -> Ranks
     most_small = count_small(ranks, items, smallest)
     everything = [stream for streams in ranks for stream in streams]
     number = len(ranks[0])
-    while misses < _COUNTS_TRIED and least > enough:
-        number += max(1, number // (_PART * step)) * step
-        if number > len(items.question) // num_ranks:
-            break
-        plans = [[[list(stream) for stream in streams] for streams in ranks]]
-        _feed(plans[0], number, items)
-        for streams in plans[0]:
-            split_to(streams, number, items, smallest)
-        split_to(everything, number * num_ranks, items, smallest)
-        if len(everything) == number * num_ranks:
-            plans.append(_spread_evenly(everything, num_ranks, items))
+    while misses < _COUNTS_TRIED and least > enough and number <= len(items.question) // num_ranks:
         misses += 1
-        for plan in plans:
+        split_to(everything, number * num_ranks, items, smallest)
+        for plan in _with_count(number, ranks, everything, items, limits):
             if {len(streams) for streams in plan} == {number} and count_small(plan, items, smallest) <= most_small:
                 time = slowest_time(plan, items, limits)
                 if time < least:
                     best, least, misses = plan, time, 0
+        number += max(1, number // (_PART * step)) * step
     return best
+
+
+def _with_count(
+    number: int, ranks: Ranks, everything: list[list[int]], items: ItemNodes, limits: StreamLimits
+) -> Iterator[Ranks]:
+    """Plans with `number` streams on every rank, or not all on some: split, packed anew, and spread anew."""
+    plan = [[list(stream) for stream in streams] for streams in ranks]
+    _feed(plan, number, items)
+    for streams in plan:
+        split_to(streams, number, items, limits.smallest_stream)
+    yield plan
+    if len(items.question) // limits.num_ranks * number <= _EVENLY:
+        one_question = limits.layout.one_question
+        chains = (itertools.chain(*streams) for streams in plan)
+        yield [pack_evenly(chain, number, items, limits.max_tokens, one_question) for chain in chains]
+    if len(everything) == number * limits.num_ranks:
+        yield _spread_evenly(everything, limits.num_ranks, items)
 
 
 def _load(streams: list[list[int]], items: ItemNodes) -> int:
