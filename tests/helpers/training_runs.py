@@ -95,6 +95,7 @@ def train_and_tell(values):
                 "loss": row["loss"],
                 "grad_norm": row["grad_norm"],
                 "tokens": row["trained_tokens"],
+                "pipeline_idle_share": row.get("pipeline_idle_share"),
                 "ids": [s.id for s in decision.batch.sets],
                 "tags": [a.tags for a in decision.assignments],
                 "costs": [a.cost_NM for a in decision.assignments],

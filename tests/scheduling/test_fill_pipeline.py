@@ -116,7 +116,7 @@ def test_without_stages_plans_are_what_they_were_before_there_was_a_pipeline():
 def test_training_plans_on_random_workloads(chunks):
     rng = np.random.default_rng(chunks)
     split = faster = 0
-    for trial in range(300):
+    for trial in range(120):
         ranks, stages = int(rng.choice([1, 2, 3, 8])), int(rng.choice([2, 3, 4, 8]))
         budget, smallest = int(rng.choice([200, 400, 1000, 5000, 40000])), int(rng.choice([1, 50, 150, 500]))
         one, share = rng.random() < 0.3, rng.random() < 0.8
@@ -140,7 +140,7 @@ def test_training_plans_on_random_workloads(chunks):
         split += len(streams_of(plan)) > len(streams_of(plain))
         faster += max(times).time < 0.97 * plan_time(plain, limits)
         assert plan == plan_train_streams(*step, tags, limits, WORK)
-    assert split > 40 and faster > 80, (split, faster)
+    assert split > 16 and faster > 30, (split, faster)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ at a high learning rate are the sharpest check: a gradient that misses one term 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.matching.assignment import assignment_gap
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
+from megatron_ssft.scheduling import StreamLimits, planner
 from megatron_ssft.training.trainer import Trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_runs import BASE, assemble, make_rows, train_and_tell, write_rows
@@ -132,6 +134,34 @@ def test_layout_changes_nothing(references, data, variant, ranks, overrides):
     for other in results[1:]:
         assert [s["loss"] for s in other["history"]] == [s["loss"] for s in results[0]["history"]]
     assert_same_training(references(variant), results)
+
+
+def train_with_small_streams(values):
+    """`train_and_tell` where streams may be split into the smallest of pieces, as those of long traces are."""
+    planner.StreamLimits = functools.partial(StreamLimits, smallest_stream=1)  # the rank ends with this function
+    counts = []
+    plan_train_streams = planner.plan_train_streams
+
+    def counting(*arguments):
+        plan = plan_train_streams(*arguments)
+        counts.append(max(map(len, plan.ranks)))
+        return plan
+
+    planner.plan_train_streams = counting
+    return train_and_tell(values) | {"counts": counts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "overrides"), [(2, PP2), (4, PP2 | FULL), (2, VPP)], ids=["pp2", "pp2-dp2", "vpp"])
+def test_streams_that_are_split_for_a_pipeline_change_nothing(references, data, ranks, overrides):
+    roomy = {"max_tokens_per_microbatch": 4096}
+    plain = run_ranks(ranks, train_and_tell, BASE | data | roomy | overrides)
+    split = run_ranks(ranks, train_with_small_streams, BASE | data | roomy | overrides)
+    assert min(split[0]["counts"]) > 2, split[0]["counts"]
+    for results in (plain, split):
+        assert_same_training(references("tied"), results)
+    shares = [[step["pipeline_idle_share"] for step in results[0]["history"]] for results in (split, plain)]
+    assert all(0 < less < more < 1 for less, more in zip(*shares, strict=True))
 
 
 def assert_same_training(expected, got):
