@@ -222,8 +222,8 @@ class MicrobatchPlan:
     """No plan can have a smaller makespan: max(total work / R, heaviest part that cannot be divided)."""
     layout: PlanLayout = "padded"
     idle_share: float = 0.0
-    """Estimated share of the pipeline's time in which stages wait for each other, on the rank that takes longest (its
-    bubble); 0 without pipeline stages."""
+    """Estimated share of the pipeline stages' time, on all ranks, in which they wait for each other (the bubble) or for
+    the rank that takes longest; 0 without pipeline stages."""
 
     @property
     def sequences(self) -> list[SequenceSpec]:

@@ -76,7 +76,8 @@ class SSFTMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pad_lower_bound: int
     makespan_over_bound: float
     pipeline_idle_share: Optional = UNSET
-    """Estimated share of its time in which a pipeline's stages wait. Earlier versions did not write it."""
+    """Estimated share of their time in which pipeline stages wait for each other or for the rank that takes longest.
+    Earlier versions did not write it."""
     questions: int
     trained_sequences: int
     trained_tokens: int
@@ -136,7 +137,8 @@ class GFPOMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pad_sequences: int
     makespan_over_bound: float
     pipeline_idle_share: Optional = UNSET
-    """Estimated share of its time in which a pipeline's stages wait. Earlier versions did not write it."""
+    """Estimated share of their time in which pipeline stages wait for each other or for the rank that takes longest.
+    Earlier versions did not write it."""
     trained_sequences: int
     trained_tokens: int
     truncated_share: Optional = UNSET
@@ -166,7 +168,8 @@ class GRPOMetrics(Measured, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pad_sequences: int
     makespan_over_bound: float
     pipeline_idle_share: Optional = UNSET
-    """Estimated share of its time in which a pipeline's stages wait. Earlier versions did not write it."""
+    """Estimated share of their time in which pipeline stages wait for each other or for the rank that takes longest.
+    Earlier versions did not write it."""
     trained_sequences: int
     trained_tokens: int
     truncated_share: Optional = UNSET

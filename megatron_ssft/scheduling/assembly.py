@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ def _in_order(microbatches: Sequence[Microbatch], work: WorkModel, pipeline: Pip
 
 
 def pipeline_idle_share(plans: Sequence[Sequence[Sequence[Microbatch]]], work: WorkModel, pipeline: Pipeline) -> float:
-    """Share of the pipeline's time in which stages wait, of the rank that takes longest.
+    """Share of the stages' time, on all ranks, in which they wait for each other or for the rank that takes longest.
 
     Args:
         plans: the microbatches of each rank, of one plan or of several that go through the pipeline as one pass.
@@ -52,7 +53,9 @@ def pipeline_idle_share(plans: Sequence[Sequence[Sequence[Microbatch]]], work: W
     if pipeline.stages == 1:
         return 0.0
     works = [[work.of(mb.size) for ranks in plans for mb in ranks[rank]] for rank in range(len(plans[0]))]
-    return pipeline.idle_share(max(works, key=pipeline.time))
+    time = max(map(pipeline.time, works))
+    busy = math.fsum(itertools.chain(*works)) * (1 + pipeline.backward_ratio) / pipeline.stages / len(works)
+    return max(0.0, 1 - busy / time)
 
 
 def assemble_streams(

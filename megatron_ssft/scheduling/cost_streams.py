@@ -89,17 +89,18 @@ def _filling_count(line: _Line, count: int, limits: StreamLimits) -> int:
     """How many streams, `count` or more, take a pipeline the least time.
 
     In a forward pass alone the stages wait for the heaviest stream p - 1 times, and for 1 / v of it if they have v
-    chunks. More streams are lighter and repeat more prompts and tags.
+    chunks. More streams are lighter and repeat more prompts and tags. On average they have the smallest allowed size.
     """
     pipeline, num_ranks = limits.pipeline, limits.num_ranks
     step = num_ranks * limits.group_size
-    most = min(line.count, line.num_tokens // limits.smallest_stream)
     best, least, misses, tried = count, math.inf, 0, count
-    while tried <= most and misses < _PATIENCE:
+    while tried <= line.count and misses < _PATIENCE:
         starts, stops = np.array(line.even(tried)).T
-        works = line.works[stops] - line.works[starts] + line.work_again[starts]
-        busy, heaviest = int(works.sum()) / num_ranks, int(works.max())
-        time = busy + heaviest * (pipeline.stages - 1) / pipeline.chunks
+        if tried > count and int(line.tokens_of(starts, stops).sum()) < tried * limits.smallest_stream:
+            break
+        works = line.works_of(starts, stops)
+        busy = int(works.sum()) / num_ranks
+        time = busy + int(works.max()) * (pipeline.stages - 1) / pipeline.chunks
         misses += 1
         if time < least:
             best, least, misses = tried, time, 0
@@ -133,7 +134,7 @@ class _Line:
         self.works, self.work_again = along(nodes.own_work, nodes.tag_work, nodes.prompt_work)
         self.heaviest = int(nodes.alone_work.max())
         tokens, again = along(nodes.own_tokens, nodes.tag_tokens, nodes.prompt_tokens)
-        self.num_tokens = int(tokens[-1])
+        self.tokens, self.tokens_again = tokens, again
         self.farthest = _reach(tokens, again, max_tokens)  # ends of the longest runs within the budget
         if one_question:
             starts = np.append(np.flatnonzero(new_question), count)
@@ -142,6 +143,14 @@ class _Line:
     def work(self, start: int, stop: int) -> int:
         """Work of a run, in units."""
         return int(self.works[stop] - self.works[start] + self.work_again[start])
+
+    def works_of(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Works of several runs, int64."""
+        return self.works[stops] - self.works[starts] + self.work_again[starts]
+
+    def tokens_of(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Tokens of several runs, int64."""
+        return self.tokens[stops] - self.tokens[starts] + self.tokens_again[starts]
 
     def cut(self, max_work: int | None = None) -> list[Run]:
         """The fewest runs within the limits, (start, stop) each; a run of one pair may exceed them."""

@@ -75,12 +75,6 @@ class Pipeline:
             return math.fsum(works) * (1 + self.backward_ratio)
         return _walk(works, self.stages, self.chunks, self.backward_ratio)
 
-    def idle_share(self, works: Sequence[float]) -> float:
-        """Share of the stages' time in which they wait."""
-        if self.stages == 1:
-            return 0.0
-        return pipeline_time(works, self.stages, self.chunks, self.backward_ratio).idle_share
-
     def order(self, works: Sequence[float]) -> list[int]:
         """Positions in `works` in the order that takes least time of those that are tried.
 

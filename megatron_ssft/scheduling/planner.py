@@ -86,10 +86,7 @@ class Planner:
         return PlannedBatch(batch, plan, tags, cut)
 
     def idle_share(self, plans: Sequence[MicrobatchPlan]) -> float:
-        """Estimated share of the pipeline's time in which stages wait while these plans are trained in one pass.
-
-        Of the rank that takes longest; 0 without pipeline stages.
-        """
+        """`MicrobatchPlan.idle_share` of plans that are trained in one pass, one after the other."""
         return pipeline_idle_share([plan.ranks for plan in plans], self.work, self.pipeline)
 
 

@@ -137,7 +137,7 @@ def _step_lines(
     training, epochs = config.run.training, config.batches.train_epochs
     total = training.train_iters or (epochs or 0) * len(sizes)
     about = "" if training.train_iters else "about "
-    idle = f", {plan.idle_share:.0%} of the pipeline idle" if planner.pipeline.stages > 1 else ""
+    idle = f", pipeline stages idle {plan.idle_share:.0%} of the time" if planner.pipeline.stages > 1 else ""
     return [
         f"ranks: {world_size}, data-parallel {ranks}",
         f"steps: about {len(sizes)} per epoch, {about}{total} in all, warm-up {warmup_iterations(training, total)}",
