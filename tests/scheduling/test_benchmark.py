@@ -1,4 +1,4 @@
-"""The scheduling benchmark prints a table, writes its figures, and refuses bad arguments."""
+"""The scheduling benchmarks print tables, write their figures, and refuse bad arguments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from tests.helpers.paths import ROOT
 
 
-def run_benchmark(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "scheduling.py"), *map(str, arguments)]
+def run_benchmark(*arguments, name="scheduling.py"):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
 
 
@@ -48,3 +48,24 @@ def test_benchmark_measures_the_exact_search(tmp_path):
     for name, values in figures.items():
         assert name in done.stdout and values["uncertain"] == 0
         assert 0 <= values["fewer_pads"] + values["certified"] <= 60
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_pipeline_benchmark_prints_tables_and_writes_its_figures(tmp_path, chunks):
+    file = tmp_path / "figures.json"
+    done = run_benchmark("--repeats", 2, "--chunks", chunks, "--json", file, name="pipeline.py")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    layouts = json.loads(file.read_text())["layouts"]
+    assert [(of["stages"], of["ranks"]) for of in layouts] == [(p, r) for p in (2, 4, 8) for r in (1, 2, 4, 8)]
+    for layout in layouts:
+        for name in ("training", "cost pass"):
+            of = layout[name]
+            assert 0 < of["idle"] < 1 and 0 < of["bound"] <= 1 and of["time"] < 1.02
+        assert layout["training"]["idle"] <= layout["training"]["idle_before"]
+        assert 0 <= layout["training"]["repeated"] < 0.02
+
+
+def test_pipeline_benchmark_refuses_bad_arguments():
+    done = run_benchmark("--chunks", 0, name="pipeline.py")
+    assert done.returncode == 2 and "1 or more" in done.stderr.splitlines()[-1]

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -110,6 +111,14 @@ def test_step_line_says_what_a_person_needs():
 def test_step_line_of_an_approximate_step_on_a_gpu():
     text = step_line(METRICS | {"matching_regret": 0.0625, "exact_matching_seconds": 1.75, "mfu": 0.4321})
     assert "regret 0.0625 per question, saving 1.25 s" in text and "MFU 43.2%" in text
+
+
+def test_lines_of_a_run_with_pipeline_stages():
+    """A run without them, or of an earlier version, does not have the figure."""
+    assert "makespan 1.012 | pipeline idle 18% | 2.00 s" in step_line(METRICS | {"pipeline_idle_share": 0.18})
+    assert "pipeline" not in step_line(METRICS) and "pipeline" not in policy_line(to_object(STORED))
+    row = to_object(msgspec.structs.replace(STORED, pipeline_idle_share=0.256))
+    assert "| pipeline idle 26% | 1.25 s" in policy_line(row)
 
 
 def test_step_line_without_costs_and_with_evaluation():
