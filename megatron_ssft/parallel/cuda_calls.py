@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -25,17 +26,20 @@ class CudaCalls(TorchFunctionMode):
         device: torch.device,
         waits: Callable[[str], None] | None = None,
         answers: Mapping[str, object] | None = None,
+        pin: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             device: what stands for the GPU.
             waits: told what the host waits for, wherever it would wait for the GPU.
             answers: further names of torch.cuda, and what takes their place.
+            pin: gives a tensor of the host a copy in page-locked memory; by default there is no such memory.
         """
         super().__init__()
         self._device = device
         self._waits = waits or (lambda what: None)
         self._answers = answers or {}
+        self._pin = pin or (lambda tensor: tensor)
         self._replaced: list[tuple[Any, str, object]] = []
         self._type_names = {f"torch.{'' if device.type == 'cpu' else device.type + '.'}": "torch.cuda."}
 
@@ -65,6 +69,8 @@ class CudaCalls(TorchFunctionMode):
             kwargs = kwargs | {"device": self._device}
         if func is torch.Tensor.cuda:
             return args[0].to(self._device)
+        if func is torch.Tensor.pin_memory:
+            return self._pin(args[0])
         if func is torch.Tensor.to:
             args = tuple(self._device if _is_cuda(a) else a for a in args)
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.cpu_backend import install_cpu_backend
@@ -50,6 +52,19 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
         raise UserError(f"this job has GPUs ({sign}), but {problem}; --device cpu runs it on the CPU all the same")
     install_cpu_backend()
     return torch.device("cpu")
+
+
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """The host's values on the device, same shape and type. The host does not wait for the copy.
+
+    CUDA copies in the background from page-locked memory only; from any other the host waits, whatever `non_blocking`
+    says. torch keeps the page-locked copy until the GPU has read it. On the CPU nothing is copied: the tensor shares
+    the array's memory.
+    """
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def autocast_type(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from megatron_ssft.config import RunConfig
 from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, raise_together, sum_over_ranks
-from megatron_ssft.parallel.device import autocast_type
+from megatron_ssft.parallel.device import autocast_type, to_device
 from megatron_ssft.parallel.finite import (
     LOWER_LR,
     find_damaged_weight,
@@ -175,7 +175,7 @@ class Engine:
         slots = {(i, id(mb)): 2 + len(names) + k for k, (i, mb) in enumerate(microbatches_of(terms))}
         sums = torch.zeros(2 + len(names) + len(slots), dtype=torch.float64, device=device)  # no host sync in the step
         numbers = [torch.tensor([2 + names.index(name) for name in term.figures], dtype=torch.long) for term in terms]
-        places = [each.to(device, non_blocking=True) for each in numbers]
+        places = [to_device(each, device) for each in numbers]
 
         def loss_of(term: int, slot: int, inputs: list[Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict]:
             loss, figures = terms[term].loss(output, *inputs)
@@ -196,7 +196,7 @@ class Engine:
             if self.topology.is_last_stage:  # the others have no loss
                 model_input, arrays = term.prepare(microbatch, model_input)
             # Before the forward pass, which copies would wait for.
-            inputs = [torch.from_numpy(a).to(device, non_blocking=True) for a in arrays]
+            inputs = [to_device(a, device) for a in arrays]
             return self._forward(model, model_input), partial(loss_of, which, slots[which, id(microbatch)], inputs)
 
         for chunk in self.wrapped:
@@ -278,7 +278,7 @@ class Engine:
         stream = None
         if model_input.segments is not None:
             stream = self.attention.stream(model_input.segments, model_input.tokens.shape[1])
-        tensors = (torch.from_numpy(a).to(self.topology.device, non_blocking=True) for a in arrays)
+        tensors = (to_device(a, self.topology.device) for a in arrays)
         return model(*tensors, stream, top_k)
 
     def _schedule(self, step: Step, batches: Sequence[PlannedBatch], **kwargs: bool) -> None:

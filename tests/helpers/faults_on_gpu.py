@@ -130,6 +130,13 @@ def blocking_copy():
     _around(Norm, "forward", change)
 
 
+def copy_from_pageable_memory():
+    def change(real, self, x):
+        return real(self, x) + torch.zeros(x.shape[-1], dtype=x.dtype).to(x.device, non_blocking=True)
+
+    _around(Norm, "forward", change)
+
+
 def constant_from_the_host():
     def change(real, self, x):
         return real(self, x) * torch.tensor([1.0], device="cuda", dtype=x.dtype)
@@ -201,6 +208,7 @@ WAITS = (
     synchronized,
     stream_synchronized,
     blocking_copy,
+    copy_from_pageable_memory,
     constant_from_the_host,
 )
 """The host waits for the GPU."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_ssft.config import ParallelConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel import device
-from megatron_ssft.parallel.device import choose_device, sign_of_gpus
+from megatron_ssft.parallel.device import choose_device, sign_of_gpus, to_device
 from tests.helpers.distributed import run_ranks
+from tests.helpers.paths import ROOT
 
+CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines whose torch has no GPU")
 SIGNS = {
     "a SLURM job with GPUs": ({"SLURM_GPUS_ON_NODE": "8"}, (), "SLURM_GPUS_ON_NODE=8"),
@@ -80,3 +83,46 @@ def choose(requested, variables, has_cuda):
 )
 def test_the_cpu_where_it_is_asked_for_or_all_there_is(requested, variables, has_cuda):
     assert run_ranks(1, choose, requested, variables, has_cuda)[0] == ("cpu", False, "cpu")
+
+
+class Recorder:
+    """Stands for a tensor of the host that is to be copied to a GPU, which is not there."""
+
+    device = CPU
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def pin_memory(self):
+        self.calls.append("pinned")
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.calls.append((device.type, non_blocking))
+        return self
+
+
+def test_copies_to_a_gpu_are_from_page_locked_memory():
+    """From any other the host waits."""
+    calls = []
+    to_device(Recorder(calls), torch.device("cuda", 0))
+    assert calls == ["pinned", ("cuda", True)]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, np.int32, np.float64])
+def test_nothing_is_copied_on_the_cpu(dtype):
+    values = np.arange(6, dtype=dtype).reshape(2, 3)
+    tensor = to_device(values, CPU)
+    values[1, 2] = 50
+    assert tensor[1, 2] == 50 and tensor.shape == (2, 3) and tensor.numpy().dtype == dtype
+    assert to_device(tensor, CPU) is tensor
+
+
+def test_there_is_one_door_to_the_device():
+    """A copy made elsewhere would not be from page-locked memory, and nobody would notice."""
+    package = ROOT / "megatron_ssft"
+    files = [file for file in package.rglob("*.py") if "non_blocking" in file.read_text(encoding="utf-8")]
+    assert {file.relative_to(package).as_posix() for file in files} == {
+        "parallel/device.py",
+        "parallel/simulated/gpu.py",
+    }

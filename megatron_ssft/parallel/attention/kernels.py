@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ssft.parallel.attention.segment_groups import SegmentGroup, group_segments
+from megatron_ssft.parallel.device import to_device
 from megatron_ssft.records import Segment
 
 Attend = Callable[[Tensor, Tensor, Tensor, "float | None"], Tensor]
@@ -79,7 +80,7 @@ class SdpaAttend:
         self, segments: tuple[Segment, ...], length: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.groups = [_SdpaGroup(g, dtype, device) for g in group_segments(segments, width)]
-        self.outputs_in_order = torch.from_numpy(_places_of_outputs(self.groups, length)).to(device)
+        self.outputs_in_order = to_device(_places_of_outputs(self.groups, length), device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         n, g, d = query.size(1), key.size(1), query.size(2)
@@ -104,16 +105,15 @@ class _SdpaGroup:
 
     def __init__(self, group: SegmentGroup, dtype: torch.dtype, device: torch.device) -> None:
         self.places, self.shape = group.places, group.queries.shape
-        self.queries = torch.from_numpy(group.queries).to(device)
-        self.keys = torch.from_numpy(group.keys).to(device)
+        self.queries = to_device(group.queries, device)
+        self.keys = to_device(group.keys, device)
         self.mask = None
         if group.contexts.any():
-            context = torch.from_numpy(np.unique(group.contexts))  # one mask for all where they agree
-            if len(context) > 1:
-                context = torch.from_numpy(group.contexts)
-            rows, columns = torch.arange(group.queries.shape[1]), torch.arange(group.keys.shape[1])
+            contexts = np.unique(group.contexts)  # one mask for all where they agree
+            context = to_device(contexts if len(contexts) == 1 else group.contexts, device)
+            rows, columns = (torch.arange(x.shape[1], device=device) for x in (group.queries, group.keys))
             hidden = columns > context.view(-1, 1, 1, 1) + rows.view(-1, 1)
-            self.mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(device)
+            self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 def _places_of_outputs(groups: list[_SdpaGroup], length: int) -> np.ndarray:
@@ -141,10 +141,9 @@ class VarlenAttend:
         self.kernel = kernel
         ranges = [r for s in segments for r in (*s.context, (s.start, s.length))]
         index = np.concatenate([np.arange(start, start + count) for start, count in ranges])
-        self.keys = torch.from_numpy(index).to(device, non_blocking=True)
+        self.keys = to_device(index, device)
         self.cu_queries, self.cu_keys = (
-            torch.from_numpy(np.concatenate([[0], x.cumsum()]).astype(np.int32)).to(device, non_blocking=True)
-            for x in (queries, keys)
+            to_device(np.concatenate([[0], x.cumsum()]).astype(np.int32), device) for x in (queries, keys)
         )
         self.max_queries, self.max_keys = int(queries.max()), int(keys.max())
 

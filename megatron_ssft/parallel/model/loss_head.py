@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ssft.parallel.device import autocast_type
+from megatron_ssft.parallel.device import autocast_type, to_device
 
 CHUNK_TOKENS = 1024
 
@@ -80,8 +80,7 @@ class VocabParallelHead:
     def move_to(self, device: torch.device) -> None:
         """Put the indices there."""
         if self.tags.device != device:  # once: an index that comes from the host stalls the stream
-            self.tags = self.tags.to(device, non_blocking=True)
-            self.tag_columns = self.tag_columns.to(device, non_blocking=True)
+            self.tags, self.tag_columns = to_device(self.tags, device), to_device(self.tag_columns, device)
 
     def logits(self, hidden: Tensor, weight: Tensor, tag_rows: Tensor | None) -> Tensor:
         """float32 [t, V] of a chunk."""

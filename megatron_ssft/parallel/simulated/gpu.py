@@ -62,6 +62,8 @@ class SimulatedGpu(Counters):
         with torch._functorch.config.patch(fake_tensor_allow_meta=True):
             self._fake = _FakeMode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
+        self._pinned = WeakIdKeyDictionary()
+        """Storages of the host in page-locked memory."""
 
     def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if func is torch.ops.prim.device.default:  # most of the calls: `tensor.device`
@@ -124,7 +126,7 @@ class SimulatedGpu(Counters):
                 target.copy_(self._to_host(source, target.dtype))
                 return target
             if isinstance(target, FakeTensor) and not isinstance(source, FakeTensor) and source.dim() > 0:
-                self.count_copy(source.nbytes, bool(args[2]) if len(args) > 2 else False)
+                self._count(source, bool(args[2]) if len(args) > 2 else False)
                 return target
         return None
 
@@ -137,7 +139,7 @@ class SimulatedGpu(Counters):
         return torch.full(source.shape, _made_up(source.dtype), dtype=dtype or source.dtype)
 
     def _to_gpu(self, source: Tensor, kwargs: dict) -> Tensor:
-        self.count_copy(source.nbytes, bool(kwargs.get("non_blocking")))
+        self._count(source, bool(kwargs.get("non_blocking")))
         dtype = kwargs.get("dtype") or source.dtype
         with self._fake:
             copy = torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=GPU)
@@ -145,6 +147,18 @@ class SimulatedGpu(Counters):
         if not dtype.is_floating_point and source.numel() <= _KNOWN_AT_MOST:
             self._values[copy] = source.detach().clone()
         return copy
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Tensor.pin_memory: the copy of a host's tensor that the GPU can fetch by itself."""
+        if tensor.untyped_storage() in self._pinned:
+            return tensor
+        copy = tensor.clone()
+        self._pinned[copy.untyped_storage()] = True
+        return copy
+
+    def _count(self, source: Tensor, non_blocking: bool) -> None:
+        """Count a copy to the GPU. The host waits for one from memory that is not page-locked, whatever was asked."""
+        self.count_copy(source.nbytes, non_blocking and source.untyped_storage() in self._pinned)
 
     # -- other ranks -------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class Copies:
     count: int
     bytes: int
     blocking: int
-    """How many of them the host waits for, as they were not asked to be asynchronous."""
+    """How many of them the host waits for: not asked to be asynchronous, or from memory that is not page-locked."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _refuse_unknown(config: RunConfig) -> None:
 @contextlib.contextmanager
 def _cuda_is(gpu: SimulatedGpu) -> Iterator[None]:
     """Inside the `with` block calls of CUDA go to the simulated GPU."""
-    calls = CudaCalls(GPU, gpu.wait, _ANSWERS)
+    calls = CudaCalls(GPU, gpu.wait, _ANSWERS, gpu.pin)
     replaced = gpu.replacements()
     # Without apex and TransformerEngine megatron-core reads the norm of every gradient on the host.
     replaced.append((clip_grads, "l2_norm_impl", _l2_norm))

@@ -113,6 +113,15 @@ def test_a_further_wait_is_found_with_its_place(found, fault):
 
 
 @pytest.mark.slow
+def test_a_copy_that_is_asked_not_to_block_blocks_all_the_same(found):
+    """Pageable memory is copied by the host. The step's own copies are from page-locked memory."""
+    steps = [found[None], found["copy_from_pageable_memory"]]
+    own, further = ([section.copies for section in step.sections] for step in steps)
+    assert sum(each.count for each in own) > 0 == sum(each.blocking for each in own)
+    assert all(b.blocking > 0 for b in further if b.count)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", MEMORY, ids=lambda fault: fault.__name__)
 def test_further_memory_is_found(found, fault):
     step = found[fault.__name__]
