@@ -183,7 +183,7 @@ class Engine:
                 sums[0] += loss.detach()
                 sums[1] += len(output)
                 sums[slot] += ~loss.detach().isfinite()
-                sums.index_add_(0, places[term], figures)
+                sums[places[term]] += figures  # names of a term are different ones
             # Zero tokens tell Megatron to leave the gradients as they are: they are normalised already.
             return loss, torch.zeros([], dtype=torch.int, device=device), {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -244,15 +245,16 @@ class SetGPTModel(GPTModel):
     def _answer(self, hidden: Tensor, scored: Tensor, targets: Tensor | None, top_k: int | None) -> Tensor:
         """Answer as the last stage does, from hidden states [s (or s / tp), b, h]."""
         tp_group = self.pg_collection.tp
+        # Looked up by embedding: the gradient of index_select adds up in any order on CUDA.
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=tp_group
             )
-            selected = hidden.flatten(0, 1).index_select(0, scored)
+            selected = F.embedding(scored, hidden.flatten(0, 1))
         else:
             # Selected first: less to reduce in the backward, and what is reduced there is contiguous. megatron-core
             # all-reduces a copy of a strided gradient, and drops it.
-            selected = hidden.flatten(0, 1).index_select(0, scored)
+            selected = F.embedding(scored, hidden.flatten(0, 1))
             selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected, group=tp_group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight

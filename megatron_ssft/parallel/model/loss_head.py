@@ -117,6 +117,18 @@ def sums_stay_float32(device: torch.device) -> bool:
         return False
 
 
+def _subtract(d_tV: Tensor, columns_tk: Tensor, amounts_tk: Tensor) -> None:
+    """d[t, columns[t, j]] -= amounts[t, j] for every j, in place. Places may name a column twice.
+
+    CUDA's scatter_add_ adds up in any order. Here what goes to one column is added up first, in order, and written as
+    often as the column is named, each time the same.
+    """
+    if columns_tk.size(1) > 1:
+        is_same = columns_tk[:, :, None] == columns_tk[:, None, :]
+        amounts_tk = (is_same * amounts_tk[:, None, :]).sum(-1)
+    d_tV.scatter_(1, columns_tk, d_tV.gather(1, columns_tk) - amounts_tk)
+
+
 class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -144,21 +156,24 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_tags = None if tag_rows is None else torch.zeros_like(tag_rows, dtype=torch.float32)
+        grad_owned = weight.new_zeros(len(head.tags), weight.size(1), dtype=torch.float32)
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             h = hidden[part]
             d = head.logits(h, weight, tag_rows).sub_(normalizer[part, None]).exp_()  # probabilities
             columns, inside = head.local_targets(targets[part])
             d.mul_(grad[part].sum(-1, keepdim=True))
-            d.scatter_add_(1, columns, -grad[part] * inside)
-            if tag_rows is not None and grad_tags is not None and head.has_tags:
+            _subtract(d, columns, grad[part] * inside)
+            if tag_rows is not None and head.has_tags:
                 d_tags = d.index_select(1, head.tag_columns).to(h.dtype)
                 d.index_fill_(1, head.tag_columns, 0.0)
-                grad_tags.index_add_(0, head.tags, (d_tags.t() @ h).float())
+                grad_owned += (d_tags.t() @ h).float()
                 grad_hidden[part] += d_tags @ tag_rows[head.tags]
             d = d.to(h.dtype)
             grad_hidden[part] += d @ weight
             grad_weight += d.t() @ h
+        if grad_tags is not None:
+            grad_tags.index_copy_(0, head.tags, grad_owned)
         return (
             grad_hidden,
             grad_weight.to(weight.dtype),
