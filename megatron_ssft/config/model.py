@@ -121,8 +121,12 @@ class ParallelConfig:
     bf16: bool = False
     """Weights and activations in bfloat16 with float32 master weights and gradients; default float32."""
     attention_backend: str = "auto"
-    """Kernel for the packed layouts: auto (the first that is there and agrees with SDPA), sdpa (anywhere), varlen
-    (torch's, CUDA), flash (flash-attn) or te (TransformerEngine); all but sdpa need --bf16."""
+    """Kernel for the packed layouts: auto (the fastest for the GPU that is there and agrees with SDPA), sdpa
+    (anywhere), varlen (torch's, CUDA), flash, flash3, flash4 (FlashAttention 2, 3 and 4) or te (TransformerEngine); all
+    but sdpa need --bf16."""
+    deterministic_mode: bool = False
+    """Take only kernels of the GPU that give the same bits each time, so that a run that is resumed ends as one that
+    was not interrupted; slower, and attention's backward takes more memory. The CPU's are deterministic as they are."""
     attention_efficiency: float = 1.0
     """FLOP/s of core attention over that of the other matrix products, for balancing work over ranks; 1 balances
     FLOPs, a value measured on the hardware (benchmarks/layouts.py) balances time."""
@@ -154,7 +158,7 @@ class ParallelConfig:
             "attention_efficiency",
         )
         choice(self.device, "device", "auto", "cuda", "cpu")
-        choice(self.attention_backend, "attention-backend", "auto", "sdpa", "varlen", "flash", "te")
+        choice(self.attention_backend, "attention-backend", "auto", "sdpa", "varlen", "flash", "flash3", "flash4", "te")
         if self.recompute_granularity is not None:
             choice(self.recompute_granularity, "recompute-granularity", "full", "selective")
         choice(self.recompute_method, "recompute-method", "uniform", "block")

@@ -96,6 +96,7 @@ class Engine:
             channels=model.kv_channels,
             dtype=torch.bfloat16 if self.config.parallel.bf16 else torch.float32,
             device=self.topology.device,
+            deterministic=self.config.parallel.deterministic_mode,
         )
 
     @property

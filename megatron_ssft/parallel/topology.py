@@ -16,6 +16,7 @@ from megatron_ssft.config import ParallelConfig, RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.launch import this_launch
 from megatron_ssft.parallel.control_group import ControlGroup
+from megatron_ssft.parallel.determinism import make_deterministic
 from megatron_ssft.parallel.device import choose_device
 from megatron_ssft.parallel.groups import initialize_model_parallel
 from megatron_ssft.parallel.watch.meeting import meet
@@ -85,6 +86,8 @@ def initialize_topology(config: RunConfig, facts: Mapping[str, str] | None = Non
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets communication overlap with computation
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     device = choose_device(config.parallel.device, launch.local_rank)
+    if config.parallel.deterministic_mode and device.type == "cuda":
+        make_deterministic()
     backend = "nccl" if device.type == "cuda" else "gloo"
     slow = timedelta(minutes=config.parallel.slow_work_timeout_minutes)
     store, watch = meet(rank, world_size, timeout, slow, facts or {})

@@ -8,9 +8,11 @@ import torch
 
 from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
+from megatron_ssft.parallel.attention.choice import missing_module
+from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS
 from megatron_ssft.training.trackers import missing_trackers
 
-_KERNELS = {"flash": "flash_attn", "te": "transformer_engine"}
+_KERNELS = {name: kernel.module for name, kernel in VARLEN_KERNELS.items() if name != "varlen"}
 """--attention-backend -> the package it comes with."""
 
 
@@ -23,10 +25,9 @@ def missing_packages(config: RunConfig) -> list[str]:
             "--transformer-impl local"
         )
     backend = config.parallel.attention_backend
-    if backend in _KERNELS and not _is_installed(_KERNELS[backend]):
-        missing.append(
-            f"--attention-backend {backend}: {_KERNELS[backend]} is not installed; install it or choose another"
-        )
+    problem = missing_module(_KERNELS[backend]) if backend in _KERNELS else None
+    if problem is not None:
+        missing.append(f"--attention-backend {backend}: {problem}; install it or choose another")
     return missing + missing_trackers(config.logging, config.checkpoint.save)
 
 
@@ -43,10 +44,10 @@ def kernels_remark(config: RunConfig, device: torch.device) -> str | None:
     packed = config.training.sequence_layout != "padded"
     if device.type != "cuda" or not packed or config.parallel.attention_backend != "auto":
         return None
-    if not config.parallel.bf16 or any(map(_is_installed, _KERNELS.values())):
+    if not config.parallel.bf16 or not all(map(missing_module, _KERNELS.values())):
         return None
     return (
-        f"neither {' nor '.join(_KERNELS.values())} is installed: attention of token streams goes through torch's own "
+        f"none of {', '.join(_KERNELS.values())} is installed: attention of token streams goes through torch's own "
         "kernels, which may be slower"
     )
 

@@ -18,6 +18,7 @@ from megatron_ssft.objectives.objective import Decision, Figures, Objective, Rep
 from megatron_ssft.objectives.registry import objective_of
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
+from megatron_ssft.parallel.determinism import determinism_line
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import StepMetrics
@@ -274,6 +275,9 @@ class Trainer:
         job = describe_job(self.engine, self.vocabulary, self.iteration, self.train_iters)
         log.say(f"{self.objective.introduction()} | {job}")
         log.say(describe_sequences(self.engine))
+        deterministic = determinism_line(self.config.run.parallel.deterministic_mode, self.topology.device)
+        if deterministic is not None:
+            log.say(deterministic)
         load = self.config.run.checkpoint.load
         if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
             log.say(remark)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_ssft.errors import UserError
-from megatron_ssft.parallel.attention import segment_groups
+from megatron_ssft.parallel.attention import choice, segment_groups
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
-from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, VarlenAttend
+from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, Kernel, VarlenAttend
 from megatron_ssft.parallel.attention.segment_groups import group_segments
 from megatron_ssft.records import Segment
 
@@ -150,7 +153,6 @@ def test_choice_of_kernel():
 
 def test_a_wrong_kernel_is_not_chosen(monkeypatch):
     """A causal mask aligned at the top left, a kernel that raises, and one that is right."""
-    from megatron_ssft.parallel.attention import choice
 
     def top_left(q, k, v, lengths, scale):
         outputs = []
@@ -167,13 +169,229 @@ def test_a_wrong_kernel_is_not_chosen(monkeypatch):
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(choice, "_unusable", lambda name, dtype, device: None)
-    monkeypatch.setattr(
-        choice,
-        "VARLEN_KERNELS",
-        {"top": ("", top_left), "broken": ("", broken), "right": ("", padding_free_kernel)},
-    )
+    kernels = {"top": Kernel("", top_left), "broken": Kernel("", broken), "right": Kernel("", padding_free_kernel)}
+    monkeypatch.setattr(choice, "VARLEN_KERNELS", kernels)
+    monkeypatch.setattr(choice, "candidates_for", lambda name, *_: [*kernels] if name == "auto" else [name])
     chosen = choose_backend("auto", 4, 2, 8, torch.float32, CPU)
     assert chosen.name == "right"
     assert "top: differs from SDPA by" in chosen.why and "broken: does not run here (no kernel image)" in chosen.why
     with pytest.raises(UserError, match="--attention-backend top: differs from SDPA"):
         choose_backend("top", 4, 2, 8, torch.float32, CPU)
+
+
+# -- which GPU, which package ------------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+ALL = {"flash_attn", "flash_attn_interface", "flash_attn.cute", "transformer_engine", "torch.nn.attention.varlen"}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """choose(capability, packages): the choice on a GPU that is not there, where every kernel is right."""
+
+    def choose(capability, packages=ALL, requested="auto", wrong=()):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        there = packages | {package.partition(".")[0] for package in packages}
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: object() if name in there else None)
+        told = dict.fromkeys(wrong, "differs from SDPA by 1")
+        monkeypatch.setattr(choice, "_disagreement", lambda backend, *_: told.get(backend.name))
+        return choose_backend(requested, 4, 2, 8, torch.bfloat16, GPU)
+
+    return choose
+
+
+ORDERS = {
+    "A100": ((8, 0), ["flash", "varlen", "te", "sdpa"]),
+    "L40S": ((8, 9), ["flash", "varlen", "te", "sdpa"]),
+    "H100": ((9, 0), ["flash3", "te", "flash4", "flash", "varlen", "sdpa"]),
+    "B200": ((10, 0), ["flash4", "te", "flash", "varlen", "sdpa"]),
+    "B300": ((10, 3), ["flash4", "te", "flash", "varlen", "sdpa"]),
+    "RTX PRO 6000": ((12, 0), ["te", "flash", "varlen", "sdpa"]),
+}
+
+
+@pytest.mark.parametrize("gpu", ORDERS)
+def test_kernels_made_for_the_gpu_come_first(on_gpu, gpu):
+    """Each is taken where those before it are wrong, and the log says of every other one why not it."""
+    capability, order = ORDERS[gpu]
+    for place, name in enumerate(order):
+        chosen = on_gpu(capability, wrong=order[:place])
+        assert chosen.name == name
+        assert chosen.why.startswith(f"for capability {capability[0]}.{capability[1]}")
+        assert all(f"{other}: differs" in chosen.why for other in order[:place])
+        assert name == "sdpa" or chosen.why.endswith(f"not tried: {', '.join(order[place + 1 :])}")
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_flash_attention_2_is_behind_transformer_engine_on_new_gpus(on_gpu, capability):
+    """The two that the container has."""
+    chosen = on_gpu(capability, {"flash_attn", "transformer_engine", "torch.nn.attention.varlen"})
+    assert chosen.name == "te"
+    assert "flash_attn.cute is not installed" in chosen.why or "flash_attn_interface is not installed" in chosen.why
+
+
+def test_a_kernel_for_another_gpu_is_refused(on_gpu):
+    with pytest.raises(UserError, match=r"--attention-backend flash3: is made for compute capability 9.x, this GPU ha"):
+        on_gpu((10, 0), requested="flash3")
+    with pytest.raises(UserError, match=r"--attention-backend flash4: is made for .* 9.x or 10.x or 11.x, .* has 8.0"):
+        on_gpu((8, 0), requested="flash4")
+    assert on_gpu((9, 0), requested="flash4").why.startswith("as asked")
+
+
+def test_a_package_that_cannot_be_imported_is_a_reason(on_gpu, monkeypatch):
+    on_gpu((9, 0))  # all are there, but one of them is broken
+
+    def find_spec(name, *_):
+        if name == "flash_attn.cute":
+            raise ImportError("libcudart.so.13: cannot open\nand more")
+        return object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    with pytest.raises(UserError, match=r"flash4: flash_attn cannot be imported \(libcudart.so.13: cannot open\);"):
+        choose_backend("flash4", 4, 2, 8, torch.bfloat16, GPU)
+
+
+# -- versions of a package -------------------------------------------------------------------------------------------
+
+
+def varlen_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal and return_aux is None
+    assert query.size(1) == key.size(1) == value.size(1), "this version knows no grouped heads"
+    lengths = types.SimpleNamespace(cu_queries=cu_seq_q, cu_keys=cu_seq_k, max_queries=max_q, max_keys=max_k)
+    return padding_free_kernel(query, key, value, lengths, None)
+
+
+def varlen_of_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert window_size == (-1, 0) and enable_gqa == (query.size(1) != key.size(1))
+    lengths = types.SimpleNamespace(cu_queries=cu_seq_q, cu_keys=cu_seq_k, max_queries=max_q, max_keys=max_k)
+    return padding_free_kernel(query, key, value, lengths, scale)
+
+
+@pytest.mark.parametrize("version", [varlen_of_2_10, varlen_of_2_13])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
+def test_old_and_new_versions_of_torchs_kernel(monkeypatch, version, scale, heads):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", version)
+    segments, length = random_segments(np.random.default_rng(3), 3, 9)
+    inputs, weights = draws(length, *heads, 6, 1)
+    expected = run(lambda q, k, v, s: reference(q, k, v, segments, s or 1 / math.sqrt(6)), inputs, scale, weights)
+    attend = VarlenAttend(segments, length, CPU, VARLEN_KERNELS["varlen"].call)
+    for a, b in zip(expected, run(attend, inputs, scale, weights)):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+
+
+def test_torchs_kernel_has_one_of_these_signatures():
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    fakes = [set(inspect.signature(version).parameters) for version in (varlen_of_2_10, varlen_of_2_13)]
+    assert set(inspect.signature(varlen_attn).parameters) in fakes
+
+
+FLASH = {"flash": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+
+
+@pytest.fixture
+def flash_module(monkeypatch):
+    """install(name, function): the package of this kernel has the function."""
+
+    def install(name, function):
+        module = types.ModuleType(FLASH[name])
+        module.flash_attn_varlen_func = function
+        monkeypatch.setitem(sys.modules, FLASH[name], module)
+        monkeypatch.setitem(sys.modules, "flash_attn", sys.modules.get("flash_attn", types.ModuleType("flash_attn")))
+
+    return install
+
+
+def flash(with_lengths, with_determinism, as_tuple, calls):
+    """A function like those of FlashAttention 2, 3 and 4, whose versions differ in these."""
+
+    def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, lengths, **options):
+        assert causal
+        calls.append(options)
+        most = lengths or (10**9, 10**9)
+        given = types.SimpleNamespace(
+            cu_queries=cu_seqlens_q, cu_keys=cu_seqlens_k, max_queries=most[0], max_keys=most[1]
+        )
+        out = padding_free_kernel(q, k, v, given, softmax_scale)
+        return (out, None) if as_tuple else out
+
+    if not with_lengths:
+
+        def function(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=None, causal=False, deterministic=False):
+            return compute(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, None, deterministic=deterministic
+            )
+    elif with_determinism:
+
+        def function(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
+            deterministic=False,
+        ):  # fmt: skip
+            most = (max_seqlen_q, max_seqlen_k)
+            return compute(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, most, deterministic=deterministic
+            )
+    else:
+
+        def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+            return compute(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, (max_seqlen_q, max_seqlen_k))
+
+    return function
+
+
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("version", [(True, True, False), (True, True, True), (False, True, True)])
+def test_flash_attention_is_deterministic_only_where_asked(flash_module, name, deterministic, version):
+    """Its deterministic backward takes much memory."""
+    calls = []
+    flash_module(name, flash(*version, calls))
+    segments, length = random_segments(np.random.default_rng(4), 2, 9)
+    inputs, weights = draws(length, 4, 2, 6, 1)
+    expected = run(lambda q, k, v, s: reference(q, k, v, segments, s), inputs, 0.3, weights)
+    attend = VarlenAttend(segments, length, CPU, VARLEN_KERNELS[name].call, deterministic)
+    for a, b in zip(expected, run(attend, inputs, 0.3, weights)):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+    assert calls == [{"deterministic": deterministic}]
+
+
+def test_a_kernel_that_cannot_be_deterministic_is_not_chosen(flash_module, monkeypatch):
+    """One without such a backward, one whose gradients differ from run to run, and one that is right."""
+    state = []
+
+    class Unsteady(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            state.append(None)
+            return grad * (1 + len(state) * 1e-6)
+
+    def unsteady(q, k, v, lengths, scale):
+        return padding_free_kernel(Unsteady.apply(q), k, v, lengths, scale)
+
+    flash_module("flash", flash(True, False, False, []))
+    kernels = {
+        "flash": VARLEN_KERNELS["flash"],
+        "unsteady": Kernel("", unsteady),
+        "right": Kernel("", padding_free_kernel),
+    }
+    monkeypatch.setattr(choice, "_unusable", lambda name, dtype, device: None)
+    monkeypatch.setattr(choice, "VARLEN_KERNELS", kernels)
+    monkeypatch.setattr(choice, "candidates_for", lambda name, *_: [*kernels] if name == "auto" else [name])
+    assert choose_backend("auto", 4, 2, 8, torch.float32, CPU).name == "flash"
+    assert choose_backend("unsteady", 4, 2, 8, torch.float32, CPU).name == "unsteady"
+    chosen = choose_backend("auto", 4, 2, 8, torch.float32, CPU, deterministic=True)
+    assert chosen.name == "right" and chosen.deterministic
+    assert "flash: does not run here (has no deterministic backward)" in chosen.why
+    assert "unsteady: gives other gradients when it is run again" in chosen.why
+    with pytest.raises(UserError, match="--attention-backend unsteady: gives other gradients"):
+        choose_backend("unsteady", 4, 2, 8, torch.float32, CPU, deterministic=True)

@@ -35,6 +35,16 @@ CASES = {
     "TransformerEngine": ({"transformer_impl": "transformer_engine"}, "transformer_engine", "--transformer-impl"),
     "its attention": ({"attention_backend": "te", "bf16": True}, "transformer_engine", "--attention-backend te"),
     "flash-attn": ({"attention_backend": "flash", "bf16": True}, "flash_attn", "--attention-backend flash"),
+    "FlashAttention 3": (
+        {"attention_backend": "flash3", "bf16": True},
+        "flash_attn_interface",
+        "--attention-backend f",
+    ),
+    "FlashAttention 4": (
+        {"attention_backend": "flash4", "bf16": True},
+        "flash_attn.cute",
+        "--attention-backend flash4",
+    ),
     "W&B": ({"wandb_project": "ssft"}, "wandb", "--wandb-project"),
     "TensorBoard": ({"save": "run"}, "tensorboard", "the package tensorboard"),
 }
@@ -58,8 +68,9 @@ def test_transformer_engine_needs_a_gpu(without):
 
 
 def test_kernels_that_would_be_faster_are_named_on_a_gpu(without):
-    without("flash_attn", "transformer_engine")
-    assert "flash_attn nor transformer_engine" in kernels_remark(config(bf16=True).run, CUDA)
+    without("flash_attn", "flash_attn_interface", "transformer_engine")
+    remark = kernels_remark(config(bf16=True).run, CUDA)
+    assert "none of flash_attn, flash_attn_interface, flash_attn.cute, transformer_engine is installed" in remark
     assert kernels_remark(config(bf16=True).run, CPU) is None
     assert kernels_remark(config(bf16=True, sequence_layout="padded").run, CUDA) is None
     without("flash_attn")

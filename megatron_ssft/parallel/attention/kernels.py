@@ -12,8 +12,12 @@ that to any kernel it is one sequence with more keys than queries and a causal m
 from __future__ import annotations
 
 import functools
+import inspect
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,11 +138,18 @@ def _places_of_outputs(groups: list[_SdpaGroup], length: int) -> np.ndarray:
 class VarlenAttend:
     """All segments in one call of a kernel that takes cumulative sequence lengths."""
 
-    def __init__(self, segments: tuple[Segment, ...], length: int, device: torch.device, kernel: VarlenKernel) -> None:
+    def __init__(
+        self,
+        segments: tuple[Segment, ...],
+        length: int,
+        device: torch.device,
+        kernel: VarlenKernel,
+        deterministic: bool = False,
+    ) -> None:
         assert sum(s.length for s in segments) == length
         queries = np.array([s.length for s in segments])
         keys = np.array([s.num_context + s.length for s in segments])
-        self.kernel = kernel
+        self.kernel, self.deterministic = kernel, deterministic
         ranges = [r for s in segments for r in (*s.context, (s.start, s.length))]
         index = np.concatenate([np.arange(start, start + count) for start, count in ranges])
         self.keys = to_device(index, device)
@@ -154,24 +165,75 @@ class VarlenAttend:
         return out.reshape(query.size(0), -1)
 
 
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    """Names of what a function takes; asked once, as versions of a package differ."""
+    if function not in _parameters_of:
+        _parameters_of[function] = frozenset(inspect.signature(function).parameters)
+    return _parameters_of[function]
+
+
+_parameters_of: dict[Callable[..., object], frozenset[str]] = {}
+
+
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    """torch's, from 2.9 on. It is deterministic where `torch.use_deterministic_algorithms` asks for that."""
+    from torch.nn.attention import varlen
 
-    out = varlen_attn(
-        q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
-        scale=scale, window_size=(-1, 0), enable_gqa=q.size(1) != k.size(1),
+    function: Callable[..., Tensor] = varlen.varlen_attn
+    accepted = _parameters(function)
+    options: dict[str, object] = {}
+    if "window_size" in accepted:
+        options["window_size"] = (-1, 0)
+    else:  # 2.9 and 2.10
+        options["is_causal"] = True
+    if "scale" in accepted:
+        options["scale"] = scale
+    elif scale is not None:
+        q = q * (scale * math.sqrt(q.size(-1)))
+    if "enable_gqa" in accepted:
+        options["enable_gqa"] = q.size(1) != k.size(1)
+    elif q.size(1) != k.size(1):
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return function(
+        q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys, **options
     )  # fmt: skip
-    assert isinstance(out, Tensor), "nothing else was asked for"
-    return out
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
+def _flash(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None
+) -> Tensor:
+    """The function that FlashAttention 2, 3 and 4 have in common. Some versions also return the normalisers."""
+    accepted = _parameters(function)
+    options: dict[str, object] = {"max_seqlen_q": lengths.max_queries, "max_seqlen_k": lengths.max_keys}
+    options = {name: value for name, value in options.items() if name in accepted}  # FlashAttention 4 had neither
+    if lengths.deterministic:
+        if "deterministic" not in accepted:
+            raise NotImplementedError("has no deterministic backward")
+        options["deterministic"] = True
+    out = function(
+        q, k, v, cu_seqlens_q=lengths.cu_queries, cu_seqlens_k=lengths.cu_keys,
+        softmax_scale=scale, causal=True, **options,
+    )  # fmt: skip
+    output: Tensor = out[0] if isinstance(out, tuple) else out
+    return output
+
+
+def _flash_2(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(
-        q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
-        softmax_scale=scale, causal=True, deterministic=True,
-    )  # fmt: skip
+    return _flash(flash_attn_varlen_func, q, k, v, lengths, scale)
+
+
+def _flash_3(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, lengths, scale)
+
+
+def _flash_4(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, lengths, scale)
 
 
 def _transformer_engine(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale: float | None) -> Tensor:
@@ -183,6 +245,9 @@ def _transformer_engine(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, 
 
 @functools.cache
 def _te_module(heads: int, groups: int, channels: int, scale: float | None) -> nn.Module:
+    """It is deterministic where torch is told to be when it is made, or refuses."""
+    # What it would fall back to takes memory by the square of the length, which a short trial does not show.
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
@@ -191,9 +256,23 @@ def _te_module(heads: int, groups: int, channels: int, scale: float | None) -> n
     )  # fmt: skip
 
 
-VARLEN_KERNELS: dict[str, tuple[str, VarlenKernel]] = {
-    "flash": ("flash_attn", _flash_attn),
-    "varlen": ("torch.nn.attention.varlen", _torch_varlen),
-    "te": ("transformer_engine", _transformer_engine),
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for sequences of any length on CUDA."""
+
+    module: str
+    """What has to be importable."""
+    call: VarlenKernel
+    majors: tuple[int, ...] = ()
+    """Major numbers of the compute capabilities that it is made for; none: all from 8 on."""
+
+
+VARLEN_KERNELS: dict[str, Kernel] = {
+    "flash": Kernel("flash_attn", _flash_2),
+    "flash3": Kernel("flash_attn_interface", _flash_3, (9,)),
+    "flash4": Kernel("flash_attn.cute", _flash_4, (9, 10, 11)),
+    "te": Kernel("transformer_engine", _transformer_engine),
+    "varlen": Kernel("torch.nn.attention.varlen", _torch_varlen),
 }
-"""Name -> (module it needs, kernel), in order of preference."""
+"""By their names in --attention-backend: FlashAttention 2, 3 and 4, TransformerEngine's, and torch's own, which is
+FlashAttention 2 as well."""

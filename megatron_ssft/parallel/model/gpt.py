@@ -63,6 +63,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=parallel.bf16,
+        deterministic_mode=parallel.deterministic_mode and on_cuda,  # the CPU's operators are as they are
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
