@@ -26,6 +26,7 @@ _NOTICES = (
     "`load_state_dict` is deprecated",
     "`torch.distributed.(reduce_scatter|all_gather)",
     "full scope is deprecated",
+    "The next bucket's parameter all-gather",  # the rows of tags are used before their bucket's turn
     r"\w+ is experimental and still under active development",  # megatron-core 0.19, of models that are not used
 )
 _LOGGED_NOTICES = {"megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED"}  # megatron-core 0.19

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_ssft.config.checks import choice, derived, only_where, positive, require, required
@@ -116,8 +117,16 @@ class ParallelConfig:
     """Shard the activations between tensor-parallel regions along the sequence."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Overlap the gradient reduction with the backward pass."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients during the backward pass; default: on GPUs with --use-distributed-optimizer."""
+    overlap_param_gather: bool | None = None
+    """Gather the weights that the distributed optimizer has changed during the next forward pass; default: on GPUs,
+    where gradients are reduced during the backward pass, which it needs."""
+    bias_swiglu_fusion: bool | None = None
+    """Compute SwiGLU in one kernel that keeps its input only; default: on GPUs."""
+    gradient_accumulation_fusion: bool | None = None
+    """Let weight gradients be added up in float32 by the product that makes them; default: on GPUs, where apex has the
+    kernel for it."""
     bf16: bool = False
     """Weights and activations in bfloat16 with float32 master weights and gradients; default float32."""
     attention_backend: str = "auto"
@@ -178,6 +187,37 @@ class ParallelConfig:
         require(
             self.num_layers_per_virtual_pipeline_stage is None or self.pipeline_model_parallel_size > 1,
             "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2",
+        )
+
+        require(
+            not self.overlap_param_gather or self.use_distributed_optimizer,
+            "--overlap-param-gather needs --use-distributed-optimizer: every rank changes all weights without it",
+        )
+        require(
+            not self.overlap_param_gather or self.overlap_grad_reduce is not False,
+            "--overlap-param-gather needs gradients to be reduced during the backward pass: leave "
+            "--no-overlap-grad-reduce out",
+        )
+
+    def decided(self, on_gpu: bool, has_gradient_kernel: bool) -> ParallelConfig:
+        """The same with a value for every setting that is left to the device.
+
+        Args:
+            on_gpu: the model is on GPUs.
+            has_gradient_kernel: apex's kernel for --gradient-accumulation-fusion is there.
+        """
+
+        def default(value: bool | None, applies: bool) -> bool:
+            return applies if value is None else value
+
+        sharded = on_gpu and self.use_distributed_optimizer
+        reduced = default(self.overlap_grad_reduce, sharded or bool(self.overlap_param_gather))
+        return dataclasses.replace(
+            self,
+            overlap_grad_reduce=reduced,
+            overlap_param_gather=default(self.overlap_param_gather, sharded and reduced),
+            bias_swiglu_fusion=default(self.bias_swiglu_fusion, on_gpu),
+            gradient_accumulation_fusion=default(self.gradient_accumulation_fusion, on_gpu and has_gradient_kernel),
         )
 
     @property

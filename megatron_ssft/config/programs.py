@@ -54,6 +54,10 @@ class RunConfig:
             f"--attention-backend {parallel.attention_backend} is for streams: it needs --sequence-layout packed or "
             "concatenated",
         )
+        require(
+            model.swiglu or not parallel.bias_swiglu_fusion,
+            "--bias-swiglu-fusion has no use with --no-swiglu; leave it out",
+        )
 
     @property
     def train_tokens_per_microbatch(self) -> int:

@@ -23,6 +23,7 @@ from megatron_ssft.layouts.cut import cut_microbatch
 from megatron_ssft.parallel.attention.choice import AttentionBackend, choose_backend
 from megatron_ssft.parallel.collectives import collect_logits, raise_together, sum_over_ranks
 from megatron_ssft.parallel.device import autocast_type, to_device
+from megatron_ssft.parallel.device_defaults import decided
 from megatron_ssft.parallel.finite import (
     LOWER_LR,
     find_damaged_weight,
@@ -32,8 +33,15 @@ from megatron_ssft.parallel.finite import (
 )
 from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model.gpt import SetGPTModel, build_model_chunks
+from megatron_ssft.parallel.model.initialization import fold_forking_rows
 from megatron_ssft.parallel.model.trainable import freeze
-from megatron_ssft.parallel.optimizer import build_optimizer, finalize_gradients, set_hyperparameters, wrap_chunks
+from megatron_ssft.parallel.optimizer import (
+    build_optimizer,
+    finalize_gradients,
+    gather_parameters,
+    set_hyperparameters,
+    wrap_chunks,
+)
 from megatron_ssft.parallel.own_work import OwnWork
 from megatron_ssft.parallel.pipeline import PlannedCommunicator, schedule_groups
 from megatron_ssft.parallel.scores import ScoredMicrobatch, Scores
@@ -55,7 +63,7 @@ class Engine:
             vocab_size: vocabulary entries in use.
             forking_rows: vocabulary rows whose input embeddings are a parameter of their own.
         """
-        self.config = config
+        self.config = config = decided(config, topology.device.type != "cpu")
         self.topology = topology
         self.vocab_size = vocab_size
         self.clock = StepClock()
@@ -114,6 +122,14 @@ class Engine:
     def num_parameters(self) -> int:
         """Parameters on this rank."""
         return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+
+    def fold_forking_rows(self) -> None:
+        """Bring the weights up to date, and the tags' rows to where readers of a model expect them. Collective.
+
+        Called before weights are read elsewhere than in a forward pass.
+        """
+        gather_parameters(self.wrapped)
+        fold_forking_rows(self.chunks)
 
     # -- scoring -------------------------------------------------------------------------------------------------
 

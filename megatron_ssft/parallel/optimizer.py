@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,8 @@ def wrap_chunks(chunks: list[SetGPTModel], config: RunConfig) -> list[Distribute
     """Mixed precision and data parallelism around every chunk; gradients are summed in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_grad_reduce=bool(config.parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(config.parallel.overlap_param_gather),
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     wrapped = []
@@ -47,9 +50,28 @@ def wrap_chunks(chunks: list[SetGPTModel], config: RunConfig) -> list[Distribute
                 disable_bucketing=i > 0 or not config.parallel.overlap_grad_reduce,
             )
         )
-    for chunk in wrapped:
+    for chunk, inner in zip(wrapped, chunks):
         chunk.broadcast_params()
+        if config.parallel.overlap_param_gather:
+            inner.finish_gathering = partial(_finish_gathering, chunk)
     return wrapped
+
+
+def _finish_gathering(chunk: DistributedDataParallel, parameters: Sequence[torch.Tensor]) -> None:
+    """Wait for weights that are gathered, as megatron-core's hooks do before a module's forward pass."""
+    for parameter in parameters:
+        if parameter in chunk.param_to_bucket_group:
+            chunk.param_to_bucket_group[parameter].finish_param_sync()
+
+
+def gather_parameters(wrapped: list[DistributedDataParallel]) -> None:
+    """Gather the weights that the last step changed, where the next forward pass would do it. Collective."""
+    for chunk in wrapped:
+        if not chunk.ddp_config.overlap_param_gather:
+            continue
+        for group in chunk.bucket_groups:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                group.start_param_sync(force_sync=True)
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
@@ -67,6 +89,7 @@ def build_optimizer(wrapped: list[DistributedDataParallel], config: RunConfig) -
         bf16=parallel.bf16,
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=bool(parallel.overlap_param_gather),
     )
     exempt = {
         "one_dimensional": lambda parameter: parameter.dim() == 1,  # norms and biases

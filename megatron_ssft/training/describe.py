@@ -26,6 +26,7 @@ from megatron_ssft.objectives.sets import (
     prepare_data,
 )
 from megatron_ssft.parallel.checkpoint.checkpoint_size import count_parameters, estimate_size, space_line
+from megatron_ssft.parallel.device_defaults import defaults_line
 from megatron_ssft.parallel.topology import check_world_size
 from megatron_ssft.records import QuestionBatch
 from megatron_ssft.scheduling.accounting import FlopAccountant
@@ -75,7 +76,7 @@ def describe(config: SSFTConfig) -> str:
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: {count_parameters(config.run, vocabulary.size):,}")
         lines += _step_lines(config, dataset, vocabulary, world_size, resumed_at)
-    lines += packages_lines(config.run)
+    lines += device_lines(config.run)
     return "\n".join(lines)
 
 
@@ -99,9 +100,12 @@ def _goes_on(config: SSFTConfig, taken: int | None) -> bool:
     return isinstance(read_train_state(checkpoint_folder(Path(load), taken) / STATE), RunState)
 
 
-def packages_lines(config: RunConfig) -> list[str]:
-    """What a start on this machine would refuse for want of a package; the cluster's nodes may have it."""
-    return [f"missing on this machine: {text}" for text in missing_packages(config)]
+def device_lines(config: RunConfig) -> list[str]:
+    """What the device decides, and what a start on this machine would refuse for want of a package.
+
+    The cluster's nodes may have it.
+    """
+    return [defaults_line(config), *(f"missing on this machine: {text}" for text in missing_packages(config))]
 
 
 def _data_lines(dataset: SetDataset) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_ssft.training.describe import (
     checkpoint_lines,
     checkpoint_to_take,
     described_world_size,
-    packages_lines,
+    device_lines,
 )
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.origin import check_origin, origin_line
@@ -41,7 +41,7 @@ def describe(config: GFPOConfig) -> str:
         f"per step: {_step(config, inputs)}",
         *checkpoint_lines(config.run, vocabulary, resumed_at or 0, iters, config.policy.last_layers),
         *inputs.notes,
-        *packages_lines(config.run),
+        *device_lines(config.run),
     ]
     return "\n".join(lines)
 

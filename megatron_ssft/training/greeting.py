@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+from megatron_ssft.config import RunConfig
+from megatron_ssft.parallel.determinism import determinism_line
+from megatron_ssft.parallel.device_defaults import device_line
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.tokenizers.vocabulary import Vocabulary
 
@@ -24,3 +29,9 @@ def describe_sequences(engine: Engine) -> str:
     layout, attention = engine.config.training.sequence_layout, engine.attention
     kernel = "" if layout == "padded" else f" | attention of streams through {attention.name} ({attention.why})"
     return f"{layout} sequences{kernel}"
+
+
+def device_lines(config: RunConfig, device: torch.device) -> list[str]:
+    """What the device decides of a run, and whether the same run would give the same bits again."""
+    lines = (device_line(config, device), determinism_line(config.parallel.deterministic_mode, device))
+    return [line for line in lines if line is not None]

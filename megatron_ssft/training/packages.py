@@ -10,6 +10,7 @@ from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention.choice import missing_module
 from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS
+from megatron_ssft.parallel.device_defaults import refuse_fusions
 from megatron_ssft.training.trackers import missing_trackers
 
 _KERNELS = {name: kernel.module for name, kernel in VARLEN_KERNELS.items() if name != "varlen"}
@@ -35,6 +36,7 @@ def refuse_missing(config: RunConfig, device: torch.device) -> None:
     """Raise UserError where a flag asks for what is not installed, or cannot be on this device."""
     if config.model.transformer_impl == "transformer_engine" and device.type != "cuda":
         raise UserError("--transformer-impl transformer_engine needs CUDA; use --transformer-impl local")
+    refuse_fusions(config, device)
     for text in missing_packages(config):
         raise UserError(text)
 

@@ -5,6 +5,7 @@ The objective decides what a step trains, as in a run. Weights are not loaded, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from megatron_ssft.config import SSFTConfig, TrainingRun
@@ -34,6 +35,7 @@ def simulate_run(
         UserError: the configuration or the data is not right, or it cannot be simulated.
     """
     with simulated_rank(config.run, world_size, rank, kind=kind, nodes_of=nodes_of) as simulated:
+        config = dataclasses.replace(config, run=simulated.config)
         return count_steps(config, simulated.topology, simulated.gpu, steps, process_groups=simulated.process_groups)
 
 

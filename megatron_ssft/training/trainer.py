@@ -18,7 +18,6 @@ from megatron_ssft.objectives.objective import Decision, Figures, Objective, Rep
 from megatron_ssft.objectives.registry import objective_of
 from megatron_ssft.parallel.checkpoint.choice import CheckpointChoice
 from megatron_ssft.parallel.collectives import any_rank, on_first_rank
-from megatron_ssft.parallel.determinism import determinism_line
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.topology import Topology, job_peak_flops
 from megatron_ssft.records import StepMetrics
@@ -29,7 +28,7 @@ from megatron_ssft.tokenizers.vocabulary import build_vocabulary
 from megatron_ssft.training.beginning import Beginning, look_at_source
 from megatron_ssft.training.export import export_hf
 from megatron_ssft.training.folder_lease import FolderLease
-from megatron_ssft.training.greeting import describe_job, describe_sequences
+from megatron_ssft.training.greeting import describe_job, describe_sequences, device_lines
 from megatron_ssft.training.lr_schedule import learning_rate
 from megatron_ssft.training.origin import OriginOfRun, origin_line
 from megatron_ssft.training.packages import kernels_remark, refuse_missing
@@ -275,9 +274,8 @@ class Trainer:
         job = describe_job(self.engine, self.vocabulary, self.iteration, self.train_iters)
         log.say(f"{self.objective.introduction()} | {job}")
         log.say(describe_sequences(self.engine))
-        deterministic = determinism_line(self.config.run.parallel.deterministic_mode, self.topology.device)
-        if deterministic is not None:
-            log.say(deterministic)
+        for line in device_lines(self.config.run, self.topology.device):
+            log.say(line)
         load = self.config.run.checkpoint.load
         if load is not None and is_hf_folder(Path(load)) and (remark := rows_remark(self.vocabulary, Path(load))):
             log.say(remark)

@@ -11,7 +11,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_ssft.config import SSFTConfig
 from megatron_ssft.config.flags import build_config
 from megatron_ssft.formats.metrics import MEASURED
-from megatron_ssft.parallel.model.initialization import fold_forking_rows
 from megatron_ssft.parallel.topology import destroy_topology, initialize_topology
 from megatron_ssft.training.trainer import Trainer
 
@@ -108,7 +107,7 @@ def train_and_tell(values):
 
 def weight_shards(engine):
     """(name, layer, global shape, offset, values) of every weight shard on this rank, tag rows folded in."""
-    fold_forking_rows(engine.chunks)
+    engine.fold_forking_rows()
     shards = []
     for chunk in engine.chunks:
         for entry in chunk.sharded_state_dict().values():

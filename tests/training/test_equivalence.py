@@ -43,6 +43,8 @@ PP2 = {"pipeline_model_parallel_size": 2}
 VPP = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
 SP = TP2 | {"sequence_parallel": True}
 DIST = {"use_distributed_optimizer": True}
+GATHER = DIST | {"overlap_param_gather": True}
+"""Gradients are reduced during the backward pass, too."""
 FULL = {"recompute_granularity": "full"}
 SELECTIVE = {"recompute_granularity": "selective"}
 PADDED = {"sequence_layout": "padded"}
@@ -73,8 +75,12 @@ CASES = [
     ("tied", 2, DIST),
     ("tied", 2, {"overlap_grad_reduce": True}),
     ("tied", 2, DIST | {"overlap_grad_reduce": True, "micro_batch_size": 1}),
+    ("tied", 2, GATHER),
+    ("other", 2, GATHER | FULL | {"micro_batch_size": 1}),
     ("tied", 4, TP2 | PP2),
     ("tied", 4, SP | PP2 | FULL),
+    ("tied", 4, PP2 | GATHER),
+    ("other", 4, VPP | GATHER),
     ("tied", 4, SP | DIST),
     ("tied", 4, PP2 | DIST),
     ("tied", 4, TP2 | VPP),

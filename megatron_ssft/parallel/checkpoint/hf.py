@@ -23,7 +23,7 @@ from megatron_ssft.hf.safetensors_writer import ShardWriter
 from megatron_ssft.hf.tensor_map import Segment, hf_tensors, megatron_tensors, segments, sources
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.model.initialization import fold_forking_rows, sharded_tensors, take_forking_rows
+from megatron_ssft.parallel.model.initialization import sharded_tensors, take_forking_rows
 from megatron_ssft.parallel.topology import Topology
 
 Place = tuple[list[int], list[int]]
@@ -81,7 +81,7 @@ def compare_hf_weights(engine: Engine, folder: Path, new_rows: tuple[int, ...] =
     Args:
         new_rows: vocabulary rows that the folder does not have yet, or has spare: tags that were added.
     """
-    fold_forking_rows(engine.chunks)
+    engine.fold_forking_rows()
     with HFWeights(folder) as weights:
         rows = weights.shapes.get("model.embed_tokens.weight", (0,))[0]
         model = dataclasses.replace(engine.config.model, vocab_size=rows)
@@ -137,7 +137,7 @@ def export_hf_weights(engine: Engine, folder: Path) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    fold_forking_rows(engine.chunks)
+    engine.fold_forking_rows()
     topology = engine.topology
     model = dataclasses.replace(engine.config.model, vocab_size=engine.vocab_size)
     own_entries = _owned_entries(engine)

@@ -44,7 +44,6 @@ from megatron_ssft.parallel.checkpoint.shards import WrittenShards, complete_sha
 from megatron_ssft.parallel.checkpoint.writer import ThreadsWriter, plan_save
 from megatron_ssft.parallel.collectives import gather_json, on_first_rank, raise_together
 from megatron_ssft.parallel.engine import Engine
-from megatron_ssft.parallel.model.initialization import fold_forking_rows
 from megatron_ssft.parallel.topology import Topology
 
 _NEARLY_FULL_BYTES = 1 << 20
@@ -81,7 +80,7 @@ def begin_save(
     partial = Path(on_first_rank(prepare, topology))
     weights_only = not (engine.is_started and state.has_optimizer)
     with _removing(partial):
-        fold_forking_rows(engine.chunks)
+        engine.fold_forking_rows()
         with ThreadPoolExecutor(1) as looking:  # while the disk is waited for
             damage = None if in_background else looking.submit(find_nonfinite, engine)
             writing = _write_shards(engine, partial, weights_only, in_background)

@@ -6,6 +6,7 @@ Shapes: b sequences, s tokens, h hidden, T scored tokens of a microbatch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Translate our configuration into megatron-core's terms; fusions that need CUDA extensions are off."""
+    """Translate our configuration into megatron-core's terms; what is left to the device is decided in it."""
     model, parallel = config.model, config.parallel
     use_te = model.transformer_impl == "transformer_engine"
     on_cuda = torch.cuda.is_available()
@@ -79,12 +80,12 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         overlap_p2p_comm=config.virtual_pipeline_size is not None,
         batch_p2p_comm=config.virtual_pipeline_size is None,
         batch_p2p_sync=False,  # against a bug of old versions of torch
-        bias_activation_fusion=False,
+        bias_activation_fusion=bool(parallel.bias_swiglu_fusion),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,  # fused kernels take no explicit positions
         persist_layer_norm=use_te,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=bool(parallel.gradient_accumulation_fusion),
     )
 
 
@@ -175,6 +176,8 @@ class SetGPTModel(GPTModel):
         self.forking_rows: ForkingRows | None = None
         self.needs_input_gradient = False
         """Where embeddings are frozen and layers are recomputed: these get no gradient unless their input does."""
+        self.finish_gathering: Callable[[Sequence[Tensor]], None] | None = None
+        """Waits for weights that are still gathered. For those that are used outside of their modules' forward."""
         if row_ids and (pre_process or (post_process and tied)):
             over_stages = tied and core.pipeline_model_parallel_size > 1
             self.forking_rows = ForkingRows(core, row_ids, tp_group, over_stages)
@@ -258,6 +261,9 @@ class SetGPTModel(GPTModel):
             selected = F.embedding(scored, hidden.flatten(0, 1))
             selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected, group=tp_group)
         tied = self.share_embeddings_and_output_weights
+        if self.finish_gathering is not None:
+            modules = (self.output_layer, self.forking_rows if tied else None)
+            self.finish_gathering([p for module in modules if module is not None for p in module.parameters()])
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         rows = self.forking_rows.for_output_head() if tied and self.forking_rows is not None else None
         if targets is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_ssft.config import RunConfig
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.cuda_calls import CudaCalls
+from megatron_ssft.parallel.device_defaults import decided
 from megatron_ssft.parallel.engine import Engine
 from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model import loss_head
@@ -108,6 +109,7 @@ def simulated_rank(
         UserError: the ranks cannot be arranged so, or the configuration asks for what cannot be simulated.
     """
     _refuse_unknown(config)
+    config = decided(config, on_gpu=kind == "gpu")
     gpu = SimulatedGpu(kind, nodes_of)
     with _cuda_is(gpu), gpu, simulated_groups(config, rank, world_size, GPU) as (topology, made):
         yield SimulatedRank(config, topology, gpu, made)
