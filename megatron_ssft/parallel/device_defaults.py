@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 
 import torch
 
@@ -30,8 +30,12 @@ def decided(config: RunConfig, on_gpu: bool) -> RunConfig:
 
 
 def has_gradient_kernel() -> bool:
-    """Whether apex's kernel that adds to weight gradients is installed."""
-    return importlib.util.find_spec(GRADIENT_KERNEL) is not None
+    """Whether apex's kernel that adds to weight gradients is there, and fits the installed torch."""
+    try:
+        importlib.import_module(GRADIENT_KERNEL)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def refuse_fusions(config: RunConfig, device: torch.device) -> None:
