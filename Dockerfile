@@ -59,10 +59,12 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/tmp/wheel \
     && PIP_CONSTRAINT=/tmp/constraints.txt \
         python -m pip install --no-cache-dir "$(echo /tmp/wheel/*.whl)[wandb,parquet]" \
     && rm /tmp/compiled-stack.txt /tmp/constraints.txt
+# Microbatches differ in length, over which torch's allocator would break up its memory.
 ENV HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    MPLCONFIGDIR=/tmp/matplotlib
+    MPLCONFIGDIR=/tmp/matplotlib \
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 # The base image's entry point stays: it only prepares CUDA compatibility and executes its arguments.
 WORKDIR /workspace
 COPY --chmod=0755 pretrain_ssft.py ./

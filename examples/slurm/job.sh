@@ -169,7 +169,7 @@ container_words() {
     while IFS= read -r name; do
         case $name in
             MASTER_* | OMP_* | CUDA_* | NVIDIA_* | NCCL_* | GLOO_* | UCX_* | UCC_* | FI_* | TORCH* | PYTORCH_* | TRITON_* | \
-                NVTE_* | VLLM_* | HF_* | WANDB_* | SSFT_* | SLURM_*)
+                NVTE_* | CUBLAS_* | VLLM_* | HF_* | WANDB_* | SSFT_* | SLURM_*)
                 names+=("$name") ;;
         esac
     done < <(compgen -e)

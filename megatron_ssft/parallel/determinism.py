@@ -39,7 +39,8 @@ def make_deterministic(environment: MutableMapping[str, str] | None = None) -> N
                 f"--deterministic-mode: {name}={environment[name]} is against it; unset it, or give {which}"
             )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # an aid for finding faults, which takes time
+    # An aid for finding faults, which takes time. It is a property of the module.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def determinism_line(is_asked_for: bool, device: torch.device) -> str | None:

@@ -148,6 +148,10 @@ def test_no_home_is_set(name):
     assert "HOME" not in STAGES[name].pairs("ENV")
 
 
+def test_the_gpus_memory_is_not_broken_up_by_microbatches_of_all_lengths():
+    assert STAGES["gpu"].pairs("ENV")["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
 CARRIED = {
     "apex": "0.1",
     "flash_attn": "2.7.4.post1",

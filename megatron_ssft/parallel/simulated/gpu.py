@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions import fused_bias_swiglu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend
@@ -190,6 +191,8 @@ class SimulatedGpu(Counters):
         ]
         if self.kind == "cpu":
             replacements.append((torch.Tensor, "is_cpu", property(lambda tensor: True)))
+        else:
+            replacements += [(fused_bias_swiglu, name, kernel) for name, kernel in _FUSED_SWIGLU.items()]
         return replacements
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -241,6 +244,23 @@ def _kernel_on_gpu(query: Tensor, mask: Tensor | None) -> SDPBackend:
     """Flash attention takes no masks and no float32."""
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     return SDPBackend.FLASH_ATTENTION if mask is None and is_half else SDPBackend.EFFICIENT_ATTENTION
+
+
+def _swiglu(gate_and_up: Tensor, *_: Tensor) -> Tensor:
+    return gate_and_up.new_empty(*gate_and_up.shape[:-1], gate_and_up.size(-1) // 2)
+
+
+def _swiglu_back(grad: Tensor, gate_and_up: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(gate_and_up)
+
+
+_FUSED_SWIGLU: dict[str, Callable[..., Tensor]] = {
+    "swiglu": _swiglu,
+    "bias_swiglu": _swiglu,
+    "swiglu_back": _swiglu_back,
+    "bias_swiglu_back": _swiglu_back,
+}
+"""megatron-core's functions that torch compiles: each is one kernel, which makes its result and nothing beside it."""
 
 
 def _then_copied(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -70,6 +70,14 @@ def test_no_operator_of_a_step_adds_up_in_any_order(tmp_path):
     assert found == set()
 
 
+@pytest.mark.slow
+def test_the_flag_looks_the_vocabulary_up_by_indexing(tmp_path):
+    """Whose gradient accumulates by `index_put_`, before which CUDA sorts."""
+    values = VALUES | write_sets(tmp_path) | {"bf16": True, "deterministic_mode": True}
+    _, found = run_ranks(1, operators_of, [(values, 1, 0)], timeout=300)[0]
+    assert len(found) == 1 and found.pop().startswith("aten.index_put_.default at megatron_ssft/parallel/engine.py")
+
+
 def test_every_amount_arrives_where_columns_are_named_twice():
     draw = torch.Generator().manual_seed(1)
     table = torch.randn(7, 5, generator=draw)
