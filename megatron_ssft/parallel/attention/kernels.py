@@ -179,7 +179,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale:
     """torch's, from 2.9 on. It is deterministic where `torch.use_deterministic_algorithms` asks for that."""
     from torch.nn.attention import varlen
 
-    function: Callable[..., Tensor] = varlen.varlen_attn
+    function: Callable[..., Any] = varlen.varlen_attn
     accepted = _parameters(function)
     options: dict[str, object] = {}
     if "window_size" in accepted:
@@ -194,9 +194,10 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: VarlenAttend, scale:
         options["enable_gqa"] = q.size(1) != k.size(1)
     elif q.size(1) != k.size(1):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    return function(
+    out: Tensor = function(
         q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys, **options
     )  # fmt: skip
+    return out
 
 
 def _flash(
