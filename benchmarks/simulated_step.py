@@ -1,8 +1,7 @@
 """Memory, FLOPs, messages and waits of one step of large models, rank by rank, on simulated GPUs.
 
 Each row is one rank of a job: the real step of SSFT (cost pass, training pass, optimizer) on 32 made-up traces, without
-a GPU and without its memory. Beside it stands the published formula (arXiv:2205.05198, section 4): parameters times the
-bytes that weights, gradients and optimizer take, and activations of the longest microbatch times those in flight.
+a GPU and without its memory. Beside it stands what Megatron-LM's theoretical memory report says of such a job.
 
     python benchmarks/simulated_step.py                    # all rows, each in a process of its own
     python benchmarks/simulated_step.py --row 32b-pp1 --sites
@@ -68,29 +67,44 @@ def plans_of(config: RunConfig, num_ranks: int) -> tuple[PlannedBatch, PlannedBa
     return planner.plan_costs(batch, tags, 1000), planner.plan_sequences(batch, assignments, tags), tags
 
 
-def published_formula(config: RunConfig, step: SimulatedStep, train: PlannedBatch) -> tuple[float, float]:
-    """(bytes between steps, bytes at the peak) by arXiv:2205.05198, with flash attention and a gated MLP.
+def theoretical_report(config: RunConfig, dp_size: int, tokens: int, microbatches: int) -> tuple[float, float]:
+    """(bytes of weights, gradients and optimizer, those with activations) as Megatron-LM's theoretical memory report.
 
-    Weights and gradients take 2 and 4 bytes per parameter, optimizer state 12, divided over the data-parallel ranks.
-    A layer keeps 2 s h bytes where it is recomputed, else s h (18 + 4 ffn / h + ...), all divided by the
-    tensor-parallel size.
+    It speaks of the shard with the most parameters and of the first stage. A parameter takes 18 bytes, or 6 + 12 / DP
+    with the distributed optimizer. A layer keeps 18 h + 4 ffn bytes per token, as many microbatches as there are
+    stages are under way, and without stages the logits are there in float32. Everything is divided by TP. For full
+    recompute the report says nothing: there a layer keeps its input, 2 h bytes per token (arXiv:2205.05198, section 5).
+
+    Args:
+        tokens: sequence length times micro-batch size there; here the longest microbatch.
+        microbatches: of a step, on one data-parallel rank.
     """
     model, parallel = config.model, config.parallel
-    assert model.num_layers and model.hidden_size and model.ffn_hidden_size, (
-        "a configuration has its defaults filled in"
-    )
+    assert model.num_layers and model.hidden_size and model.ffn_hidden_size and model.vocab_size, "filled in"
+    assert model.kv_channels and model.num_attention_heads and model.num_query_groups, "filled in"
+    h, ffn, layers, vocab = model.hidden_size, model.ffn_hidden_size, model.num_layers, model.vocab_size
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    dp = step.world_size // (tp * stages)
-    state = step.parameters * (6 + 12 / dp)
-    stage, dp_rank = divmod(step.rank // tp, dp)
-    microbatches = train.plan.ranks[dp_rank]
-    in_flight = min(stages - stage, len(microbatches))
-    tokens = max(microbatch.size.tokens for microbatch in microbatches)
-    hidden, layers = model.hidden_size, model.num_layers // stages
-    whole = hidden * (18 + 6 * model.ffn_hidden_size / hidden)
-    kept = 2 * hidden * layers if parallel.recompute_granularity == "full" else whole * layers
-    transient = whole if parallel.recompute_granularity == "full" else 0
-    return state, state + tokens * (kept * in_flight + transient) / tp
+    query, keys = model.kv_channels * model.num_attention_heads, model.kv_channels * model.num_query_groups
+    layer = h * (2 * query + 2 * keys) + 3 * h * ffn + 2 * h  # SwiGLU, RMSNorm; no biases
+    tables = 2 if stages == 1 and model.untie_embeddings_and_output_weights else 1
+    parameters = ((layers * layer + h) / stages + tables * h * vocab) / tp
+    state = parameters * (6 + 12 / dp_size if parallel.use_distributed_optimizer else 18)
+    kept = 2 * h if parallel.recompute_granularity == "full" else 18 * h + 4 * ffn
+    under_way: float = tokens * (layers * kept + stages * (8 + h))  # all stages' layers: L / PP of PP microbatches
+    virtual = config.virtual_pipeline_size
+    under_way *= 1 + (stages - 1) / (stages * virtual) if virtual else min(1, microbatches / stages)
+    logits = 4 * tokens * (h + vocab) if stages == 1 else 0
+    return state, state + (under_way + logits) / tp
+
+
+def formulas_of(row: str) -> tuple[float, float]:
+    """What the formula says of a row."""
+    config, world_size, rank = job_of(row)
+    run = config.run
+    dp_size = world_size // run.parallel.model_parallel_size
+    _, train, _ = plans_of(run, dp_size)
+    microbatches = train.plan.ranks[rank // run.parallel.tensor_model_parallel_size % dp_size]
+    return theoretical_report(run, dp_size, max(each.size.tokens for each in microbatches), len(microbatches))
 
 
 def simulate_row(row: str) -> tuple[dict[str, object], SimulatedStep]:
@@ -109,7 +123,7 @@ def simulate_row(row: str) -> tuple[dict[str, object], SimulatedStep]:
     step = simulate(run, world_size, rank, run.model.vocab_size, tags.row_ids, step_on)
     seconds = time.perf_counter() - begin
     training = step.section("training")
-    state, peak = published_formula(run, step, train)
+    state, peak = formulas_of(row)
     waits = sum(wait.count for section in step.sections for wait in section.waits)
     return {
         "rank": row,
@@ -136,8 +150,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, help="one rank, in this process; prints its figures as JSON")
     parser.add_argument("--sites", action="store_true", help="with --row: print everything that was counted")
+    parser.add_argument("--formulas", action="store_true", help="print the formula's columns only, as JSON")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
+    if args.formulas:
+        print(json.dumps({row: [size / GIB for size in formulas_of(row)] for row in ROWS}, indent=1))
+        return
     if args.row is not None:
         row, step = simulate_row(args.row)
         print(json.dumps(dataclasses.asdict(step) if args.sites else row, indent=1))

@@ -164,6 +164,9 @@ class Objective(abc.ABC, Generic[ConfigT, DecisionT]):
     def suppose_begun(self) -> None:
         """Take made-up answers for those that `begin` would ask the model for: the run is only rehearsed."""
 
+    def pass_over(self, steps: int) -> None:
+        """Leave out so many steps' data, where steps have their own: the run is only rehearsed."""
+
     def before_step(self, step: StepContext) -> Report:
         """Called before `decide`."""
         return Report()

@@ -147,6 +147,10 @@ class SSFT(Objective[SSFTConfig, SetDecision]):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
+    def pass_over(self, steps: int) -> None:
+        for _ in range(steps):
+            self.sets.queue.next_batch()
+
     def train_iters(self, iteration: int) -> int:
         """--train-iters, else as many steps as the epochs have; the batch size may have changed since the start."""
         return self.config.run.training.train_iters or iteration + self.sets.queue.remaining_batches()

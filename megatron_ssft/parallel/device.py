@@ -54,6 +54,11 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether this is a GPU, a simulated one (simulated/) included."""
+    return device.type != "cpu"
+
+
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """The host's values on the device, same shape and type. The host does not wait for the copy.
 
@@ -62,13 +67,13 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     the array's memory.
     """
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-    if device.type == "cpu" or tensor.device.type != "cpu":
+    if not is_gpu(device) or is_gpu(tensor.device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def autocast_type(device: torch.device) -> str:
-    """What torch.autocast knows the device by; a simulated GPU (simulated/) has no type of its own there."""
+    """What torch.autocast knows the device by; a simulated GPU has no type of its own there."""
     return "cpu" if device.type == "meta" else device.type
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ssft.parallel.device import is_gpu
+
 _STATM = Path("/proc/self/statm")
 
 
@@ -19,7 +21,7 @@ def memory_figures(device: torch.device) -> dict[str, int]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resident = int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     figures = {"peak_rss_bytes": max(peak, resident), "rss_bytes": resident}  # Linux counts them at different times
-    if device.type == "cuda":
+    if is_gpu(device):
         figures |= {
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import ProcessGroup, Work
 
+from megatron_ssft.parallel.device import is_gpu
+
 _COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "barrier", "gather", "scatter", "send", "recv"),
     *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced", "recv_anysource"),
@@ -102,7 +104,7 @@ class OwnWork:
     def __init__(self, device: torch.device, marks: Marks | None = None) -> None:
         """`marks`: by default those of the device."""
         _install()
-        self._marks: Marks = marks or (StreamMarks() if device.type == "cuda" else HostMarks())
+        self._marks: Marks = marks or (StreamMarks() if is_gpu(device) else HostMarks())
         self._inside: list[tuple[Any, Any]] = []
         self._waits: list[tuple[Any, Any]] = []
         self._is_on = False

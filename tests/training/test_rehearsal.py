@@ -9,14 +9,14 @@ from megatron_ssft.scheduling.accounting import FlopAccountant
 from megatron_ssft.scheduling.planner import Planner
 from megatron_ssft.training.rehearsal import simulate_run
 from tests.helpers.distributed import run_ranks
-from tests.helpers.policy_runs import run_values, write_inputs
-from tests.helpers.simulated_steps import MODEL, VALUES, config_of, count_real, simulate_ranks, write_sets
+from tests.helpers.simulated_steps import VALUES, config_of, count_real, simulate_ranks, write_policy, write_sets
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-SP, VPP = TP2 | {"sequence_parallel": True}, PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
+SP, VPP = TP2 | {"sequence_parallel": True}, PP2 | {"num_layers_per_virtual_pipeline_stage": 1, "num_layers": 4}
 DIST, FULL, BF16 = {"use_distributed_optimizer": True}, {"recompute_granularity": "full"}, {"bf16": True}
 PADDED = {"sequence_layout": "padded", "micro_batch_size": 2}
 UNTIED = {"untie_embeddings_and_output_weights": True}
+SMALL = {"num_layers": 2, "global_batch_size": 8}
 CHANCE = {"matching": "random", "log_matching_interval": 1}
 """Costs are evaluated, but do not decide: those of a simulated run are made up, and plans depend on the assignment."""
 GFPO = {"objective": "gfpo-exact", "anchor": "kl", "anchor_completions": 6}
@@ -34,14 +34,18 @@ REAL = {
     "distributed optimizer": (2, DIST | BF16),
     "all of it": (4, SP | PP2 | BF16 | FULL | DIST),
     "gfpo": (2, GFPO | PP2),
+    "gfpo, stages and tensors": (4, GFPO | PP2 | SP | BF16),
+    "gfpo, distributed optimizer": (2, GFPO | DIST | BF16),
     "grpo": (2, GRPO | TP2),
+    "grpo, stages and tensors": (4, GRPO | PP2 | TP2),
+    "grpo, replicas": (2, GRPO | BF16),
 }
 
 
 def values_of(folder):
     """Values of every run, by name."""
-    policy = run_values(folder, "untied special", write_inputs(folder), folder / "run", questions_per_step=6) | MODEL
-    ssft = VALUES | write_sets(folder) | CHANCE
+    policy = write_policy(folder) | {"num_layers": 2}
+    ssft = VALUES | write_sets(folder) | CHANCE | SMALL
     runs = {name: (policy if "objective" in changes else ssft) | changes for name, (_, changes) in REAL.items()}
     for values in runs.values():
         if values.get("sequence_layout") != "padded":
@@ -60,7 +64,7 @@ def both(tmp_path_factory):
             real |= {(name, rank): step for name, step in zip(names, counted[rank])}
             places += [(name, world_size, rank) for name in names]
     arguments = [(runs[name], world_size, rank) for name, world_size, rank in places]
-    (simulated,) = run_ranks(1, simulate_ranks, arguments, "cpu", timeout=300)
+    (simulated,) = run_ranks(1, simulate_ranks, arguments, "cpu", timeout=900)
     pairs = {name: [] for name in REAL}
     for (name, _, rank), step in zip(places, simulated):
         pairs[name].append((real[name, rank], step))
@@ -141,8 +145,8 @@ EXACT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, FULL, {"sequence_layout": "padded"}], ids=["packed", "recompute", "padded"])
 def test_flops_are_the_accountants(tmp_path, changes):
-    values = VALUES | write_sets(tmp_path) | EXACT | changes
-    (scoring, training) = run_ranks(1, sections_and_plans, values)[0]
+    values = VALUES | write_sets(tmp_path) | {"num_layers": 2} | EXACT | changes
+    (scoring, training) = run_ranks(1, sections_and_plans, values, timeout=300)[0]
     # The accountant leaves out what fills rows up, which is computed all the same.
     forward, backward, recomputed, expected, with_padding = scoring
     assert (forward, backward, recomputed) == (with_padding, 0, 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ssft.errors import UserError
 from megatron_ssft.parallel.attention.kernels import VARLEN_KERNELS, SdpaAttend, StreamParams, VarlenAttend
+from megatron_ssft.parallel.device import is_gpu
 from megatron_ssft.records import Segment
 
 _AMPERE = ("flash", "varlen", "te")
@@ -107,7 +108,7 @@ def _not_tried(names: list[str]) -> list[str]:
 
 def _needs(dtype: torch.dtype, device: torch.device) -> str | None:
     """What all kernels but SDPA lack."""
-    if device.type == "cpu":
+    if not is_gpu(device):
         return "needs CUDA"
     return "needs --bf16" if dtype not in (torch.bfloat16, torch.float16) else None
 

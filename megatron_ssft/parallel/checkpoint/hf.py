@@ -140,7 +140,7 @@ def export_hf_weights(engine: Engine, folder: Path) -> None:
     engine.fold_forking_rows()
     topology = engine.topology
     model = dataclasses.replace(engine.config.model, vocab_size=engine.vocab_size)
-    own_entries = _owned_entries(engine)
+    own_entries = owned_entries(engine)
     owners = _find_owners(own_entries, topology)
     dtype = next(engine.chunks[0].parameters()).dtype
     writer = None
@@ -151,7 +151,7 @@ def export_hf_weights(engine: Engine, folder: Path) -> None:
         for rank, i, place in owners[tensor.key, tensor.layer]:
             piece = None
             if topology.rank == rank:
-                piece = own_entries[tensor.key, tensor.layer][i].data.detach().cpu().contiguous()
+                piece = piece_of(own_entries[tensor.key, tensor.layer][i])
             piece = _deliver(piece, rank, place, dtype, topology)
             if whole is not None and piece is not None:
                 _insert(piece, place, whole)
@@ -161,7 +161,7 @@ def export_hf_weights(engine: Engine, folder: Path) -> None:
         writer.finish()
 
 
-def _owned_entries(engine: Engine) -> dict[tuple[str, int | None], list[ShardedTensor]]:
+def owned_entries(engine: Engine) -> dict[tuple[str, int | None], list[ShardedTensor]]:
     """(tensor, layer) -> the slices that this rank hands over: each slice has one owner among its replicas."""
     entries: dict[tuple[str, int | None], list[ShardedTensor]] = {}
     for entry, layer in weight_entries(engine):
@@ -169,6 +169,12 @@ def _owned_entries(engine: Engine) -> dict[tuple[str, int | None], list[ShardedT
         if not any(replica):
             entries.setdefault((entry.key, layer), []).append(entry)
     return entries
+
+
+def piece_of(entry: ShardedTensor) -> Tensor:
+    """A slice of this rank in host memory."""
+    piece: Tensor = entry.data.detach().cpu().contiguous()
+    return piece
 
 
 def _find_owners(own_entries: dict[tuple[str, int | None], list[ShardedTensor]], topology: Topology) -> Owners:

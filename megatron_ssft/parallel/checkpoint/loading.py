@@ -70,6 +70,18 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
         raise UserError(f"{folder}: does not fit this model or optimizer: {reason}") from error
     except CheckpointException as error:  # torch's, of ranks that failed to read their shards
         raise DamagedCheckpoint(f"{folder}: damaged ({first_reason(error)}); {REMOVE_ADVICE}") from error
+    fill(engine, folder, state, weights_only)
+    try:
+        refuse_nonfinite(find_nonfinite(engine), f"{folder}: is damaged", engine.topology, REMOVE_ADVICE)
+    except UserError as error:  # of any rank, told to all
+        raise DamagedCheckpoint(str(error)) from error
+
+
+def fill(engine: Engine, folder: Path, state: ShardedState, weights_only: bool) -> None:
+    """Put what was loaded into the model, and unless `weights_only` into the optimizer. Collective.
+
+    Raises UserError where it does not fit; `folder`: where it was loaded from.
+    """
     for key, chunk in zip(chunk_keys(engine), engine.chunks):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
         absent = [name for name in missing if not name.endswith((ROWS, EXTRA))]
@@ -81,10 +93,6 @@ def load_folder(engine: Engine, folder: Path, weights_only: bool = True, untie: 
             engine.optimizer.reload_model_params()
         else:
             _restore_optimizer(engine, folder, state)
-    try:
-        refuse_nonfinite(find_nonfinite(engine), f"{folder}: is damaged", engine.topology, REMOVE_ADVICE)
-    except UserError as error:  # of any rank, told to all
-        raise DamagedCheckpoint(str(error)) from error
 
 
 def _restore_optimizer(engine: Engine, folder: Path, state: ShardedState) -> None:

@@ -34,9 +34,9 @@ class SharingStrategy(TorchDistLoadShardedStrategy):
         """
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         entries = [entry for entry in nested_values(sharded_state_dict) if isinstance(entry, ShardedTensor)]
-        shared = _readers(sharded_state_dict, group)
+        shared = self.readers(sharded_state_dict, group)
         own = [entry for entry in entries if shared.get(_sharded_tensor_shard_id(entry), group.rank()) == group.rank()]
-        _read(own, checkpoint_dir, entries)
+        self.read(own, checkpoint_dir, entries)
         for entry in entries:  # in one order on all ranks of the group, whose parts of the model are the same
             reader = shared.get(_sharded_tensor_shard_id(entry))
             if reader is not None:
@@ -44,34 +44,35 @@ class SharingStrategy(TorchDistLoadShardedStrategy):
                 dist.broadcast(entry.data.detach(), src=dist.get_global_rank(group, reader), group=group)
         return _values(sharded_state_dict)
 
+    def readers(self, state: ShardedStateDict, group: dist.ProcessGroup) -> dict[object, int]:
+        """Rank in the group that reads, by shard, of those that more than one rank of it needs. Collective."""
+        distribution = determine_main_replica_uniform_distribution(state, group, True)
+        if distribution is None:
+            return {}
+        return {
+            shard: reader
+            for shard, reader in distribution.main_rank_for_shard.items()
+            if len(distribution.all_ranks_for_shard[shard]) > 1
+        }
 
-def _readers(state: ShardedStateDict, group: dist.ProcessGroup) -> dict[object, int]:
-    """Rank in the group that reads, by shard, of those that more than one rank of it needs. Collective."""
-    distribution = determine_main_replica_uniform_distribution(state, group, True)
-    if distribution is None:
-        return {}
-    return {
-        shard: reader
-        for shard, reader in distribution.main_rank_for_shard.items()
-        if len(distribution.all_ranks_for_shard[shard]) > 1
-    }
+    def read(self, own: list[ShardedTensor], folder: Path, needed: list[ShardedTensor]) -> None:
+        """Read these tensors, collectively.
 
-
-def _read(own: list[ShardedTensor], folder: Path, needed: list[ShardedTensor]) -> None:
-    """Read these tensors, collectively; `needed`: the names and shapes of all are compared with the checkpoint's."""
-    by_key: dict[str, list[ShardedTensor]] = {}
-    for entry in own:
-        by_key.setdefault(entry.key, []).append(entry)
-    flexible = {entry.key: entry for entry in own if entry.allow_shape_mismatch}
-    planner = MCoreLoadPlanner(
-        shapes_validation_sharded_tensors=[entry for entry in needed if not entry.allow_shape_mismatch],
-        allow_shape_mismatch_sharded_tensors=flexible,
-    )
-    checkpoint.load_state_dict(
-        torch_strategies.mcore_to_pyt_state_dict(by_key, True),
-        _ChunkReader(folder),
-        planner=planner,
-    )
+        `needed`: the names and shapes of all are compared with the checkpoint's.
+        """
+        by_key: dict[str, list[ShardedTensor]] = {}
+        for entry in own:
+            by_key.setdefault(entry.key, []).append(entry)
+        flexible = {entry.key: entry for entry in own if entry.allow_shape_mismatch}
+        planner = MCoreLoadPlanner(
+            shapes_validation_sharded_tensors=[entry for entry in needed if not entry.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors=flexible,
+        )
+        checkpoint.load_state_dict(
+            torch_strategies.mcore_to_pyt_state_dict(by_key, True),
+            _ChunkReader(folder),
+            planner=planner,
+        )
 
 
 def _values(state: object) -> object:

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_ssft.formats.files import naming, sync_path
 from megatron_ssft.formats.manifest import FileRecord, record_of
 from megatron_ssft.parallel.checkpoint.pickle_scan import BACKENDS
+from megatron_ssft.parallel.device import is_gpu
 
 WRITER_THREADS = 2
 _SERIALIZATION = (
@@ -51,19 +52,25 @@ def plan_save(state: ShardedStateDict, folder: Path, *, is_copied: bool) -> Thre
     Args:
         is_copied: copy everything to the host before anything is written.
     """
-    strategy = _ThreadsStrategy(is_copied)
+    strategy = ThreadsStrategy(is_copied)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(strategy, replicas).async_save(state, folder)
     assert strategy.writer is not None, "planned"
     return strategy.writer
 
 
-class _ThreadsStrategy(TorchDistSaveShardedStrategy):
+class ThreadsStrategy(TorchDistSaveShardedStrategy):
     """The torch_dist strategy, its writer replaced by threads."""
 
-    def __init__(self, is_copied: bool) -> None:
+    def __init__(self, is_copied: bool, coordinator: int = 0) -> None:
+        """
+        Args:
+            is_copied: copy everything to the host before anything is written.
+            coordinator: the rank that makes the metadata of all ranks' plans.
+        """
         super().__init__(BACKENDS["sharded_backend"], BACKENDS["sharded_backend_version"], thread_count=WRITER_THREADS)
         self._is_copied = is_copied
+        self._coordinator = coordinator
         self.writer: ThreadsWriter | None = None
 
     def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, async_strategy: str = "") -> None:
@@ -72,7 +79,9 @@ class _ThreadsStrategy(TorchDistSaveShardedStrategy):
         writer = ThreadsWriter(checkpoint_dir, self._is_copied)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         tensors = torch_strategies.mcore_to_pyt_state_dict(by_key, False)
-        (_, writer.metadata, _), *_ = save_state_dict_async_plan(tensors, writer, None, 0, planner=planner)
+        (_, writer.metadata, _), *_ = save_state_dict_async_plan(
+            tensors, writer, None, self._coordinator, planner=planner
+        )
         self.writer = writer
 
 
@@ -104,6 +113,11 @@ class ThreadsWriter(FileSystemWriterAsync):
                     tensors = [_copy_on_host(tensor) for tensor in tensors]
                 self._files.append((path, list(zip(items, tensors))))
 
+    @property
+    def content(self) -> list[list[Tensor]]:
+        """The tensors of each file, which are written one after the other, and files at the same time."""
+        return [[tensor for _, tensor in items] for _, items in self._files]
+
     def write(self) -> None:
         """Write all files, or say in `failure` why not."""
         try:
@@ -118,10 +132,11 @@ class ThreadsWriter(FileSystemWriterAsync):
         results = []
         with naming(path), open(path, "wb") as stream:
             for item, tensor in content:
-                whole = tensor if self._is_copied else _on_host(tensor)
+                whole = tensor if self._is_copied else on_host(tensor)
                 results.append(
                     filesystem._write_item(self.transforms, stream, whole, item, path.name, **_SERIALIZATION)
                 )
+                del whole  # before the next one is copied
         with ThreadPoolExecutor(1) as syncing:  # the disk is waited for while the processor hashes
             synced = syncing.submit(sync_path, path)
             self.written[path.name] = record_of(path)
@@ -144,10 +159,10 @@ class ThreadsWriter(FileSystemWriterAsync):
 
 def _copy_on_host(tensor: Tensor) -> Tensor:
     """A copy of its own, in host memory."""
-    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu() if is_gpu(tensor.device) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _on_host(tensor: Tensor) -> Tensor:
+def on_host(tensor: Tensor) -> Tensor:
     """The tensor in host memory, alone in its storage, as all of a storage is written."""
-    is_alone = tensor.device.type == "cpu" and tensor.untyped_storage().size() == tensor.numel() * tensor.itemsize
+    is_alone = not is_gpu(tensor.device) and tensor.untyped_storage().size() == tensor.numel() * tensor.itemsize
     return tensor if is_alone else _copy_on_host(tensor)

@@ -8,5 +8,7 @@ ledger.py      memory, by what it is for and by line of code
 flops.py       FLOPs of operators
 traffic.py     messages between ranks
 sites.py       which line of code it was
+checkpoints.py saving, loading and exporting, but for the files
+torch_parts.py what of torch it is built on
 records.py     what is counted
 """

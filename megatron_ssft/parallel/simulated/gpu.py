@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions import fused_bias_swiglu
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_ssft.parallel.simulated.counters import Counters
 from megatron_ssft.parallel.simulated.sites import here
+from megatron_ssft.parallel.simulated.torch_parts import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    FakeWork,
+    WeakIdKeyDictionary,
+    choose_kernel,
+    may_stand_for_a_gpu,
+    tree_leaves,
+)
 
 GPU = torch.device("meta")
 """What stands for the GPU."""
@@ -27,7 +35,9 @@ Kind = Literal["gpu", "cpu"]
 """Whose kernels are simulated: a GPU's, or those that torch takes on the CPU, for comparison with a real run there."""
 ANSWER = 4.0
 """What the host reads where it reads what the GPU computed: finite, and as a negative log-likelihood in nats it leaves
-six tags a probability below 1 together. A truth value reads as true, a whole number as 1."""
+six tags a probability below 1 together. A truth value reads as true, a whole number as 1. Tensors of more than
+`_LOOKED_AT` numbers, which are for the disk, read as zeros: the host gives zeros no memory before they are changed."""
+_LOOKED_AT = 1 << 22
 _KNOWN_AT_MOST = 1 << 16
 """Elements of an integer tensor whose values are remembered when it is copied to the GPU."""
 aten = torch.ops.aten
@@ -60,7 +70,7 @@ class SimulatedGpu(Counters):
     def __init__(self, kind: Kind = "gpu", nodes_of: int = 8) -> None:
         super().__init__(nodes_of)
         self.kind = kind
-        with torch._functorch.config.patch(fake_tensor_allow_meta=True):
+        with may_stand_for_a_gpu(fake_tensor_allow_meta=True):
             self._fake = _FakeMode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
         self._pinned = WeakIdKeyDictionary()
@@ -127,17 +137,27 @@ class SimulatedGpu(Counters):
                 target.copy_(self._to_host(source, target.dtype))
                 return target
             if isinstance(target, FakeTensor) and not isinstance(source, FakeTensor) and source.dim() > 0:
+                self._gathered(target)
                 self._count(source, bool(args[2]) if len(args) > 2 else False)
                 return target
         return None
 
     def _to_host(self, source: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A real tensor of made-up values, or of the right ones where they are known."""
-        self.wait("copy to the host")
+        self._gathered(source)
         values = self._values.get(source)
-        if values is not None:
-            return values.to(dtype or source.dtype)
-        return torch.full(source.shape, _made_up(source.dtype), dtype=dtype or source.dtype)
+        if values is None:
+            copy = _made_up_tensor(source.shape, source.dtype, dtype or source.dtype)
+        else:
+            copy = values.to(dtype or source.dtype, copy=True)
+        self.count_copy_to_host(copy)
+        return copy
+
+    def _gathered(self, tensor: Tensor) -> None:
+        """CUDA copies what lies scattered by way of a further tensor on the GPU, for a moment."""
+        if not _is_dense(tensor):
+            with self._fake:
+                self.memory.add(torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU))
 
     def _to_gpu(self, source: Tensor, kwargs: dict) -> Tensor:
         self._count(source, bool(kwargs.get("non_blocking")))
@@ -168,8 +188,6 @@ class SimulatedGpu(Counters):
         if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args)):
             return func(*args, **kwargs)  # between hosts: the process group answers
         self.count_message(func, args)
-        from torch._C._distributed_c10d import FakeWork
-
         done = FakeWork().boxed()
         results = [argument.type for argument in func._schema.returns]
         if len(results) == 1:
@@ -179,6 +197,33 @@ class SimulatedGpu(Counters):
     def values_of(self, numbers: Tensor) -> list[int] | None:
         values = self._values.get(numbers)
         return None if values is None else values.tolist()
+
+    # -- what torch.cuda says of it --------------------------------------------------------------------------------
+
+    def answers(self) -> dict[str, object]:
+        """Names of torch.cuda and what takes their place. Peaks are those of the section."""
+        gpu = self
+
+        class Event:
+            def __init__(self, **kwargs: object) -> None: ...
+
+            def record(self, stream: object = None) -> None: ...
+
+            def wait(self, stream: object = None) -> None: ...
+
+            def synchronize(self) -> None:
+                gpu.wait("Event.synchronize")
+
+            def elapsed_time(self, end: object) -> float:
+                return 0.0
+
+        return {
+            "Event": Event,
+            "memory_allocated": lambda device=None: gpu.memory.alive,
+            "max_memory_allocated": lambda device=None: gpu.memory.peak,
+            "max_memory_reserved": lambda device=None: gpu.memory.peak,
+            "reset_peak_memory_stats": lambda device=None: None,
+        }
 
     # -- functions that choose a kernel by the device ------------------------------------------------------------------
 
@@ -228,7 +273,7 @@ class SimulatedGpu(Counters):
             return torch.empty_strided(shape, stride, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
 
         like: list[Any] = [real(tensor) for tensor in (query, key, value)]
-        number = torch._fused_sdp_choice(
+        number = choose_kernel(
             like[0],
             like[1],
             like[2],
@@ -272,6 +317,23 @@ def _then_copied(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor.to(GPU) if on_gpu else tensor
 
     return made
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers lie in one piece, in whatever order of its axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _made_up_tensor(shape: torch.Size, computed: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """What the host finds in a tensor of the GPU of type `computed`, read as type `dtype`."""
+    if shape.numel() <= _LOOKED_AT:
+        return torch.full(shape, _made_up(computed), dtype=dtype)
+    return torch.from_numpy(np.zeros(shape.numel() * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _made_up(dtype: torch.dtype) -> bool | int | float:

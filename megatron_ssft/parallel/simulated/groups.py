@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 
 from megatron_ssft.config import RunConfig
 from megatron_ssft.parallel.control_group import ControlGroup
 from megatron_ssft.parallel.groups import initialize_model_parallel
+from megatron_ssft.parallel.simulated.torch_parts import FakeStore, make_fake_group
 from megatron_ssft.parallel.topology import Topology, check_world_size, first_replica, place_in_groups
 from megatron_ssft.parallel.watch.watch import Watch
 
@@ -61,7 +61,7 @@ def simulated_groups(
     """
     check_world_size(config, world_size)
     if not hasattr(dist.Backend, _BACKEND.upper()):
-        dist.Backend.register_backend(_BACKEND, _create_fake_pg, extended_api=True, devices=["cpu", device.type])
+        dist.Backend.register_backend(_BACKEND, make_fake_group, extended_api=True, devices=["cpu", device.type])
     made, real = [0], dist.new_group
 
     def counting(*args: Any, **kwargs: Any) -> object:

@@ -6,10 +6,10 @@ import weakref
 from collections import Counter
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_ssft.parallel.simulated.records import PARTS, Memory, Part
 from megatron_ssft.parallel.simulated.sites import Site, here
+from megatron_ssft.parallel.simulated.torch_parts import WeakIdKeyDictionary
 
 _BLOCK = 512
 """Bytes; torch's allocator for CUDA gives out multiples of it."""

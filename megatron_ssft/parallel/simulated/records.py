@@ -68,7 +68,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies from host memory to the GPU's."""
+    """Copies between host memory and the GPU's, in one direction."""
 
     count: int
     bytes: int
@@ -88,14 +88,19 @@ class Wait:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a step on one rank: a forward pass that scores, a training pass with its optimizer step, or between."""
+    """A part of a step on one rank, or what is done with a checkpoint."""
 
     name: str
-    """scoring, training, or between, for what is done outside of the two."""
+    """scoring: a forward pass; training: a training pass with its optimizer step; between: what is done outside of the
+    two; loading, saving, saving in the background, exporting: of a checkpoint."""
     memory: Memory
     flops: Flops
     collectives: tuple[Collective, ...]
     copies: Copies
+    """From the host to the GPU."""
+    copies_to_host: Copies
+    staged: int
+    """Most bytes that stood in host memory at once on their way from the GPU, or from a file to it."""
     waits: tuple[Wait, ...]
     operations: int
     """Calls of torch's operators."""
@@ -117,6 +122,8 @@ class SimulatedStep:
     """The kernel for token streams."""
     sections: tuple[Section, ...]
     """In the order in which they ran."""
+    checkpoint: tuple[Section, ...] = ()
+    """Loading and saving, where that was asked for. They are no part of the step: neither is what they take."""
 
     @property
     def peak(self) -> int:
@@ -130,4 +137,4 @@ class SimulatedStep:
 
     def section(self, name: str) -> Section:
         """The section of this name, the last one if there are several."""
-        return next(section for section in reversed(self.sections) if section.name == name)
+        return next(section for section in reversed(self.sections + self.checkpoint) if section.name == name)

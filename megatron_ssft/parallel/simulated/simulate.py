@@ -20,6 +20,7 @@ from megatron_ssft.parallel.loss_terms import LossTerm
 from megatron_ssft.parallel.model import loss_head
 from megatron_ssft.parallel.optimizer import allocate_state, state_tensors
 from megatron_ssft.parallel.scores import Scores
+from megatron_ssft.parallel.simulated.checkpoints import simulate_export, simulate_load, simulate_save
 from megatron_ssft.parallel.simulated.counters import Counters
 from megatron_ssft.parallel.simulated.gpu import GPU, Kind, SimulatedGpu
 from megatron_ssft.parallel.simulated.groups import simulated_groups
@@ -27,6 +28,10 @@ from megatron_ssft.parallel.simulated.records import SimulatedStep
 from megatron_ssft.parallel.topology import Topology
 from megatron_ssft.records import PlannedBatch, StepMetrics
 
+AUTOCAST = (
+    "--matching-precision bf16: torch's autocast, which runs a float32 model in bfloat16, has no form for a simulated "
+    "GPU; simulate --matching-precision model, or --bf16"
+)
 Step = Callable[["CountedEngine"], object]
 """One step of training on an engine: it scores and trains."""
 
@@ -45,6 +50,7 @@ class CountedEngine(Engine):
     def start(self, last_layers: int | None = None) -> None:
         """As the engine does, with the optimizer's state in place, as after a first step."""
         super().start(last_layers)
+        self.own_work.start()  # as in a run
         allocate_state(self.optimizer)
         loss_head.sums_stay_float32(self.topology.device)  # tried once in a run, not in every step
         memory = self._counters.memory
@@ -59,6 +65,8 @@ class CountedEngine(Engine):
         memory.usual_part = "activations"
 
     def score(self, planned: PlannedBatch, *, top_k: int | None = None, low_precision: bool = False) -> Scores:
+        if low_precision and isinstance(self._counters, SimulatedGpu):
+            raise UserError(AUTOCAST)
         with self._counters.section("scoring"):
             return super().score(planned, top_k=top_k, low_precision=low_precision)
 
@@ -66,15 +74,33 @@ class CountedEngine(Engine):
         with self._counters.section("training"):
             return super().train(terms, lr)
 
-    def account(self, process_groups: int) -> SimulatedStep:
-        """What the sections since the last account counted."""
+    def save_and_load(self) -> None:
+        """Save what a run saves, in the foreground and in the background, export the weights, and load all again."""
+        with self._counters.section("saving"):
+            common = simulate_save(self)
+        with self._counters.section("saving in the background"):
+            simulate_save(self, in_background=True)
+        with self._counters.section("exporting"):
+            simulate_export(self)
+        with self._counters.section("loading"):
+            simulate_load(self, common, self._counters.staged)
+
+    def account(self, process_groups: int, *, with_checkpoint: bool = False) -> SimulatedStep:
+        """What the sections since the last account counted.
+
+        `with_checkpoint`: save and load as well, after the step.
+        """
+        step = self._counters.take_sections()
+        if with_checkpoint:
+            self.save_and_load()
         return SimulatedStep(
             rank=self.topology.rank,
             world_size=self.topology.world_size,
             parameters=self.num_parameters,
             process_groups=process_groups,
             attention=self.attention.name,
-            sections=self._counters.take_sections(),
+            sections=step,
+            checkpoint=self._counters.take_sections(),
         )
 
 
@@ -125,6 +151,7 @@ def simulate(
     *,
     kind: Kind = "gpu",
     nodes_of: int = 8,
+    with_checkpoint: bool = False,
 ) -> SimulatedStep:
     """One step of one rank.
 
@@ -133,6 +160,7 @@ def simulate(
         forking_rows: vocabulary rows whose input embeddings are a parameter of their own.
         step: scores and trains, as often as a step does.
         kind, nodes_of: see `simulated_rank`.
+        with_checkpoint: save, export and load as well, after the step.
 
     Raises:
         UserError: see `simulated_rank`.
@@ -143,7 +171,7 @@ def simulate(
         engine.start()
         simulated.gpu.take_sections()
         step(engine)
-        return engine.account(simulated.process_groups)
+        return engine.account(simulated.process_groups, with_checkpoint=with_checkpoint)
 
 
 def _refuse_unknown(config: RunConfig) -> None:
@@ -157,7 +185,7 @@ def _refuse_unknown(config: RunConfig) -> None:
 @contextlib.contextmanager
 def _cuda_is(gpu: SimulatedGpu) -> Iterator[None]:
     """Inside the `with` block calls of CUDA go to the simulated GPU."""
-    calls = CudaCalls(GPU, gpu.wait, _ANSWERS, gpu.pin)
+    calls = CudaCalls(GPU, gpu.wait, _ANSWERS | gpu.answers(), gpu.pin)
     replaced = gpu.replacements()
     # Without apex and TransformerEngine megatron-core reads the norm of every gradient on the host.
     replaced.append((clip_grads, "l2_norm_impl", _l2_norm))

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from megatron_ssft.parallel.simulated.records import Collective
+from megatron_ssft.parallel.simulated.torch_parts import tree_leaves
 
 _KINDS = {
     "allreduce_": "all_reduce",

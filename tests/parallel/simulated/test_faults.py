@@ -10,9 +10,9 @@ from megatron_ssft.parallel.simulated.gpu import FaultOnGpu
 from tests.helpers import faults_on_gpu
 from tests.helpers.distributed import run_ranks
 from tests.helpers.faults_on_gpu import MEMORY, MIXED, SIZES, WAITS
+from tests.helpers.simulated_layouts import waits_of
 from tests.helpers.simulated_steps import VALUES, simulate_ranks, write_sets
 
-TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LARGE = {
     "bf16": True,
     "hidden_size": 512,
@@ -26,17 +26,6 @@ LARGE = {
     "matching": "random",
 }
 """Shapes at which the parts of memory differ as in large models: many tokens and words, recomputed layers."""
-PLACES = {
-    ("megatron_ssft/parallel/engine.py", "_forward_only"),
-    ("megatron_ssft/parallel/collectives.py", "sum_over_ranks"),
-    ("megatron_ssft/parallel/finite.py", "all_finite"),
-    ("megatron/core/optimizer/clip_grads.py", "get_grad_norm_fp32"),
-    ("megatron/core/distributed/finalize_model_grads.py", "finalize_model_grads"),
-}
-"""Where the host waits in a step: scores, the step's sums, the norm of the gradient, whether the new weights are
-finite, and whether there are tokens to divide by. Each once per step or pass, none per layer or microbatch."""
-MANY = 2
-"""Waits at one place, at most, in a section."""
 RECORDED = 281_379_840
 """Bytes at the peak of a step of LARGE."""
 
@@ -61,16 +50,6 @@ def found(tmp_path_factory):
     names = [fault.__name__ for kind in (MIXED, SIZES, WAITS, MEMORY) for fault in kind]
     (told,) = run_ranks(1, steps_with, [None, *names], values, timeout=300)
     return told
-
-
-def waits_of(step):
-    """Places where the host waits more often, or elsewhere, than a step has to."""
-    return {
-        f"{wait.what} at {wait.site} in {wait.site.function}, {wait.count} times"
-        for section in step.sections
-        for wait in section.waits
-        if (wait.site.file, wait.site.function) not in PLACES or wait.count > MANY
-    }
 
 
 @pytest.mark.slow
@@ -129,29 +108,25 @@ def test_further_memory_is_found(found, fault):
     assert step.peak > 1.03 * found[None].peak or step.between_steps > 1.03 * found[None].between_steps
 
 
-LAYOUTS = {
-    "pipeline": (4, PP2 | TP2 | {"sequence_parallel": True}, (0, 3)),
-    "interleaved": (2, PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, (0, 1)),
-    "distributed optimizer": (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}, (0,)),
-    "rows": (2, PP2 | {"sequence_layout": "padded", "recompute_granularity": "full"}, (0, 1)),
-}
-
-
 @pytest.mark.slow
-def test_other_layouts_wait_nowhere_else(tmp_path):
-    values = VALUES | write_sets(tmp_path) | {"bf16": True}
-    places = [(values | changes, ranks, rank) for ranks, changes, which in LAYOUTS.values() for rank in which]
-    for step in run_ranks(1, simulate_ranks, places, timeout=300)[0]:
-        assert waits_of(step) == set()
-
-
-@pytest.mark.slow
-def test_a_rank_of_a_thousand_starts_with_few_groups(tmp_path):
+def test_a_rank_of_a_thousand_starts_with_counted_groups(tmp_path):
     """megatron-core alone makes 3,594."""
+    ranks, tensor, stages, block = 1024, 8, 4, 32
+    data = ranks // (tensor * stages)
+    groups = {
+        "tensor": ranks // tensor,
+        "pipeline": ranks // stages,
+        "first and last stage, for tied embeddings": ranks // stages,
+        "data": ranks // data,
+        "model": ranks // (tensor * stages),
+        "a rank with itself": 1,
+        "hosts in blocks": ranks // block,
+        "leaders of blocks, and the first replica": 2,
+    }
     values = VALUES | write_sets(tmp_path) | {"bf16": True, "num_attention_heads": 8, "num_query_groups": 8}
     layout = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 4, "use_distributed_optimizer": True}
     (step,) = run_ranks(1, simulate_ranks, [(values | layout, 1024, 1023)])[0]
     assert (step.rank, step.world_size) == (1023, 1024)
-    assert step.process_groups <= 800
+    assert step.process_groups == sum(groups.values()) == 739
     groups = {(c.group, c.ranks, c.between_nodes) for section in step.sections for c in section.collectives}
     assert {("tensor", 8, False), ("data", 32, True), ("all", 1024, True)} <= groups
