@@ -22,7 +22,7 @@ from megatron_ssft.training.startup import complete_values
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, tokenize, say what was made. Raises UserError."""
     config, dry_run = parse_arguments(str(__doc__), SSFTConfig, argv, complete_values, prog)
-    require(not dry_run, "--dry-run: describes a run; give it to train")
+    require(dry_run is None, "--dry-run: describes a run; give it to train")
     if not this_launch().is_first:
         return
     from megatron_ssft.data.cache import SetDataset

@@ -18,6 +18,7 @@ import yaml
 from megatron_ssft.config import ConversionConfig, GFPOConfig, ProgramConfig, RunConfig, SSFTConfig
 from megatron_ssft.config.bounds import within_bounds
 from megatron_ssft.config.checks import finite
+from megatron_ssft.config.dry_run import DryRun
 from megatron_ssft.config.fields import FlagField, add_flag, flag_fields
 from megatron_ssft.config.named_files import refuse_special_file, refuse_special_files
 from megatron_ssft.config.yaml_file import Setting, read_settings
@@ -67,6 +68,9 @@ def build_parser(
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same keys; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print everything resolved and stop")
+    asked = parser.add_argument_group("dry run", inspect.getdoc(DryRun))
+    for field in flag_fields(DryRun):
+        add_flag(asked, field)
     fields = fields_of(config)
     for section, cls in sections_of(config).items():
         group = parser.add_argument_group(section, inspect.getdoc(cls))
@@ -138,6 +142,12 @@ def build_config(values: Mapping[str, Any], config: type[C]) -> C:
     return _compose(config, sections)
 
 
+def with_values(config: C, changes: Mapping[str, Any]) -> C:
+    """A copy with other values of these fields, by flat names, validated as a whole. Raises UserError."""
+    values = {name: value for section in flat(config).values() for name, value in section.items()}
+    return build_config(values | dict(changes), type(config))
+
+
 def _compose(cls: type[T], sections: Mapping[str, Mapping[str, Any]]) -> T:
     """A configuration from the values of its sections, those of RunConfig inside it."""
     parts = {}
@@ -169,13 +179,13 @@ def parse_arguments(
     argv: Sequence[str] | None = None,
     complete: Complete = _as_given,
     prog: str | None = None,
-) -> tuple[C, bool]:
-    """The resolved configuration and whether --dry-run was given.
+) -> tuple[C, DryRun | None]:
+    """The resolved configuration, and what --dry-run is asked where it was given.
 
     `prog`: what the user called the program by; default: the name of the script. Raises UserError.
     """
     given = vars(build_parser(description, config, prog).parse_args(argv))
-    dry_run = bool(given.pop("dry_run", False))
+    dry_run = _dry_run(given)
     config_file = given.pop("config", None)
     if config_file is not None:
         refuse_special_file("--config", Path(config_file))
@@ -189,6 +199,18 @@ def parse_arguments(
     values = complete(values)
     refuse_special_files((field for _, field in fields_of(config).values()), SimpleNamespace(**values))
     return build_config(values, config), dry_run
+
+
+def _dry_run(given: dict[str, Any]) -> DryRun | None:
+    """What --dry-run is asked, taken out of the flags. Raises UserError."""
+    asked = {field.name: given.pop(field.name) for field in flag_fields(DryRun) if field.name in given}
+    if not given.pop("dry_run", False):
+        for name in asked:
+            raise UserError(f"--{name.replace('_', '-')}: is a question to --dry-run; add that, or leave this out")
+        return None
+    dry_run = DryRun(**asked)
+    finite(dry_run)
+    return dry_run
 
 
 def flat(config: ProgramConfig) -> dict[str, dict[str, Any]]:

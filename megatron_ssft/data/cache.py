@@ -111,6 +111,18 @@ class SetDataset:
     def __len__(self) -> int:
         return len(self.trace_counts)
 
+    def sequence_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [Q], int64 [Q]: tokens of each question's longest sequence, and of all of them, each with its prompt.
+
+        Tags are left out.
+        """
+        starts, lengths = self._starts.read_all(), np.diff(self._offsets.read_all())
+        prompts = lengths[starts[:-1]]
+        completions = lengths.copy()
+        completions[starts[:-1]] = 0
+        longest = np.maximum.reduceat(completions, starts[:-1])
+        return prompts + longest, np.add.reduceat(completions, starts[:-1]) + prompts * self.trace_counts
+
     def __getitem__(self, i: int) -> TokenizedSet:
         q = range(len(self))[i]  # negative positions, IndexError
         start, end = self._starts.read(q, q + 2).tolist()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ssft.config import ParallelConfig, RunConfig
+from megatron_ssft.config.gpus import peak_tflops
 from megatron_ssft.errors import UserError
 from megatron_ssft.launch import this_launch
 from megatron_ssft.parallel.control_group import ControlGroup
@@ -136,6 +137,12 @@ def first_replica(parallel: ParallelConfig, world_size: int) -> list[int]:
     ]
 
 
+def rank_at(parallel: ParallelConfig, world_size: int, stage: int, dp_rank: int) -> int:
+    """The first rank of a pipeline stage of a copy of the model, by the same order."""
+    shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return stage * (world_size // parallel.pipeline_model_parallel_size) + dp_rank * shared
+
+
 @contextlib.contextmanager
 def explaining() -> Iterator[None]:
     """Turn the error of a broken collective inside the `with` block into a LostRank that names who is missing."""
@@ -148,16 +155,11 @@ def explaining() -> Iterator[None]:
             raise
 
 
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H20": 148, "A100": 312, "L40S": 362}
-"""Dense bfloat16 TFLOP/s by what a GPU's name contains, from NVIDIA's data sheets (SXM where they differ)."""
-
-
 def job_peak_flops(config: RunConfig, topology: Topology) -> float | None:
     """Peak FLOP/s of all GPUs of the job, for MFU; None on the CPU and for a GPU that is not known."""
     tflops = config.logging.gpu_peak_tflops
     if tflops is None and topology.device.type == "cuda" and config.parallel.bf16:
-        name = torch.cuda.get_device_name(topology.device)
-        tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        tflops = peak_tflops(torch.cuda.get_device_name(topology.device))
     return None if tflops is None else tflops * 1e12 * topology.world_size
 
 

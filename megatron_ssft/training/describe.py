@@ -43,18 +43,30 @@ def describe_on_first_rank(description: Callable[[], str]) -> None:
         print(description())
 
 
-def described_world_size(config: RunConfig) -> int:
-    """Ranks of the job that is described: started without a launcher, the smallest that fits. Raises UserError."""
-    world_size = this_launch().world_size
-    if world_size == 1:
+def described_world_size(config: RunConfig, asked: int | None = None) -> int:
+    """Ranks of the job that is described: those asked for, else those of the launch. Raises UserError.
+
+    Started without a launcher, they are the fewest that hold the model once.
+    """
+    world_size = asked or this_launch().world_size
+    if asked is None and world_size == 1:
         world_size = config.parallel.model_parallel_size
     check_world_size(config, world_size)
     return world_size
 
 
-def describe(config: SSFTConfig) -> str:
-    """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError."""
-    world_size = described_world_size(config.run)
+Further = Callable[[SetDataset, Vocabulary], list[str]]
+"""(training data, vocabulary) -> further lines."""
+
+
+def describe(config: SSFTConfig, world_size: int | None = None, further: Further | None = None) -> str:
+    """Everything resolved, as text. Reads and checks the data; writes nothing that stays. Raises UserError.
+
+    Args:
+        world_size: ranks of the job; see `described_world_size`.
+        further: called while the tokenized data is there.
+    """
+    world_size = described_world_size(config.run, world_size)
     check_origin(config.run.checkpoint)
     taken = checkpoint_to_take(config.run.checkpoint)
     vocabulary = build_vocabulary(config.run, config.start)
@@ -76,6 +88,8 @@ def describe(config: SSFTConfig) -> str:
         lines.append(f"vocabulary: {vocabulary.size} entries; tags: " + ", ".join(f"{s!r} {list(i)}" for s, i in tags))
         lines.append(f"parameters: {count_parameters(config.run, vocabulary.size):,}")
         lines += _step_lines(config, dataset, vocabulary, world_size, resumed_at)
+        if further is not None:
+            lines += further(dataset, vocabulary)
     lines += device_lines(config.run)
     return "\n".join(lines)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_ssft.config import GFPOConfig
 from megatron_ssft.config.flags import to_yaml
 from megatron_ssft.objectives.policy.inputs import PolicyInputs, read_inputs
 from megatron_ssft.parallel.checkpoint.checkpoint_size import count_parameters
-from megatron_ssft.tokenizers.vocabulary import build_vocabulary
+from megatron_ssft.tokenizers.vocabulary import Vocabulary, build_vocabulary
 from megatron_ssft.training.describe import (
     checkpoint_lines,
     checkpoint_to_take,
@@ -16,10 +18,18 @@ from megatron_ssft.training.describe import (
 from megatron_ssft.training.lr_schedule import warmup_iterations
 from megatron_ssft.training.origin import check_origin, origin_line
 
+Further = Callable[[Vocabulary], list[str]]
+"""Gives further lines."""
 
-def describe(config: GFPOConfig) -> str:
-    """Everything resolved, as text. Reads and checks all input, writes nothing. Raises UserError."""
-    world_size = described_world_size(config.run)
+
+def describe(config: GFPOConfig, world_size: int | None = None, further: Further | None = None) -> str:
+    """Everything resolved, as text. Reads and checks all input, writes nothing. Raises UserError.
+
+    Args:
+        world_size: ranks of the job; see `described_world_size`.
+        further: called at the end.
+    """
+    world_size = described_world_size(config.run, world_size)
     checkpoint = config.run.checkpoint
     check_origin(checkpoint)
     taken = checkpoint_to_take(checkpoint)
@@ -41,6 +51,7 @@ def describe(config: GFPOConfig) -> str:
         f"per step: {_step(config, inputs)}",
         *checkpoint_lines(config.run, vocabulary, resumed_at or 0, iters, config.policy.last_layers),
         *inputs.notes,
+        *([] if further is None else further(vocabulary)),
         *device_lines(config.run),
     ]
     return "\n".join(lines)
