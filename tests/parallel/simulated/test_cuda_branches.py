@@ -19,7 +19,8 @@ from tests.helpers.simulated_steps import VALUES, config_of
 
 P = "megatron_ssft/parallel/"
 SIMULATED = {
-    (P + "attention/choice.py", "_unusable"): "if dtype not in (torch.bfloat16, torch.float16):",
+    (P + "attention/choice.py", "_needs"): 'return "needs --bf16" if dtype not in',
+    (P + "attention/choice.py", "_capability"): "return torch.cuda.get_device_capability(",
     (P + "attention/kernels.py", "SdpaAttend.__call__"): "key, value = (t.repeat_interleave(n // g, dim=1)",
     (P + "checkpoint/writer.py", "_copy_on_host"): "return tensor.cpu() if is_gpu(tensor.device)",
     (P + "checkpoint/writer.py", "on_host"): "return tensor if is_alone else _copy_on_host(tensor)",
@@ -27,8 +28,10 @@ SIMULATED = {
     (P + "model/gpt.py", "transformer_config"): "on_cuda = torch.cuda.is_available()",
     (P + "model/loss_head.py", "_product"): "return torch.mm(hidden.bfloat16(), weight.bfloat16().t(), out_dtype=",
     (P + "own_work.py", "OwnWork.__init__"): "self._events[self._used - 1].synchronize()",
+    (P + "engine.py", "Engine.__init__"): "self.config = config = decided(config",
     (P + "engine.py", "Engine._forward_only"): "with torch.no_grad(), torch.autocast(device",
     (P + "device.py", "is_gpu"): 'return device.type != "cpu"',
+    (P + "device.py", "to_device"): "return tensor.pin_memory().to(device, non_blocking=True)",
     (P + "device.py", "autocast_type"): 'return "cpu" if device.type == "meta"',
     (P + "cuda_calls.py", "CudaCalls.__init__"): "self._type_names = ",
     (P + "cuda_calls.py", "_is_cuda"): "return (isinstance(device, str)",
@@ -40,6 +43,9 @@ ELSEWHERE = {
     ("megatron_ssft/generation/hf_backend.py", "_dtype"): "test_generation_takes_the_gpu_and_the_stored_type",
     (P + "checkpoint/hf_verification.py", "_layers_that_fit"): "test_layers_to_compare_fit_into_a_gpu",
     (P + "device.py", "choose_device"): "test_each_rank_takes_its_gpu",
+    (P + "determinism.py", "determinism_line"): "tests/parallel/test_determinism.py",
+    (P + "device_defaults.py", "refuse_fusions"): "tests/parallel/test_device_defaults.py",
+    (P + "device_defaults.py", "device_line"): "tests/parallel/test_device_defaults.py",
     (P + "topology.py", "initialize_topology"): "test_ranks_with_a_gpu_talk_by_nccl",
     (P + "topology.py", "job_peak_flops"): "test_the_peak_of_a_gpu_is_known_by_its_name",
     (P + "model/gpt.py", "_transformer_engine_spec"): "test_transformer_engine_is_refused",
